@@ -1,0 +1,8 @@
+"""Aliasing-aware Patch Embedding (AaPE, arXiv 2512.03637): fused kernels and a drop-in stem for audio ViTs."""
+
+from .functional import embed, sblu
+from .ranges import band_from_hz, decay_from_hz
+from .stem import AaPE
+
+__all__ = ["AaPE", "band_from_hz", "decay_from_hz", "embed", "sblu"]
+__version__ = "0.1.0"

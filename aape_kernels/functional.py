@@ -1,0 +1,239 @@
+"""`sblu` and `embed`: check the arguments once, choose a backend, call it. Nothing below checks again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import Call, choose
+from .geometry import PatchGrid
+from .ranges import check_band, check_decay
+
+__all__ = ["analyse", "embed", "sblu"]
+
+KERNELS = ("bilateral", "quadrature")
+LAYOUTS = ("FT", "TF")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_name(value: str, name: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _check_tensor(value: object, name: str, shape: tuple[int | str, ...], meaning: str, like: Tensor | None) -> Tensor:
+    """`value` as a floating-point tensor on `like`'s device; strings in `shape` stand for any size."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {value.dtype}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got one on {value.device}")
+    sizes = tuple(value.shape)
+    if len(sizes) != len(shape) or any(not isinstance(n, str) and n != m for n, m in zip(shape, sizes, strict=True)):
+        want = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: expected shape ({want}){meaning}, got {sizes}")
+    return value
+
+
+def _check_dtype(value: Tensor, name: str, x: Tensor) -> None:
+    if value.dtype not in (x.dtype, torch.float32):
+        want = "torch.float32" if x.dtype == torch.float32 else f"{x.dtype} (that of x) or torch.float32"
+        raise TypeError(f"{name}: expected {want}, got {value.dtype}")
+
+
+def _check_input(x: object, channels: int | str, grid: PatchGrid, layout: str = "FT") -> tuple[Tensor, tuple[int, int]]:
+    """x as (B, C, F, T), whichever its layout, and its token grid (N_f, N_t)."""
+    axes = ("mel bins", "frames") if layout == "FT" else ("frames", "mel bins")
+    x = _check_tensor(x, "x", ("batch", channels, *axes), f" for layout {layout}", None)
+    if layout == "TF":
+        x = x.transpose(2, 3)
+    for size, patch, axis in zip(x.shape[2:], grid.patch, ("mel bins", "frames"), strict=True):
+        if size < patch:
+            raise ValueError(f"x: expected at least one patch, {patch} {axis}, got {size}")
+    return x, grid.tokens(x.shape[2], x.shape[3])
+
+
+def _mel_first(stride: int | Sequence[int] | None, layout: str) -> int | Sequence[int] | None:
+    """A stride in the order (mel bins, frames), from that of the input's axes."""
+    return tuple(stride)[::-1] if layout == "TF" and isinstance(stride, Sequence) else stride
+
+
+def sblu(
+    x: Tensor,
+    decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    patch_size: int | Sequence[int] = (16, 16),
+    stride: int | Sequence[int] | None = None,
+    window: int | None = None,
+    kernel: str = "quadrature",
+    backend: str = "auto",
+) -> Tensor:
+    """Structured Bilateral Laplace Units: complex sinusoidal filters under a two-sided exponential window.
+
+    For token (i, j) and state s with Λ = decay + j·frequency, window centre t_c and frames d = −(K−1)/2 … (K−1)/2:
+
+        u_s[t] = Σ_c Σ_p weight[s, c, p] · x[c, i·S_f + p, t]        (0 outside the clip)
+        y_s    = Σ_d h_s(d) · u_s[t_c + d],      g = 2 sinh(Λ/2)/Λ
+        bilateral:   h(d) = g e^{−Λ|d|}
+        quadrature:  h(d) = g e^{−Λd} for d > 0,  h(−d) = conj h(d),  h(0) = Re g
+
+    Args:
+        x: log-mel spectrogram (B, C, F, T): batch, channels, mel bins, frames; any strides.
+        decay: α (B, N_f, N_t, S) in 1/frame, not negative; values are not checked.
+        frequency: ω (B, N_f, N_t, S) in rad/frame, 0 … π; values are not checked.
+        weight: B of the formula, (S, C, P_f).
+        patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
+        stride: S_f × S_t; the patch size unless given. Overlap and gaps are allowed.
+        window: K in frames, of P_t's parity; P_t unless given.
+        kernel: "bilateral" or "quadrature".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `aape_kernels.backends.choose`.
+
+    Returns:
+        y (B, N_f, N_t, 2, S) in x's dtype: real plane, imaginary plane.
+
+    The arithmetic is float64 for float64 x, else float32, under autocast too. decay, frequency and weight have x's
+    dtype or float32.
+
+    Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
+    Source: the paper's SBLU; the quadrature kernel and the shared real `weight` are ours.
+    """
+    grid = PatchGrid.make(patch_size, stride, window)
+    check_name(kernel, "kernel", KERNELS)
+    x, (n_f, n_t) = _check_input(x, "channels", grid)
+    weight = _check_tensor(weight, "weight", ("states", x.shape[1], grid.patch[0]), ": (states, channels, P_f)", x)
+    shape = (x.shape[0], n_f, n_t, weight.shape[0])
+    decay = _check_tensor(decay, "decay", shape, ": (batch, N_f, N_t, states)", x)
+    frequency = _check_tensor(frequency, "frequency", shape, ": (batch, N_f, N_t, states)", x)
+    for value, name in ((decay, "decay"), (frequency, "frequency"), (weight, "weight")):
+        _check_dtype(value, name, x)
+    run = choose(backend, Call("sblu", x.device, x.dtype))
+    y: Tensor = run.sblu(x, decay, frequency, weight, grid, kernel)
+    return y
+
+
+def embed(
+    x: Tensor,
+    proj_w: Tensor,
+    proj_b: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    sblu_w: Tensor,
+    fusion_w: Tensor,
+    stride: int | Sequence[int] | None = None,
+    window: int | None = None,
+    kernel: str = "quadrature",
+    decay: Sequence[float] | None = None,
+    band: Sequence[float] | None = None,
+    layout: str = "FT",
+    backend: str = "auto",
+) -> Tensor:
+    """The whole AaPE stem as a function of its parameters: what `AaPE.forward` calls.
+
+        r = w2 · SiLU(w1 · vec(patch) + b1) + b2               S decay logits, then S frequency logits
+        α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
+        token = proj_w · vec(patch) + proj_b + fusion_w · [Re y ; Im y],     y = sblu(x, α, ω, sblu_w)
+
+    Args:
+        x: (B, C, F, T), or (B, C, T, F) for layout "TF"; any strides.
+        proj_w: (D, C, P_f, P_t), for layout "TF" (D, C, P_t, P_f); it sets the patch size.
+        proj_b: (D) or None.
+        w1, b1, w2, b2: the Lambda Encoder, (H, C, P_f, P_t), (H), (2S, H), (2S), whatever the layout.
+        sblu_w: (S, C, P_f).
+        fusion_w: (D, 2, S).
+        stride: in the order of the input's axes; the patch size unless given.
+        window: K in frames, of P_t's parity; P_t unless given.
+        kernel: "bilateral" or "quadrature".
+        decay: (α_lo, α_hi) in 1/frame; (1/K, 2) unless given.
+        band: (ω_lo, ω_hi) in rad/frame within [0, π]; (π/S_t, π) unless given.
+        layout: "FT" or "TF", the order of x's last two axes.
+        backend: see `sblu`.
+
+    Returns:
+        tokens (B, N_f·N_t, D), contiguous; frequency-major for layout "FT", time-major for "TF". Their dtype is
+        x's, or under autocast its dtype (float64 stays float64).
+
+    Without autocast x and proj_w must have one dtype, and the other parameters that one or float32.
+
+    Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
+    Source: spec §3 and §4 (the paper's Lambda Encoder and Patch Fusion; their layer sizes are ours).
+    """
+    check_name(layout, "layout", LAYOUTS)
+    check_name(kernel, "kernel", KERNELS)
+    if not isinstance(proj_w, Tensor) or proj_w.dim() != 4:
+        got = tuple(proj_w.shape) if isinstance(proj_w, Tensor) else type(proj_w).__name__
+        raise ValueError(f"proj_w: expected a tensor (embed_dim, channels, patch, patch), got {got}")
+    if layout == "TF":
+        proj_w = proj_w.transpose(2, 3)
+    grid = PatchGrid.make(tuple(proj_w.shape[2:]), _mel_first(stride, layout), window)
+    decay_range, band = check_decay(decay, grid), check_band(band, grid)
+
+    dim, channels = proj_w.shape[:2]
+    x, _ = _check_input(x, channels, grid, layout)
+    patch_shape = (channels, *grid.patch)
+    sblu_w = _check_tensor(sblu_w, "sblu_w", ("states", channels, grid.patch[0]), ": (states, channels, P_f)", x)
+    states = sblu_w.shape[0]
+    w2 = _check_tensor(w2, "w2", (2 * states, "hidden"), ": (2 * states, hidden)", x)
+    hidden = w2.shape[1]
+    parameters = {
+        "w1": _check_tensor(w1, "w1", (hidden, *patch_shape), ": (hidden, channels, P_f, P_t)", x),
+        "b1": _check_tensor(b1, "b1", (hidden,), ": (hidden)", x),
+        "w2": w2,
+        "b2": _check_tensor(b2, "b2", (2 * states,), ": (2 * states)", x),
+        "sblu_w": sblu_w,
+        "fusion_w": _check_tensor(fusion_w, "fusion_w", (dim, 2, states), ": (embed_dim, 2, states)", x),
+    }
+    _check_tensor(proj_w, "proj_w", (dim, *patch_shape), "", x)
+    if proj_b is not None:
+        parameters["proj_b"] = _check_tensor(proj_b, "proj_b", (dim,), ": (embed_dim)", x)
+
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        out_dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    else:
+        out_dtype = x.dtype
+        if proj_w.dtype != x.dtype:
+            raise TypeError(f"x: expected {proj_w.dtype}, that of proj.weight (or autocast), got {x.dtype}")
+        for name, parameter in parameters.items():
+            _check_dtype(parameter, name, x)
+
+    run = choose(backend, Call("embed", x.device, x.dtype))
+    with_fixed_order = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
+    tokens: Tensor = run.embed(*with_fixed_order, grid, kernel, decay_range, band, layout == "TF", out_dtype)
+    return tokens
+
+
+def analyse(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    stride: int | Sequence[int] | None = None,
+    window: int | None = None,
+    decay: Sequence[float] | None = None,
+    band: Sequence[float] | None = None,
+    layout: str = "FT",
+) -> tuple[Tensor, Tensor]:
+    """What the Lambda Encoder chooses for each patch; arguments as for `embed`, in plain PyTorch on any device.
+
+    Returns:
+        decay (1/frame) and frequency (rad/frame), each (B, N_f, N_t, S) whatever the layout, in float32 (float64 for
+        float64 x).
+
+    Errors: `TypeError` or `ValueError` naming the argument. Source: spec §3, ours.
+    """
+    check_name(layout, "layout", LAYOUTS)
+    w1 = _check_tensor(w1, "w1", ("hidden", "channels", "P_f", "P_t"), "", None)
+    grid = PatchGrid.make(tuple(w1.shape[2:]), _mel_first(stride, layout), window)
+    decay_range, band = check_decay(decay, grid), check_band(band, grid)
+    x, _ = _check_input(x, w1.shape[1], grid, layout)
+    _check_tensor(w1, "w1", tuple(w1.shape), "", x)
+    return reference.lambda_encoder(reference.gather(x, grid), w1, b1, w2, b2, decay_range, band)

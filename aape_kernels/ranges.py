@@ -1,0 +1,94 @@
+"""Decay ranges and frequency bands: checks, defaults, and conversion from Hz."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .geometry import PatchGrid
+
+__all__ = ["band_from_hz", "check_band", "check_decay", "decay_from_hz"]
+
+
+def _two_floats(value: Sequence[float], name: str) -> tuple[float, float]:
+    both = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(both) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in both):
+        raise TypeError(f"{name}: expected two numbers (low, high), got {value!r}")
+    if not all(math.isfinite(end) for end in both):
+        raise ValueError(f"{name}: expected finite numbers (low, high), got {value!r}")
+    return float(both[0]), float(both[1])
+
+
+def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
+    """The frequency band in rad/frame, (π/S_t, π) unless given: what the patch grid aliases (spec §1).
+
+    Errors: `TypeError` or `ValueError` unless 0 ≤ low < high ≤ π; `ValueError` for the default at S_t = 1, where
+    the patch grid aliases nothing.
+    """
+    if band is None:
+        if grid.stride[1] == 1:
+            raise ValueError(
+                "band: expected (low, high) in rad/frame, as a stride of 1 frame leaves no alias-prone band to "
+                "default to, got None"
+            )
+        return math.pi / grid.stride[1], math.pi
+    low, high = _two_floats(band, "band")
+    if not 0 <= low < high <= math.pi:
+        raise ValueError(f"band: expected 0 <= low < high <= pi rad/frame (band_from_hz converts), got {(low, high)}")
+    return low, high
+
+
+def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
+    """The decay range in 1/frame, (1/K, 2) unless given (ours).
+
+    Errors: `TypeError` or `ValueError` unless 0 < low < high.
+    """
+    low, high = (1 / grid.window, 2.0) if decay is None else _two_floats(decay, "decay")
+    if not 0 < low < high:
+        raise ValueError(f"decay: expected 0 < low < high (1/frame), got {(low, high)}")
+    return low, high
+
+
+def _per_frame(hz: Sequence[float], hop: float, name: str) -> tuple[float, float]:
+    low, high = _two_floats(hz, name)
+    if not isinstance(hop, (int, float)) or not math.isfinite(hop) or hop <= 0:
+        raise ValueError(f"hop: expected a positive number of seconds, got {hop!r}")
+    return 2 * math.pi * low * hop, 2 * math.pi * high * hop
+
+
+def band_from_hz(hz: Sequence[float], hop: float = 0.01) -> tuple[float, float]:
+    """A band of modulation frequencies in rad/frame, for `AaPE(band=…)`: ω = 2π · Hz · hop.
+
+    Args:
+        hz: (low, high) in Hz, 0 ≤ low < high ≤ 1/(2 · hop), the frame rate's Nyquist frequency.
+        hop: seconds from one frame to the next.
+
+    Errors: `TypeError` or `ValueError` naming the argument. Source: ours.
+
+    >>> band_from_hz((3.125, 50.0))
+    (0.19634954084936207, 3.141592653589793)
+    """
+    low, high = _per_frame(hz, hop, "hz")
+    nyquist = 1 / (2 * hop)
+    if not 0 <= low < high or hz[1] > nyquist * (1 + 1e-12):
+        raise ValueError(
+            f"hz: expected 0 <= low < high <= {nyquist:g} Hz (Nyquist at a hop of {hop:g} s), got {tuple(hz)}"
+        )
+    return low, min(high, math.pi)
+
+
+def decay_from_hz(hz: Sequence[float], hop: float = 0.01) -> tuple[float, float]:
+    """A decay range in 1/frame, for `AaPE(decay=…)`, from bandwidths: α = 2π · Hz · hop.
+
+    The spectrum of e^{−α|t|} is 2α/(α² + ω²): it falls to half its peak α/(2π · hop) Hz from the centre.
+
+    Args:
+        hz: (narrowest, widest) half width at half height in Hz, 0 < narrowest < widest.
+        hop: seconds from one frame to the next.
+
+    Errors: `TypeError` or `ValueError` naming the argument. Source: ours.
+    """
+    low, high = _per_frame(hz, hop, "hz")
+    if not 0 < low < high:
+        raise ValueError(f"hz: expected 0 < low < high Hz, got {tuple(hz)}")
+    return low, high

@@ -1,0 +1,174 @@
+"""The formulas as they stand, in plain PyTorch: what every other backend is checked against.
+
+Real arithmetic throughout, the real and the imaginary plane apart: complex tensors have no 16-bit dtypes, and
+`torch.compile` does not fuse them. Ordinary differentiable operations only, so autograd (twice), vmap, export and
+every device come with PyTorch.
+
+Arguments are trusted here: `aape_kernels.functional` has checked them.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import PatchGrid
+
+__all__ = ["embed", "gather", "lambda_encoder", "sblu", "working_dtype"]
+
+# Below this |Λ| the gain and its derivative cancel, so they are summed as series (spec §2). The terms kept leave a
+# remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
+SMALL = 0.2
+EVEN_SERIES = [(-1) ** n / math.factorial(n + 1) for n in range(15)]
+ODD_SERIES = [0.25**n / math.factorial(2 * n + 1) for n in range(8)]
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic for input of `dtype`: float64 for float64, float32 for the rest."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off for what spec §5 keeps in float32; a no-op where no autocast is on (or can be)."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def power_series(coefficients: list[float], re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_n coefficients[n] · (re + j im)ⁿ by Horner's rule."""
+    sum_re, sum_im = torch.full_like(re, coefficients[-1]), torch.zeros_like(im)
+    for coefficient in reversed(coefficients[:-1]):
+        sum_re, sum_im = sum_re * re - sum_im * im + coefficient, sum_re * im + sum_im * re
+    return sum_re, sum_im
+
+
+def gain(decay: Tensor, frequency: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+    """γ(Λ) with Λ = α + jω: (1 − e^{−Λ})/Λ for an even window, 2 sinh(Λ/2)/Λ for an odd one; both are 1 at Λ = 0.
+
+    γ is the quoted gain g = 2 sinh(Λ/2)/Λ times the window's value at its innermost frame (|d| = ½ or 0): taking
+    the two together keeps large decays finite.
+    """
+    small = decay.square() + frequency.square() < SMALL**2
+    # Either branch sees a harmless constant where the other one is taken: `where` alone would let the unused
+    # branch's 0/0 into the gradient.
+    a, w = torch.where(small, 1.0, decay), torch.where(small, 1.0, frequency)
+    sin, cos = torch.sin(w / 2), torch.cos(w / 2)
+    if even:
+        # 1 − e^{−α} cos ω, without the cancellation
+        top_re = -torch.expm1(-a) + 2 * torch.exp(-a) * sin.square()
+        top_im = 2 * torch.exp(-a) * sin * cos
+    else:
+        top_re = 2 * torch.sinh(a / 2) * cos
+        top_im = 2 * torch.cosh(a / 2) * sin
+    norm = a.square() + w.square()
+    plain = (top_re * a + top_im * w) / norm, (top_im * a - top_re * w) / norm
+
+    a, w = torch.where(small, decay, 0.0), torch.where(small, frequency, 0.0)
+    square = a.square() - w.square(), 2 * a * w
+    series = power_series(EVEN_SERIES, a, w) if even else power_series(ODD_SERIES, *square)
+    return torch.where(small, series[0], plain[0]), torch.where(small, series[1], plain[1])
+
+
+def kernels(decay: Tensor, frequency: Tensor, window: int, kernel: str) -> tuple[Tensor, Tensor]:
+    """h(d) of spec §2 for every frame of the window, as a real and an imaginary plane.
+
+    decay, frequency (…, S) in 1/frame and rad/frame -> two planes (…, S, K).
+    """
+    even = window % 2 == 0
+    d = torch.arange(window, device=decay.device, dtype=decay.dtype) - (window - 1) / 2  # [K]
+    m = d.abs() - 0.5 if even else d.abs()  # frames from the innermost one
+    gain_re, gain_im = (plane.unsqueeze(-1) for plane in gain(decay, frequency, even))  # [..., S, 1]
+    envelope = torch.exp(-decay.unsqueeze(-1) * m)  # [..., S, K]
+    phase = frequency.unsqueeze(-1) * m
+    cos, sin = torch.cos(phase), torch.sin(phase)
+    h_re = envelope * (gain_re * cos + gain_im * sin)
+    h_im = envelope * (gain_im * cos - gain_re * sin)
+    if kernel == "quadrature":  # h(−d) = conj h(d)
+        h_im = h_im * torch.sign(d)
+    return h_re, h_im
+
+
+def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, kernel: str) -> Tensor:
+    """y = Σ_d h(d) u[t_c + d], u_s[t] = Σ_c Σ_p B[s, c, p] x[c, i·S_f + p, t]: the direct sum of spec §2.
+
+    x (B, C, F, T); decay, frequency (B, N_f, N_t, S); weight (S, C, P_f) -> (B, N_f, N_t, 2, S) in x's dtype.
+    """
+    dtype = working_dtype(x.dtype)
+    with full_precision(x.device):
+        rows = x.to(dtype).unfold(2, grid.patch[0], grid.stride[0])  # [B, C, N_f, T, P_f]
+        u = torch.einsum("bcitp,scp->bits", rows, weight.to(dtype))  # [B, N_f, T, S]
+        # Zeros outside the clip for K > P_t; for K < P_t the frames that no window reaches are cropped. Either way
+        # exactly N_t windows are left.
+        u = F.pad(u, (0, 0, -grid.offset, -grid.offset))
+        u = u.unfold(2, grid.window, grid.stride[1])  # [B, N_f, N_t, S, K]
+        h_re, h_im = kernels(decay.to(dtype), frequency.to(dtype), grid.window, kernel)
+        y = torch.stack([(h_re * u).sum(-1), (h_im * u).sum(-1)], dim=-2)
+        return y.to(x.dtype)
+
+
+def gather(x: Tensor, grid: PatchGrid) -> Tensor:
+    """The patches of x (B, C, F, T), each as one row: (B, N_f, N_t, C·P_f·P_t)."""
+    patches = x.unfold(2, grid.patch[0], grid.stride[0]).unfold(3, grid.patch[1], grid.stride[1])
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
+def lambda_encoder(
+    patches: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    decay_range: tuple[float, float],
+    band: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """r = W2 SiLU(W1 vec(patch) + b1) + b2, squashed into the decay range and the band (spec §3).
+
+    patches (…, C·P_f·P_t) -> decay (1/frame) and frequency (rad/frame), each (…, S).
+    """
+    dtype = working_dtype(patches.dtype)
+    with full_precision(patches.device):
+        hidden = F.silu(F.linear(patches.to(dtype), w1.to(dtype).flatten(1), b1.to(dtype)))
+        r_decay, r_frequency = F.linear(hidden, w2.to(dtype), b2.to(dtype)).chunk(2, dim=-1)
+        lo, hi = decay_range
+        decay = lo * torch.exp(math.log(hi / lo) * torch.sigmoid(r_decay))
+        frequency = band[0] + (band[1] - band[0]) * torch.sigmoid(r_frequency)
+    return decay, frequency
+
+
+def embed(
+    x: Tensor,
+    proj_w: Tensor,
+    proj_b: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    sblu_w: Tensor,
+    fusion_w: Tensor,
+    grid: PatchGrid,
+    kernel: str,
+    decay_range: tuple[float, float],
+    band: tuple[float, float],
+    time_major: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The whole stem: token = W_p vec(patch) + b_p + W_y [Re y ; Im y] (spec §4), as one product.
+
+    x (B, C, F, T) -> (B, N, D) in `out_dtype`, tokens frequency-major unless `time_major`. y is computed in float32
+    (float64 for float64) and rounded once, to the dtype of the product.
+    """
+    patches = gather(x, grid)
+    decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
+    y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, kernel)
+    operand = torch.cat([patches.to(out_dtype), y.flatten(3).to(out_dtype)], dim=-1)
+    if time_major:
+        operand = operand.transpose(1, 2)
+    operand = operand.flatten(1, 2)
+    weight = torch.cat([proj_w.flatten(1).to(out_dtype), fusion_w.flatten(1).to(out_dtype)], dim=1)
+    return F.linear(operand, weight, None if proj_b is None else proj_b.to(out_dtype))

@@ -1,0 +1,302 @@
+"""AaPE, the patch-embedding stem as an `nn.Module`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import check_backend
+from .functional import KERNELS, LAYOUTS, analyse, check_name, embed
+from .geometry import PatchGrid, pair
+from .ranges import check_band, check_decay
+
+__all__ = ["AaPE"]
+
+
+class LambdaEncoder(nn.Module):
+    """Estimates decay and frequency from each patch: r = W2 · SiLU(W1 · vec(patch) + b1) + b2 (spec §3, ours).
+
+    Parameters of its own rather than `nn.Linear` modules, because timm and transformers re-initialise those.
+    """
+
+    def __init__(self, channels: int, patch: tuple[int, int], hidden: int, states: int, **factory: Any) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(hidden, channels, *patch, **factory))
+        self.b1 = nn.Parameter(torch.empty(hidden, **factory))
+        self.w2 = nn.Parameter(torch.empty(2 * states, hidden, **factory))
+        self.b2 = nn.Parameter(torch.empty(2 * states, **factory))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A fixed filter bank that learns to adapt: frequencies evenly over the band, decay at its range's middle."""
+        _uniform_fan_in(self.w1)
+        self.b1.zero_()
+        self.w2.normal_(std=0.02)
+        states = len(self.b2) // 2
+        share = (torch.arange(states, dtype=torch.float64) + 0.5) / states
+        self.b2[:states] = 0.0
+        self.b2[states:] = torch.logit(share).to(self.b2)  # σ(r_ω) = (s + ½)/S
+
+
+class _Weight(nn.Module):
+    """A module that holds one weight, for the names `sblu.weight` and `fusion.weight` in the state dict."""
+
+    def __init__(self, *shape: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape, **factory))
+
+    def reset_parameters(self) -> None:
+        _uniform_fan_in(self.weight)
+
+
+@torch.no_grad()
+def _uniform_fan_in(weight: Tensor) -> None:
+    """Uniform ±1/√fan_in, the fan-in being all but the first axis."""
+    bound = 1 / math.sqrt(weight[0].numel())
+    weight.uniform_(-bound, bound)
+
+
+def _positive(value: object, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+class AaPE(nn.Module):
+    """Aliasing-aware Patch Embedding: a drop-in for the `nn.Conv2d` stem of an audio ViT.
+
+        token = W_p · vec(patch) + b_p + W_y · [Re y ; Im y]
+
+    where y is the response of S complex sinusoidal filters under a two-sided exponential window (`aape_kernels.sblu`),
+    whose decays and frequencies a small encoder estimates from the patch itself:
+
+        r = W2 · SiLU(W1 · vec(patch) + b1) + b2
+        α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
+
+    Args:
+        img_size: (F, T) of the input, checked strictly; None takes any size that holds at least one patch.
+        patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
+        in_chans: channels C of the spectrogram.
+        embed_dim: size D of a token.
+        stride: S_f × S_t; the patch size unless given. Overlap and gaps are allowed.
+        num_states: S, filters a patch.
+        encoder_dim: hidden width of the encoder.
+        window: K in frames, of P_t's parity; P_t unless given. With K > P_t a token also sees frames of its
+            neighbours, which masked pre-training must not have.
+        kernel: "quadrature" (h(−d) = conj h(d); ours) or "bilateral" (the paper's quoted formula).
+        band: (ω_lo, ω_hi) in rad/frame within [0, π]; `band_from_hz` converts. Unless given (π/S_t, π), the
+            alias-prone band; required where S_t = 1.
+        decay: (α_lo, α_hi) in 1/frame; `decay_from_hz` converts. (1/K, 2) unless given.
+        bias: whether `proj` has one.
+        layout: "FT" for input (B, C, F, T); "TF" for (B, C, T, F). With "TF" `img_size`, `patch_size`, `stride`,
+            `grid_size` and `proj.weight` follow the input's order (time, frequency) and tokens are time-major.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        device, dtype: of the parameters.
+
+    Shapes: x (B, C, F, T) -> tokens (B, N_f·N_t, D), contiguous, frequency-major (i·N_t + j); for layout "TF"
+    x (B, C, T, F) -> time-major tokens.
+
+    Precision: encoder and filters run in float32 (float64 for float64 input), their response is rounded once; the
+    product and the tokens have the input's dtype, or autocast's. Without autocast x must have `proj.weight`'s dtype.
+
+    Attributes: `proj` (the `nn.Conv2d` this replaces: its checkpoints load), `encoder`, `sblu`, `fusion`;
+    `img_size`, `patch_size`, `stride`, `grid_size` and `num_patches` (None without `img_size`), `window`, `band`,
+    `decay`.
+
+    Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
+    Source: arXiv 2512.03637; layer sizes, ranges and initialisation are ours.
+
+    >>> stem = AaPE(embed_dim=192)
+    >>> stem(torch.zeros(2, 1, 128, 1024)).shape
+    torch.Size([2, 512, 192])
+    """
+
+    _version = 1
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        patch_size: int | Sequence[int] = 16,
+        in_chans: int = 1,
+        embed_dim: int = 768,
+        *,
+        stride: int | Sequence[int] | None = None,
+        num_states: int = 32,
+        encoder_dim: int = 64,
+        window: int | None = None,
+        kernel: str = "quadrature",
+        band: Sequence[float] | None = None,
+        decay: Sequence[float] | None = None,
+        bias: bool = True,
+        layout: str = "FT",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.layout = check_name(layout, "layout", LAYOUTS)
+        self.kernel = check_name(kernel, "kernel", KERNELS)
+        self.backend = check_backend(backend)
+        self.in_chans = _positive(in_chans, "in_chans")
+        self.embed_dim = _positive(embed_dim, "embed_dim")
+        self.num_states = _positive(num_states, "num_states")
+        self.encoder_dim = _positive(encoder_dim, "encoder_dim")
+        self.patch_size = pair(patch_size, "patch_size")
+        self.stride = self.patch_size if stride is None else pair(stride, "stride")
+        self._grid = PatchGrid.make(self._mel_first(self.patch_size), self._mel_first(self.stride), window)
+        self.window = self._grid.window
+        self.band = check_band(band, self._grid)
+        self.decay = check_decay(decay, self._grid)
+
+        self.img_size = None if img_size is None else pair(img_size, "img_size")
+        self.grid_size: tuple[int, int] | None = None
+        self.num_patches: int | None = None
+        if self.img_size is not None:
+            if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
+                raise ValueError(f"img_size: expected at least one patch, {self.patch_size}, got {self.img_size}")
+            self.grid_size = self._mel_first(self._grid.tokens(*self._mel_first(self.img_size)))
+            self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
+        self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
+        self.sblu = _Weight(num_states, in_chans, self._grid.patch[0], **factory)
+        self.fusion = _Weight(embed_dim, 2, num_states, **factory)
+        self._reset_branch()
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, layout: str = "FT", **options: Any) -> AaPE:
+        """A stem that computes what `conv` computes, until training moves its fusion weight from zero.
+
+        Args:
+            conv: a patch embedding without padding, dilation and groups. Its weights are copied; device, dtype,
+                training mode and `requires_grad` are kept.
+            layout: order of the last two axes of conv's input, "FT" (B, C, F, T) or "TF" (B, C, T, F).
+            options: any other keyword of `AaPE` that conv does not settle.
+
+        Errors: `TypeError` if `conv` is no `nn.Conv2d`, `ValueError` naming the property that does not fit.
+        Source: ours (spec §4).
+
+        >>> conv = nn.Conv2d(1, 192, 16, 16)
+        >>> stem, x = AaPE.from_conv(conv), torch.randn(2, 1, 128, 256)
+        >>> torch.allclose(stem(x), conv(x).flatten(2).transpose(1, 2), atol=1e-5)
+        True
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        padding = (0, 0) if conv.padding == "valid" else conv.padding
+        for name, got, expected in (
+            ("padding", padding, (0, 0)),
+            ("dilation", conv.dilation, (1, 1)),
+            ("groups", conv.groups, 1),
+        ):
+            if got != expected:
+                raise ValueError(f"conv: expected {name} {expected}, got {got}")
+        settled = {"patch_size", "in_chans", "embed_dim", "stride", "bias", "device", "dtype"} & options.keys()
+        if settled:
+            raise TypeError(f"{', '.join(sorted(settled))}: expected to be left out, as conv settles it")
+        stem = cls(
+            patch_size=conv.kernel_size,
+            in_chans=conv.in_channels,
+            embed_dim=conv.out_channels,
+            stride=conv.stride,
+            bias=conv.bias is not None,
+            layout=layout,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            **options,
+        )
+        with torch.no_grad():
+            stem.fusion.weight.zero_()
+            stem.proj.weight.copy_(conv.weight)
+            stem.proj.weight.requires_grad_(conv.weight.requires_grad)
+            if stem.proj.bias is not None and conv.bias is not None:
+                stem.proj.bias.copy_(conv.bias)
+                stem.proj.bias.requires_grad_(conv.bias.requires_grad)
+        return stem.train(conv.training)
+
+    def _mel_first(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """(mel, time) from the input's order, and back: it is its own inverse."""
+        return sizes if self.layout == "FT" else (sizes[1], sizes[0])
+
+    def _reset_branch(self) -> None:
+        self.encoder.reset_parameters()
+        self.sblu.reset_parameters()
+        self.fusion.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter afresh, as the constructor does; after `to_empty` on a meta-device stem, say."""
+        self.proj.reset_parameters()
+        self._reset_branch()
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone: the biases, `encoder.b2` among them, which holds where in
+        the decay range and the band the filters sit."""
+        return {"proj.bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
+
+    def _check_size(self, x: Tensor) -> None:
+        if self.img_size is not None and x.dim() == 4 and tuple(x.shape[2:]) != self.img_size:
+            axes = "mel bins, frames" if self.layout == "FT" else "frames, mel bins"
+            raise ValueError(f"x: expected img_size {self.img_size} ({axes}), got {tuple(x.shape[2:])}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) of a log-mel spectrogram (B, C, F, T), or (B, C, T, F) for layout "TF"."""
+        if isinstance(x, Tensor):
+            self._check_size(x)
+        return embed(
+            x,
+            self.proj.weight,
+            self.proj.bias,
+            self.encoder.w1,
+            self.encoder.b1,
+            self.encoder.w2,
+            self.encoder.b2,
+            self.sblu.weight,
+            self.fusion.weight,
+            stride=self.stride,
+            window=self.window,
+            kernel=self.kernel,
+            decay=self.decay,
+            band=self.band,
+            layout=self.layout,
+            backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder chose for each patch, to look at and plot; without gradients.
+
+        x (B, C, F, T), or (B, C, T, F) for layout "TF" -> decay (1/frame) and frequency (rad/frame), each
+        (B, N_f, N_t, S) whatever the layout, in float32 (float64 for float64 input).
+        """
+        if isinstance(x, Tensor):
+            self._check_size(x)
+        encoder = self.encoder
+        return analyse(
+            x,
+            encoder.w1,
+            encoder.b1,
+            encoder.w2,
+            encoder.b2,
+            stride=self.stride,
+            window=self.window,
+            decay=self.decay,
+            band=self.band,
+            layout=self.layout,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that settle what is computed, with the ranges in the units of the formulas."""
+        sizes = f"{self.in_chans}, {self.embed_dim}, patch_size={self.patch_size}, stride={self.stride}"
+        image = "" if self.img_size is None else f"img_size={self.img_size}, grid_size={self.grid_size}, "
+        return (
+            f"{sizes}, {image}num_states={self.num_states}, encoder_dim={self.encoder_dim}, window={self.window}, "
+            f"kernel={self.kernel!r}, band=({self.band[0]:.4g}, {self.band[1]:.4g}) rad/frame, "
+            f"decay=({self.decay[0]:.4g}, {self.decay[1]:.4g}) /frame, layout={self.layout!r}, backend={self.backend!r}"
+        )
