@@ -1,0 +1,208 @@
+"""One table: every wrong call raises, and names the argument, what was expected and what came."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from aape_kernels import AaPE, embed, sblu
+
+X = torch.randn(2, 1, 32, 64)
+DECAY = torch.rand(2, 2, 4, 3)
+WEIGHT = torch.randn(3, 1, 16)
+STEM = AaPE(embed_dim=8)
+
+
+def call_sblu(**changes):
+    arguments = {"x": X, "decay": DECAY, "frequency": DECAY, "weight": WEIGHT} | changes
+    return lambda: sblu(**arguments)
+
+
+def call_embed(**changes):
+    p = STEM.state_dict()
+    names = ("proj_w", "proj_b", "w1", "b1", "w2", "b2", "sblu_w", "fusion_w")
+    arguments = {"x": X} | dict(zip(names, p.values(), strict=True)) | changes
+    return lambda: embed(**arguments)
+
+
+def call_stem(x, dtype=torch.float32, **options):
+    return lambda: AaPE(embed_dim=8, dtype=dtype, **options)(x)
+
+
+def make(**options):
+    return lambda: AaPE(**{"embed_dim": 8} | options)
+
+
+def convert(*arguments, **options):
+    return lambda: AaPE.from_conv(nn.Conv2d(*arguments, **options))
+
+
+TABLE = {
+    # rank, channels, sizes
+    "rank-3": (call_stem(X[0]), ValueError, r"x: expected shape \(batch, 1, mel bins, frames\).*got \(1, 32, 64\)"),
+    "rank-3-sblu": (call_sblu(x=X[0]), ValueError, r"x: expected shape .*got \(1, 32, 64\)"),
+    "rank-5": (call_stem(X[None]), ValueError, r"x: expected shape .*got \(1, 2, 1, 32, 64\)"),
+    "rank-tf": (call_stem(X[0], layout="TF"), ValueError, r"x: expected shape \(batch, 1, frames, mel bins\).*TF"),
+    "channels": (call_stem(X, in_chans=2), ValueError, r"x: expected shape \(batch, 2, .*got \(2, 1, 32, 64\)"),
+    "channels-sblu": (
+        call_sblu(weight=torch.randn(3, 2, 16)),
+        ValueError,
+        r"weight: expected shape \(states, 1, 16\).*got \(3, 2, 16\)",
+    ),
+    "few-mel-bins": (call_stem(X[:, :, :15]), ValueError, "x: expected at least one patch, 16 mel bins, got 15"),
+    "few-frames": (call_stem(X[..., :15]), ValueError, "x: expected at least one patch, 16 frames, got 15"),
+    "few-frames-tf": (
+        call_stem(X[:, :, :15], layout="TF"),
+        ValueError,
+        "x: expected at least one patch, 16 frames, got 15",
+    ),
+    "few-frames-sblu": (call_sblu(x=X[..., :9]), ValueError, "x: expected at least one patch, 16 frames, got 9"),
+    "no-frames": (call_stem(X[..., :0]), ValueError, "x: expected at least one patch, 16 frames, got 0"),
+    "img-size": (
+        call_stem(X, img_size=(32, 80)),
+        ValueError,
+        r"x: expected img_size \(32, 80\) \(mel bins, frames\), got \(32, 64\)",
+    ),
+    "img-size-analyse": (
+        lambda: AaPE((32, 80), embed_dim=8).analyse(X),
+        ValueError,
+        r"x: expected img_size \(32, 80\)",
+    ),
+    "img-size-tf": (
+        call_stem(X, img_size=(64, 32), layout="TF"),
+        ValueError,
+        r"img_size \(64, 32\) \(frames, mel bins\), got \(32, 64\)",
+    ),
+    "img-below-patch": (make(img_size=(8, 64)), ValueError, r"img_size: expected at least one patch.*got \(8, 64\)"),
+    # token grid
+    "decay-grid": (
+        call_sblu(decay=DECAY[:, :, :3]),
+        ValueError,
+        r"decay: expected shape \(2, 2, 4, 3\): \(batch, N_f, N_t, states\), got \(2, 2, 3, 3\)",
+    ),
+    "frequency-grid": (call_sblu(frequency=DECAY[:1]), ValueError, r"frequency: expected shape \(2, 2, 4, 3\)"),
+    "decay-states": (call_sblu(decay=DECAY[..., :2]), ValueError, r"decay: expected shape .*got \(2, 2, 4, 2\)"),
+    "grid-of-stride": (call_sblu(stride=8), ValueError, r"decay: expected shape \(2, 3, 7, 3\)"),
+    # types
+    "not-a-tensor": (call_stem([1.0]), TypeError, "x: expected a tensor, got list"),
+    "not-a-tensor-sblu": (call_sblu(decay=0.5), TypeError, "decay: expected a tensor, got float"),
+    "integer": (call_stem(X.long()), TypeError, r"x: expected one of torch\.float32.*got torch\.int64"),
+    "complex": (call_stem(X.cfloat()), TypeError, r"x: expected one of .*got torch\.complex64"),
+    "bool-sblu": (call_sblu(x=X > 0), TypeError, r"x: expected one of .*got torch\.bool"),
+    "complex-decay": (call_sblu(decay=DECAY.cfloat()), TypeError, r"decay: expected one of .*got torch\.complex64"),
+    "x-and-proj": (
+        call_stem(X.double()),
+        TypeError,
+        r"x: expected torch\.float32, that of proj\.weight \(or autocast\), got torch\.float64",
+    ),
+    "x-half-proj-float": (call_stem(X.half()), TypeError, r"x: expected torch\.float32, .*got torch\.float16"),
+    "decay-dtype": (call_sblu(decay=DECAY.double()), TypeError, r"decay: expected torch\.float32, got torch\.float64"),
+    "weight-dtype": (
+        call_sblu(x=X.bfloat16(), weight=WEIGHT.half()),
+        TypeError,
+        r"weight: expected torch\.bfloat16 \(that of x\) or torch\.float32, got torch\.float16",
+    ),
+    "b2-dtype": (
+        call_embed(b2=torch.zeros(64).double()),
+        TypeError,
+        r"b2: expected torch\.float32, got torch\.float64",
+    ),
+    # devices
+    "device": (
+        call_sblu(weight=WEIGHT.to("meta")),
+        ValueError,
+        "weight: expected a tensor on cpu, where x is, got one on meta",
+    ),
+    "device-analyse": (
+        lambda: STEM.analyse(X.to("meta")),
+        ValueError,
+        "w1: expected a tensor on meta, where x is, got one on cpu",
+    ),
+    "device-stem": (call_stem(X.to("meta")), ValueError, "expected a tensor on meta, where x is, got one on cpu"),
+    # parameters of embed
+    "proj-rank": (call_embed(proj_w=torch.randn(8, 256)), ValueError, r"proj_w: expected .*got \(8, 256\)"),
+    "w1-shape": (
+        call_embed(w1=torch.randn(64, 1, 16, 8)),
+        ValueError,
+        r"w1: expected shape \(64, 1, 16, 16\): \(hidden, channels, P_f, P_t\), got \(64, 1, 16, 8\)",
+    ),
+    "b1-shape": (call_embed(b1=torch.zeros(63)), ValueError, r"b1: expected shape \(64\).*got \(63,\)"),
+    "w2-shape": (call_embed(w2=torch.randn(63, 64)), ValueError, r"w2: expected shape \(64, hidden\).*got \(63, 64\)"),
+    "b2-shape": (
+        call_embed(b2=torch.zeros(32)),
+        ValueError,
+        r"b2: expected shape \(64\): \(2 \* states\), got \(32,\)",
+    ),
+    "sblu-shape": (call_embed(sblu_w=torch.randn(32, 1, 8)), ValueError, r"sblu_w: expected shape \(states, 1, 16\)"),
+    "fusion-shape": (call_embed(fusion_w=torch.randn(8, 64)), ValueError, r"fusion_w: expected shape \(8, 2, 32\)"),
+    "bias-shape": (call_embed(proj_b=torch.zeros(9)), ValueError, r"proj_b: expected shape \(8\).*got \(9,\)"),
+    # windows, kernels, backends, layouts
+    "window-parity": (make(window=15), ValueError, "window: expected a positive even number of frames.*got 15"),
+    "window-parity-sblu": (call_sblu(window=3), ValueError, "window: expected a positive even number of frames"),
+    "window-zero": (make(window=0), ValueError, "window: expected a positive even number of frames.*got 0"),
+    "window-type": (make(window="16"), TypeError, "window: expected an int"),
+    "kernel": (make(kernel="gabor"), ValueError, "kernel: expected one of bilateral, quadrature, got 'gabor'"),
+    "kernel-sblu": (call_sblu(kernel=None), ValueError, "kernel: expected one of bilateral, quadrature, got None"),
+    "backend": (
+        make(backend="cudnn"),
+        ValueError,
+        "backend: expected one of auto, cuda, triton, cpu, reference, got 'cudnn'",
+    ),
+    "backend-sblu": (call_sblu(backend="mps"), ValueError, "backend: expected one of auto, .*got 'mps'"),
+    "layout": (make(layout="FTC"), ValueError, "layout: expected one of FT, TF, got 'FTC'"),
+    "layout-embed": (call_embed(layout="tf"), ValueError, "layout: expected one of FT, TF, got 'tf'"),
+    # ranges
+    "band-nan": (make(band=(0.1, math.nan)), ValueError, r"band: expected finite numbers .*got \(0\.1, nan\)"),
+    "band-above": (make(band=(0.1, 3.2)), ValueError, r"band: expected 0 <= low < high <= pi.*got \(0\.1, 3\.2\)"),
+    "band-below": (make(band=(-0.1, 3.0)), ValueError, r"band: expected 0 <= low < high <= pi"),
+    "band-order": (make(band=(3.0, 0.1)), ValueError, r"band: expected 0 <= low < high <= pi.*got \(3\.0, 0\.1\)"),
+    "band-type": (make(band=1.0), TypeError, r"band: expected two numbers \(low, high\), got 1\.0"),
+    "band-needed": (make(stride=(16, 1)), ValueError, "band: expected .*stride of 1 frame.*got None"),
+    "band-embed": (call_embed(band=(0, 9)), ValueError, "band: expected 0 <= low < high <= pi"),
+    "decay-inf": (make(decay=(0.1, math.inf)), ValueError, r"decay: expected finite numbers"),
+    "decay-zero": (make(decay=(0.0, 2.0)), ValueError, r"decay: expected 0 < low < high .*got \(0\.0, 2\.0\)"),
+    "decay-order": (make(decay=(2.0, 0.1)), ValueError, r"decay: expected 0 < low < high"),
+    "decay-type": (make(decay=("a", "b")), TypeError, r"decay: expected two numbers"),
+    # sizes of the module
+    "patch": (make(patch_size=0), ValueError, "patch_size: expected sizes of at least 1, got 0"),
+    "patch-type": (make(patch_size=(16, 16, 1)), TypeError, "patch_size: expected an int or two of them"),
+    "stride": (make(stride=(16, 0)), ValueError, r"stride: expected sizes of at least 1, got \(16, 0\)"),
+    "states": (make(num_states=0), ValueError, "num_states: expected at least 1, got 0"),
+    "states-type": (make(num_states=1.5), TypeError, r"num_states: expected an int, got 1\.5"),
+    "hidden": (make(encoder_dim=-3), ValueError, "encoder_dim: expected at least 1, got -3"),
+    "embed-dim": (make(embed_dim=0), ValueError, "embed_dim: expected at least 1, got 0"),
+    "in-chans": (make(in_chans="1"), TypeError, "in_chans: expected an int, got '1'"),
+    # from_conv
+    "conv-padding": (convert(1, 8, 16, 16, padding=1), ValueError, r"conv: expected padding \(0, 0\), got \(1, 1\)"),
+    "conv-same": (convert(1, 8, 3, padding="same"), ValueError, r"conv: expected padding \(0, 0\), got same"),
+    "conv-dilation": (convert(1, 8, 16, dilation=2), ValueError, r"conv: expected dilation \(1, 1\), got \(2, 2\)"),
+    "conv-groups": (convert(2, 8, 16, 16, groups=2), ValueError, "conv: expected groups 1, got 2"),
+    "conv-type": (
+        lambda: AaPE.from_conv(nn.Linear(256, 8)),
+        TypeError,
+        r"conv: expected an nn\.Conv2d, got Linear",
+    ),
+    "conv-settles": (
+        lambda: AaPE.from_conv(nn.Conv2d(1, 8, 16, 16), patch_size=8),
+        TypeError,
+        "patch_size: expected to be left out, as conv settles it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "words"), TABLE.values(), ids=TABLE.keys())
+def test_bad_input(call, error, words):
+    x, parameters = X.clone(), {name: value.clone() for name, value in STEM.state_dict().items()}
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert caught.type is error
+    assert torch.equal(X, x)
+    assert all(torch.equal(STEM.state_dict()[name], value) for name, value in parameters.items())
+
+
+def test_the_table_starts_from_calls_that_work():
+    assert call_sblu()().shape == (2, 2, 4, 2, 3)
+    assert call_embed()().shape == call_stem(X)().shape == (2, 8, 8)
+    assert make()().num_states == 32
+    assert convert(1, 8, 16, 16, padding="valid")().embed_dim == 8
