@@ -1,0 +1,46 @@
+PYTHON ?= python3
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+SOURCES = aape_kernels python tests benchmarks setup.py
+INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+# A cleared environment for the tests, so that nothing installed by hand can hide a missing step.
+TEST_VENV = .venv-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip (ARGS="FILE ... --out DIR")
+	.venv/bin/aape-ssl demo $(ARGS)
+
+test: test-venv  ## all tests, in a fresh virtual environment
+	$(TEST_VENV)/bin/pytest -m "not slow"
+
+test-all: test-venv  ## the slow tests too
+	$(TEST_VENV)/bin/pytest
+
+bench: .venv/dev  ## throughput beside the peers, as one table
+
+lint: .venv/dev  ## ruff and mypy
+	.venv/bin/ruff check $(SOURCES)
+	.venv/bin/ruff format --check $(SOURCES)
+	.venv/bin/mypy
+
+format: .venv/dev  ## let ruff rewrite
+	.venv/bin/ruff check --fix $(SOURCES)
+	.venv/bin/ruff format $(SOURCES)
+
+clean:  ## remove environments, builds and outputs
+	rm -rf .venv $(TEST_VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -f aape_kernels/_native*
+
+.PHONY: test-venv
+test-venv:
+	$(PYTHON) -m venv --clear $(TEST_VENV)
+	$(TEST_VENV)/bin/python $(PIP_INSTALL) ".[dev]"
+
+.venv/demo .venv/dev: .venv/%: $(INSTALLED_FROM)
+	test -d .venv || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) ".[$*]"
+	touch $@
