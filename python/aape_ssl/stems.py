@@ -1,0 +1,168 @@
+"""The stems that the demo looks through, and what their states respond to."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aape_kernels import AaPE, sblu
+
+__all__ = ["CheckpointError", "Responses", "kernels", "load_stem", "respond", "strongest_frequency", "untrained_stem"]
+
+
+class CheckpointError(ValueError):
+    """A file that holds no stem this version can build; the message is one line that says why."""
+
+
+def untrained_stem(seed: int = 0) -> AaPE:
+    """The default stem as a fixed filter bank, for looking at sound before anything is trained.
+
+    As initialised from `seed`, but for two weights:
+
+    - `encoder.w2` = 0: decay and frequency are the same for every patch. The S frequencies lie evenly over the
+      alias-prone band, 1.46 Hz apart, with a decay at the geometric middle of its range.
+    - `sblu.weight` = 1/P_f: every state listens to the mean of its subband, so that responses compare from state to
+      state, and modulation common to the subband is not cancelled by random signs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = AaPE()
+    with torch.no_grad():
+        stem.encoder.w2.zero_()
+        stem.sblu.weight.fill_(1 / stem.patch_size[0])
+    return stem.eval()
+
+
+def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
+    """A stem from a checkpoint, and the prefix its parameters were found under.
+
+    Args:
+        path: `torch.save` of a state dict (read with `weights_only=True`) or `.safetensors`. The stem's parameters
+            may stand under a prefix such as `patch_embed.`, in a bigger state dict, itself under a key such as
+            `state_dict`. Of several stems the first is taken.
+
+    Patch, states, encoder and embedding sizes follow from the tensors' shapes. What shapes do not tell is taken as
+    the defaults of `AaPE`: stride, window, kernel, band and decay range. Parameters become float32; a stem of layout
+    "TF" becomes the equal one of layout "FT" where its patch is not square (a square one does not tell its layout,
+    which only reorders what `proj` sees).
+
+    Errors: `CheckpointError`.
+    """
+    tensors, prefix = _find_stem(_read(path))
+    try:
+        channels, *patch = tensors["encoder.w1"].shape[1:]
+        if channels != 1:
+            raise CheckpointError(f"its stem has {channels} input channels, the demo's spectrograms have 1")
+        if patch[0] != patch[1] and list(tensors["proj.weight"].shape[2:]) == patch[::-1]:
+            tensors["proj.weight"] = tensors["proj.weight"].transpose(2, 3)
+        stem = AaPE(
+            patch_size=patch,
+            embed_dim=tensors["proj.weight"].shape[0],
+            num_states=tensors["sblu.weight"].shape[0],
+            encoder_dim=tensors["encoder.w1"].shape[0],
+            bias="proj.bias" in tensors,
+        )
+        stem.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"its stem's tensors do not fit together ({reason})") from error
+    if not all(bool(parameter.isfinite().all()) for parameter in stem.parameters()):
+        raise CheckpointError("its stem holds weights that are not finite")
+    return stem.eval(), prefix
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    if not os.path.isfile(path):
+        raise CheckpointError("no such file")
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            try:
+                from safetensors.torch import load_file
+            except ModuleNotFoundError as error:
+                raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError("is no state dict that torch.load(weights_only=True) reads") from error
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"holds a {type(content).__name__}, not a state dict")
+    return content
+
+
+def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the first stem in `content` or in a dict one level below, by their names in `AaPE`."""
+    names = {"proj.weight", "encoder.w1", "encoder.b1", "encoder.w2", "encoder.b2", "sblu.weight", "fusion.weight"}
+    for level in (content, *(value for value in content.values() if isinstance(value, Mapping))):
+        for key in level:
+            prefix = str(key).removesuffix("sblu.weight")
+            if prefix == key:
+                continue
+            found = {name: level.get(prefix + name) for name in (*names, "proj.bias")}
+            tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            missing = names - tensors.keys()
+            if missing:
+                raise CheckpointError(f"lacks {', '.join(prefix + name for name in sorted(missing))}")
+            return tensors, prefix
+    raise CheckpointError("holds no AaPE stem (no key ends in sblu.weight)")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What each state of each patch responded, (N_f, N_t, S) each.
+
+    Attributes:
+        energy: |y_s|².
+        hz: the state's frequency, ω/(2π · hop).
+        decay: α in 1/s; 1/α is the time in which the window falls to 1/e, to either side.
+    """
+
+    energy: Tensor
+    hz: Tensor
+    decay: Tensor
+
+
+@torch.no_grad()
+def respond(stem: AaPE, x: Tensor, hop: float) -> Responses:
+    """The stem's own y for a spectrogram x (F, T) of frames `hop` seconds apart."""
+    x = x[None, None]
+    decay, frequency = stem.analyse(x)
+    y = sblu(x, decay, frequency, stem.sblu.weight, stem.patch_size, stem.stride, stem.window, stem.kernel)
+    return Responses(y.square().sum(-2)[0], frequency[0] / (2 * math.pi * hop), decay[0] / hop)
+
+
+def strongest_frequency(responses: Responses) -> float:
+    """The frequency in Hz of the state with the most energy, argmax_s Σ_patches |y_s|².
+
+    Where the encoder moves a state from patch to patch, the mean of its frequency weighted by its energy.
+    """
+    state = int(responses.energy.sum((0, 1)).argmax())
+    energy = responses.energy[..., state].double() + 1e-30  # the plain mean where nothing responds
+    return float((energy * responses.hz[..., state]).sum() / energy.sum())
+
+
+@torch.no_grad()
+def kernels(decay: Tensor, frequency: Tensor, window: int, kernel: str) -> Tensor:
+    """h_s(d) as `sblu` applies it, from its responses to unit impulses, one at each frame of the window.
+
+    decay (1/frame), frequency (rad/frame), each (S) -> (S, 2, K): real plane, imaginary plane.
+    """
+    impulses = torch.eye(window).view(window, 1, 1, window)
+    every = (window, 1, 1, len(decay))
+    weight = torch.ones(len(decay), 1, 1)
+    y = sblu(impulses, decay.expand(every), frequency.expand(every), weight, (1, window), None, window, kernel)
+    return y[:, 0, 0].permute(2, 1, 0)  # [K, 2, S] -> [S, 2, K]

@@ -1,0 +1,219 @@
+"""The front end against its formulas, and the measures of modulation against analysis."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from aape_ssl import audio
+from aape_ssl.audio import AUDIOSET128, AudioError
+
+FRAME = 0.01  # s
+
+
+def tone(hz: float, seconds: float, rate: int = audio.SAMPLE_RATE) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)
+
+
+def kaldi_by_hand(waveform: np.ndarray) -> np.ndarray:
+    """Kaldi's HTK-compatible log-mel filter bank, 128 bins from 20 Hz to 8 kHz, in float64."""
+    x = waveform - waveform.mean()
+    frames = np.lib.stride_tricks.sliding_window_view(x, 400)[::160]
+    frames = frames - frames.mean(1, keepdims=True)
+    previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    power = np.abs(np.fft.rfft((frames - 0.97 * previous) * np.hanning(400), 512)) ** 2  # [T, 257]
+
+    def mel(hz):
+        return 1127 * np.log(1 + hz / 700)
+
+    edges = np.linspace(mel(20), mel(8000), 130)
+    position = (mel(np.arange(257) * 16000 / 512)[:, None] - edges[:-2]) / (edges[1] - edges[0])  # 0, 1, 2: a triangle
+    triangles = np.clip(np.minimum(position, 2 - position), 0, None)
+    return np.log(np.maximum(power @ triangles, 2.0**-23)).T
+
+
+def test_log_mel_is_kaldis():
+    waveform = 0.1 * torch.randn(16000)
+    got = AUDIOSET128.log_mel(waveform)
+    assert got.shape == (128, 98)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    np.testing.assert_allclose(got.numpy(), kaldi_by_hand(waveform.double().numpy()), atol=5e-3)
+    assert torch.equal(got, AUDIOSET128.log_mel(waveform))  # no dither
+
+
+@pytest.mark.parametrize("samples", [0, 1, 399, 400, 559, 560])
+def test_frames_of_short_waveforms(samples):
+    frames = max(0, (samples - 400) // 160 + 1)
+    assert AUDIOSET128.log_mel(torch.randn(samples)).shape == (128, frames)
+
+
+@pytest.mark.parametrize("frames", [1, 16])
+def test_seconds_is_the_shortest_waveform(frames):
+    samples = round(AUDIOSET128.seconds(frames) * audio.SAMPLE_RATE)
+    assert AUDIOSET128.log_mel(torch.randn(samples)).shape[1] == frames
+    assert AUDIOSET128.log_mel(torch.randn(samples - 1)).shape[1] == frames - 1
+
+
+@pytest.mark.parametrize("hz", [440, 1000, 3300, 7000])
+def test_tone_peaks_at_its_mel_bin(hz):
+    log_mel = AUDIOSET128.log_mel(torch.from_numpy(tone(hz, 0.5)).float())
+    centres = AUDIOSET128.centres()
+    nearest = int((centres - hz).abs().argmin())
+    peak = int(log_mel.mean(-1).argmax())
+    assert abs(peak - nearest) <= 1
+    assert abs(centres[peak] - hz) < max(16000 / 512, float(centres[nearest + 1] - centres[nearest]))
+
+
+def test_silence_is_the_floor():
+    assert AUDIOSET128.log_mel(torch.zeros(4000)).unique().tolist() == pytest.approx([AUDIOSET128.floor])
+
+
+def test_normalise_is_audiosets():
+    assert AUDIOSET128.normalise(torch.tensor([-4.268, -4.268 + 2 * 4.569])).tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 48000, 96000])
+def test_load_resamples(tmp_path, rate):
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(1000, 0.5, rate), rate, subtype="FLOAT")
+    got = audio.load(path)
+    assert got.dtype == torch.float32
+    assert abs(len(got) - 8000) <= 1
+    middle = slice(800, 7200)  # the resampler's ends ring
+    np.testing.assert_allclose(got[middle].numpy(), tone(1000, 0.5)[middle], atol=2e-3)
+
+
+def test_load_averages_channels(tmp_path):
+    both = np.stack([tone(500, 0.2), tone(900, 0.2), 0 * tone(1, 0.2)], axis=1)
+    soundfile.write(tmp_path / "three.wav", both, 16000, subtype="FLOAT")
+    np.testing.assert_allclose(audio.load(tmp_path / "three.wav").numpy(), both.mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_load_reads_stereo_44_khz(tmp_path, suffix):
+    path = tmp_path / f"tone.{suffix}"
+    soundfile.write(path, np.stack(2 * [tone(1000, 1.0, 44100)], axis=1), 44100)
+    got = audio.load(path)
+    assert audio.duration(path) == pytest.approx(1.0, abs=0.06)  # mp3 pads
+    assert len(got) == pytest.approx(16000, abs=1000)
+    spectrum = np.abs(np.fft.rfft(got.numpy()[2000:10000]))
+    assert np.argmax(spectrum) == 500  # 2 Hz a bin
+    assert np.abs(got.numpy()).max() == pytest.approx(0.5, abs=0.05)
+
+
+def test_load_stops_after_seconds(tmp_path):
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(1000, 2.0, 44100), 44100)
+    assert len(audio.load(path, seconds=0.5)) == 8000
+    assert len(audio.load(path, seconds=5)) == 32000
+
+
+def _bad_files(folder: Path) -> dict[Path, str]:
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "text.flac").write_text("no sound here\n" * 50)
+    (folder / "folder.ogg").mkdir()
+    (folder / "headerless.raw").write_bytes(bytes(1000))
+    soundfile.write(folder / "nothing.wav", np.zeros(0), 16000)
+    soundfile.write(folder / "nan.wav", np.array([0.1, np.nan, 0.1]), 16000, subtype="FLOAT")
+    return {
+        folder / "missing.wav": "no such file",
+        folder / "empty.wav": "empty",
+        folder / "text.flac": "cannot be read",
+        folder / "folder.ogg": "directory",
+        folder / "headerless.raw": "cannot be read",
+        folder / "nothing.wav": "no samples",
+        folder / "nan.wav": "not finite",
+    }
+
+
+def test_load_names_what_is_wrong(tmp_path):
+    for path, reason in _bad_files(tmp_path).items():
+        with pytest.raises(AudioError, match=reason) as caught:
+            audio.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_truncated_wav_is_a_shorter_clip(tmp_path):
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, tone(500, 1.0), 16000)
+    path.write_bytes(path.read_bytes()[: 44 + 2 * 9000])
+    assert len(audio.load(path)) == 9000
+
+
+def test_share_of_two_sinusoids():
+    """Amplitudes 1 below the band's edge and 2 above it: the share is 4/5, whatever the mean of each bin."""
+    t = FRAME * torch.arange(1600, dtype=torch.float64)
+    rows = torch.cos(2 * math.pi * 2 * t) + 2 * torch.cos(2 * math.pi * 7 * t + 1)
+    log_mel = rows + 100 * torch.randn(20, 1, dtype=torch.float64)
+    assert audio.modulation_share(log_mel, 16) == pytest.approx(0.8, abs=1e-3)
+    assert audio.modulation_share(log_mel, 4) == pytest.approx(0.0, abs=1e-3)  # edge at 12.5 Hz
+
+
+def test_share_at_the_edge():
+    """ω = π/S_t itself is not aliased: of its three lines under the Hann window (4 : 1 : 1), only the upper one is."""
+    edge = torch.cos(2 * math.pi * 3.125 * FRAME * torch.arange(1600, dtype=torch.float64))
+    assert audio.modulation_share(edge.repeat(2, 1), 16) == pytest.approx(1 / 6, abs=2e-3)
+
+
+def test_share_of_modulated_noise():
+    """ln (1 + m cos θ)² = const + Σ_n (4 qⁿ/n) (−1)ⁿ⁺¹ cos nθ with q = m/(1 + √(1 − m²)), plus white noise of std σ.
+
+    At 2 Hz the fundamental lies below 3.125 Hz and all harmonics above; of the noise 1 − 1/16 does.
+    """
+    depth, sigma = 0.8, 0.5
+    q = depth / (1 + math.sqrt(1 - depth**2))
+    harmonics = [(4 * q**n / n) ** 2 / 2 for n in range(1, 25)]
+    expected = (sum(harmonics[1:]) + sigma**2 * 15 / 16) / (sum(harmonics) + sigma**2)
+
+    theta = 2 * math.pi * (2 * FRAME * torch.arange(1600) + torch.rand(128, 1))
+    log_mel = 2 * torch.log(1 + depth * torch.cos(theta)) + sigma * torch.randn(128, 1600)
+    assert audio.modulation_share(log_mel, 16) == pytest.approx(expected, abs=5e-3)
+
+
+def test_share_orders_real_modulation():
+    """Noise through the whole front end: modulated at 1 Hz it has a smaller share than at 10 Hz."""
+    shares = []
+    for hz in (1, 10):
+        t = torch.arange(4 * audio.SAMPLE_RATE) / audio.SAMPLE_RATE
+        waveform = 0.1 * torch.randn(len(t)) * (1 + 0.9 * torch.sin(2 * math.pi * hz * t))
+        shares.append(audio.modulation_share(AUDIOSET128.log_mel(waveform), 16))
+    assert 0 < shares[0] < 0.75 < 0.9 < shares[1] < 1
+
+
+@pytest.mark.parametrize("frames", [1, 2, 16, 17])
+def test_share_of_nothing_is_zero(frames):
+    assert audio.modulation_share(torch.full((8, frames), -3.0), 16) == 0.0
+
+
+@pytest.mark.parametrize(("hz", "gain"), [(0.0, 0.0), (3.125, 0.5), (12.5, 1.0), (25.0, 1.0)])
+def test_remove_level_gain(hz, gain):
+    """Nothing of a steady level is left, half of what lies at the band's edge, all of what is well above."""
+    t = FRAME * torch.arange(640, dtype=torch.float64)
+    x = torch.cos(2 * math.pi * hz * t).repeat(3, 1)
+    got = audio.remove_level(x, 16)
+    middle = slice(16, -16)  # away from the ends, where the average has fewer frames
+    torch.testing.assert_close(got[:, middle], gain * x[:, middle], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [16, 40])
+def test_remove_level_at_the_ends(frames):
+    level = torch.randn(5, 1).expand(5, frames)
+    torch.testing.assert_close(audio.remove_level(level, 16), torch.zeros(5, frames), atol=1e-5, rtol=0)
+
+
+def test_torchaudio_is_stubbed_only_where_it_does_not_import():
+    """In a fresh interpreter each: a plain import that works is left alone, one that fails gets the stub."""
+    plain = subprocess.run([sys.executable, "-c", "import torchaudio"], capture_output=True)
+    code = (
+        "import sys; from aape_ssl.audio import import_kaldi; assert import_kaldi() is import_kaldi();"
+        "import torchaudio; print(getattr(sys.modules['torchaudio._extension'], '__file__', None) is None)"
+    )
+    guarded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert guarded.returncode == 0, guarded.stderr
+    assert guarded.stdout.strip() == str(plain.returncode != 0)
