@@ -1,0 +1,1 @@
+"""What a stem costs: `pytest benchmarks` measures, `python -m benchmarks.table` prints the table. See README.md."""

@@ -1,0 +1,91 @@
+"""The machine a run was made on, and the allocator it was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aape_kernels.backends import Call, reasons
+
+__all__ = ["PINNED", "allocator", "allocator_environment", "cpu_model", "describe"]
+
+# Freed memory is kept and every size comes from the heap: what glibc does by default, returning a block of 12 MB to
+# the system and taking the page faults again at the next call, costs as much as the operations measured here.
+PINNED = {
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def allocator_environment(wanted: str, environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment a process has to start with for the allocator setting `wanted`, "pinned" or "default".
+
+    None if `environment` has it already, or where the allocator is not glibc's.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    fixed = {name: value for name, value in environment.items() if name not in PINNED}
+    if wanted == "pinned":
+        fixed |= PINNED
+    return None if fixed == dict(environment) else fixed
+
+
+def allocator(environment: Mapping[str, str]) -> str:
+    """The allocator setting of a process started with `environment`: "pinned", "default" or what it is instead."""
+    library, release = platform.libc_ver()
+    if environment.get("LD_PRELOAD"):
+        return f"LD_PRELOAD={environment['LD_PRELOAD']}"
+    if library != "glibc":
+        return f"{platform.system()}'s"
+    setting = {name: environment[name] for name in PINNED if name in environment}
+    kind = "default" if not setting else "pinned" if setting == PINNED else f"{setting}"
+    return f"{kind} (glibc {release})"
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Hardware", "cpu model") and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _load() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the table's heading and a reader of the JSON need to know; call it before anything is timed."""
+    missing = {
+        op: {name: why for name, why in reasons(Call(op, device, torch.float32)).items() if why is not None}
+        for op in ("embed", "sblu")
+    }
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": _load(),
+        "allocator": allocator(os.environ),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "python": platform.python_version(),
+        "aape_kernels": version("aape-kernels"),
+        "pytest_benchmark": version("pytest-benchmark"),
+        "platform": sys.platform,
+        "missing_backends": missing,
+    }

@@ -1,0 +1,162 @@
+"""Print the runs of `pytest benchmarks --benchmark-json=…` as one table.
+
+python -m benchmarks.table pinned.json --default-allocator default.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main", "render"]
+
+Row = dict[str, Any]
+OPS = ("stem", "sblu")
+COLUMNS = ("peer", "median ms", "p20–p80", "× Conv2d", "× best peer", "peak MB", "held MB")
+DEFAULT_COLUMNS = ("default ms", "× Conv2d")
+LEGEND = (
+    "× Conv2d: median of the ratios to the Conv2d stem run just before, same batch and direction. × best peer: that, "
+    "over the\nbest such ratio among the peers that are not this package's. peak: most memory allocated in a call, "
+    "results included.\nheld: kept for backward beyond inputs and weights. MB = 10⁶ bytes."
+)
+
+
+def _rows(run: dict[str, Any]) -> list[Row]:
+    """The rows this suite has written, in the order they ran."""
+    return [bench["extra_info"] for bench in run["benchmarks"] if "op" in bench["extra_info"]]
+
+
+def _case(row: Row) -> tuple[str, str, int]:
+    return row["op"], row["direction"], row["batch"]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3f}" if seconds < 1e-3 else f"{1e3 * seconds:.2f}"
+
+
+def _mb(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:.1f}"
+
+
+def _best(rows: Iterable[Row]) -> float | None:
+    """The ratio to Conv2d of the fastest peer that is not this package's."""
+    return min((row["ratio"]["median"] for row in rows if row["baseline"]), default=None)
+
+
+def _cells(row: Row, best: float | None, default: Row | None) -> list[str]:
+    seconds, ratio = row["seconds"], row["ratio"]["median"]
+    cells = [
+        row["peer"],
+        _ms(seconds["median"]),
+        f"{_ms(seconds['p20'])}–{_ms(seconds['p80'])}",
+        f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
+        "–" if best is None else f"{ratio / best:.2f}",
+        _mb(row["peak_bytes"]),
+        _mb(row["held_bytes"]),
+    ]
+    if default is not None:
+        cells += [_ms(default["seconds"]["median"]), f"{default['ratio']['median']:.2f}"]
+    return cells
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    """An aligned Markdown table: the first column to the left, numbers to the right."""
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        aligned = [cells[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (w + 1) + ":" for w in widths[1:]]) + "|"
+    return [line(header), rule, *map(line, body)]
+
+
+def _heading(run: dict[str, Any], default: dict[str, Any] | None) -> list[str]:
+    about = run["machine_info"]["run"]
+    commit = run.get("commit_info") or {}
+    revision = str(commit.get("id") or "unversioned")
+    revision = (revision if revision == "unversioned" else revision[:10]) + (
+        ", modified" if commit.get("dirty") else ""
+    )
+    cuda = f" (CUDA {about['cuda']})" if about["cuda"] else ""
+    where = "" if about["device"] == "cpu" else f"{about['device']}; "
+    allocators = about["allocator"]
+    if default is not None:
+        allocators += f", beside it {default['machine_info']['run']['allocator']}"
+    return [
+        f"{where}{about['cpu']}, {about['capability']}, {about['cores']} cores; threads: {about['threads']}; "
+        f"load {about['load']} at the start; {run['datetime'][:10]}",
+        f"torch {about['torch']}{cuda}, Python {about['python']}, aape_kernels {about['aape_kernels']} ({revision})",
+        f"allocator: {allocators}",
+    ]
+
+
+def render(run: dict[str, Any], default: dict[str, Any] | None = None) -> str:
+    """The table of one run, with the stems of a run under the default allocator beside it if there is one.
+
+    Args:
+        run, default: the JSON of `pytest benchmarks --benchmark-json`, parsed.
+
+    Errors: `ValueError` for a file that this suite has not written.
+    """
+    if "run" not in run.get("machine_info", {}):
+        raise ValueError("expected the JSON of `pytest benchmarks --benchmark-json=FILE`")
+    rows = _rows(run)
+    beside = {(*_case(row), row["peer"]): row for row in _rows(default) if row["op"] in OPS} if default else {}
+    lines = _heading(run, default)
+    for case in dict.fromkeys(_case(row) for row in rows if row["op"] in OPS):
+        members = [row for row in rows if row["op"] in OPS and _case(row) == case]
+        with_default = any((*case, row["peer"]) in beside for row in members)
+        header = [*COLUMNS, *(DEFAULT_COLUMNS if with_default else ())]
+        body = []
+        for row in members:
+            cells = _cells(row, _best(members), beside.get((*case, row["peer"])))
+            body.append(cells + ["–"] * (len(header) - len(cells)))
+        op, direction, batch = case
+        lines += ["", f"**{op}, {direction}, batch {batch}**", "", *_markdown(header, body)]
+    lines += ["", LEGEND] if any(row["op"] in OPS for row in rows) else []
+    for row in rows:
+        if row["op"] == "import":
+            times = {name: f"{seconds:.3f}" for name, seconds in row["seconds"].items()}
+            verdict = "within" if row["seconds"]["median"] <= row["limit"] else "OVER"
+            lines += [
+                "",
+                f"`from aape_kernels import AaPE` beyond torch itself: median {times['median']} s, "
+                f"p20–p80 {times['p20']}–{times['p80']}; {verdict} the limit of {row['limit']} s",
+            ]
+    missing = run["machine_info"]["run"]["missing_backends"].get("embed", {})
+    lines += ["", *(f"not run: backend {name}: {why}" for name, why in missing.items())] if missing else []
+    return "\n".join(lines)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads(path.read_text())
+    return run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="JSON written by `pytest benchmarks --benchmark-json=FILE`")
+    parser.add_argument(
+        "--default-allocator",
+        type=Path,
+        metavar="FILE",
+        help="JSON of a second run, `pytest benchmarks --allocator default …`, whose figures go beside the first's",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        second = None if options.default_allocator is None else _load(options.default_allocator)
+        print(render(_load(options.run), second))
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Rows of the table: the patch-embedding stem and SBLU alone, and the time to import the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .check import DIRECTIONS
+from .measure import Session, spread
+from .peers import Peer
+
+batches = pytest.mark.parametrize("batch", [1, 8], ids=["B1", "B8"])
+directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+IMPORT = """
+import time
+import torch
+start = time.perf_counter()
+from aape_kernels import AaPE
+print(time.perf_counter() - start)
+"""
+IMPORT_LIMIT = 0.2  # seconds beyond torch
+IMPORT_ROUNDS = 5
+
+
+@batches
+@directions
+def test_stem(benchmark: Any, session: Session, stem: Peer, direction: str, batch: int) -> None:
+    """The whole stem, (B, 1, 128, 1024) -> contiguous (B, 512, 768)."""
+    session.measure(benchmark, stem, "stem", direction, batch)
+
+
+@batches
+@directions
+def test_sblu(benchmark: Any, session: Session, filters: Peer, direction: str, batch: int) -> None:
+    """SBLU alone, (B, 1, 128, 1024) -> (B, 8, 64, 2, 32)."""
+    session.measure(benchmark, filters, "sblu", direction, batch)
+
+
+def test_import(benchmark: Any) -> None:
+    """Seconds that `from aape_kernels import AaPE` takes beyond `import torch`, in processes of their own."""
+    seconds = []
+
+    def run() -> None:
+        output = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True).stdout
+        seconds.append(float(output))
+
+    benchmark.group = "import"
+    benchmark.pedantic(run, rounds=IMPORT_ROUNDS)
+    benchmark.extra_info.update(op="import", seconds=spread(seconds), limit=IMPORT_LIMIT, rounds=len(seconds))

@@ -1,0 +1,171 @@
+"""The table from a made-up run, the percentiles in it, and the allocator setting it prints."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.environment import PINNED, allocator, allocator_environment, cpu_model
+from benchmarks.measure import spread
+from benchmarks.table import main, render
+
+
+def _figures(median: float) -> dict[str, float]:
+    return {"p20": 0.9 * median, "median": median, "p80": 1.25 * median}
+
+
+def _row(
+    op: str, direction: str, batch: int, peer: str, seconds: float, ratio: float, baseline: bool
+) -> dict[str, Any]:
+    extra = {
+        "op": op,
+        "direction": direction,
+        "batch": batch,
+        "peer": peer,
+        "baseline": baseline,
+        "seconds": _figures(seconds),
+        "ratio": _figures(ratio),
+        "peak_bytes": 25_165_824,
+        "held_bytes": None if direction == "forward" else 4_200_000,
+    }
+    return {"name": f"test_{op}", "extra_info": extra}
+
+
+def _run(setting: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    about = {
+        "device": "cpu",
+        "cpu": "Some CPU",
+        "capability": "AVX512",
+        "cores": 2,
+        "threads": 2,
+        "load": 0.1,
+        "allocator": setting,
+        "torch": "2.13.0+cpu",
+        "cuda": None,
+        "python": "3.11.7",
+        "aape_kernels": "0.1.0",
+        "missing_backends": {"embed": {"cuda": "no CUDA here"}, "sblu": {}},
+    }
+    return {
+        "machine_info": {"run": about},
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "benchmarks": rows,
+    }
+
+
+@pytest.fixture
+def run() -> dict[str, Any]:
+    seconds = {"op": "import", "seconds": _figures(0.01), "limit": 0.2}
+    return _run(
+        "pinned (glibc 2.36)",
+        [
+            _row("stem", "forward", 8, "Conv2d", 0.012, 1.0, True),
+            _row("stem", "forward", 8, "AaPE, reference", 0.036, 3.0, False),
+            _row("sblu", "forward + backward", 1, "direct sum, real (reference)", 0.006, 2.5, True),
+            _row("sblu", "forward + backward", 1, "Horner, torch.compile", 0.0005, 0.25, True),
+            _row("sblu", "forward + backward", 1, "sblu, cpu", 0.0001, 0.05, False),
+            {"name": "test_import", "extra_info": seconds},
+            {"name": "someone else's", "extra_info": {}},
+        ],
+    )
+
+
+def _cells(text: str, peer: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {peer} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_figures(run: dict[str, Any]) -> None:
+    text = render(run)
+    assert _cells(text, "Conv2d") == ["Conv2d", "12.00", "10.80–15.00", "1.00", "1.00", "25.2", "–"]
+    assert _cells(text, "AaPE, reference")[3:5] == ["3.00", "3.00"]
+    assert _cells(text, "Horner, torch.compile")[1:] == ["0.500", "0.450–0.625", "0.25", "1.00", "25.2", "4.2"]
+    assert _cells(text, "sblu, cpu")[3:5] == ["0.050", "0.20"]  # against the fastest other peer, not against itself
+
+
+def test_heading(run: dict[str, Any]) -> None:
+    heading = render(run).split("\n\n")[0]
+    for part in (
+        "Some CPU",
+        "AVX512",
+        "threads: 2",
+        "load 0.1",
+        "2026-01-02",
+        "torch 2.13.0+cpu",
+        "pinned (glibc 2.36)",
+    ):
+        assert part in heading
+    assert "0123456789, modified" in heading
+
+
+def test_import_row_names_its_limit(run: dict[str, Any]) -> None:
+    assert "median 0.010 s, p20–p80 0.009–0.013; within the limit of 0.2 s" in render(run)
+    run["benchmarks"][-2]["extra_info"]["seconds"] = _figures(0.3)
+    assert "OVER the limit of 0.2 s" in render(run)
+
+
+def test_default_allocator_stands_beside(run: dict[str, Any]) -> None:
+    default = _run("default (glibc 2.36)", [_row("stem", "forward", 8, "Conv2d", 0.021, 1.0, True)])
+    text = render(run, default)
+    assert "pinned (glibc 2.36), beside it default (glibc 2.36)" in text
+    assert _cells(text, "Conv2d")[-2:] == ["21.00", "1.00"]
+    assert _cells(text, "AaPE, reference")[-1] == "–"
+    assert len(_cells(text, "sblu, cpu")) == 7
+
+
+def test_fits_a_terminal_and_is_aligned(run: dict[str, Any]) -> None:
+    default = _run("default (glibc 2.36)", run["benchmarks"][:2])
+    for block in render(run, default).split("\n\n"):
+        lines = block.splitlines()
+        assert max(map(len, lines)) <= 120
+        if lines[0].startswith("|"):
+            assert len({len(line) for line in lines}) == 1
+
+
+def test_missing_backends_are_named(run: dict[str, Any]) -> None:
+    assert "not run: backend cuda: no CUDA here" in render(run)
+
+
+def test_command_line(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    assert main([str(path), "--default-allocator", str(path)]) == 0
+    assert "**stem, forward, batch 8**" in capsys.readouterr().out
+    assert main([str(tmp_path / "absent.json")]) == 1
+    assert "absent.json" in capsys.readouterr().err
+    path.write_text("{}")
+    assert main([str(path)]) == 1
+    assert "expected the JSON of" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "--default-allocator" in capsys.readouterr().out
+
+
+def test_percentiles() -> None:
+    assert spread([float(i) for i in range(11)]) == {"p20": 2.0, "median": 5.0, "p80": 8.0}
+    assert spread([3.0, 1.0]) == pytest.approx({"p20": 1.4, "median": 2.0, "p80": 2.6})
+    assert spread([4.0]) == {"p20": 4.0, "median": 4.0, "p80": 4.0}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_restart_happens_once() -> None:
+    pinned = allocator_environment("pinned", {"PATH": "x"})
+    assert pinned == {"PATH": "x", **PINNED}
+    assert allocator_environment("pinned", pinned) is None
+    default = allocator_environment("default", pinned)
+    assert default == {"PATH": "x"}
+    assert allocator_environment("default", default) is None
+    assert allocator(pinned).startswith("pinned")
+    assert allocator(default).startswith("default")
+
+
+def test_cpu_is_named() -> None:
+    assert cpu_model()
