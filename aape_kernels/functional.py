@@ -113,7 +113,7 @@ def sblu(
     for value, name in ((decay, "decay"), (frequency, "frequency"), (weight, "weight")):
         _check_dtype(value, name, x)
     run = choose(backend, Call("sblu", x.device, x.dtype))
-    y: Tensor = run.sblu(x, decay, frequency, weight, grid, kernel)
+    y: Tensor = run.sblu(x, decay, frequency, weight, grid, kernel == "quadrature")
     return y
 
 
@@ -196,17 +196,19 @@ def embed(
 
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # the product in autocast's dtype; encoder and SBLU stay as they are
         out_dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+        proj_w, fusion_w = proj_w.to(out_dtype), fusion_w.to(out_dtype)
+        proj_b = None if proj_b is None else proj_b.to(out_dtype)
     else:
-        out_dtype = x.dtype
         if proj_w.dtype != x.dtype:
             raise TypeError(f"x: expected {proj_w.dtype}, that of proj.weight (or autocast), got {x.dtype}")
         for name, parameter in parameters.items():
             _check_dtype(parameter, name, x)
 
     run = choose(backend, Call("embed", x.device, x.dtype))
-    with_fixed_order = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
-    tokens: Tensor = run.embed(*with_fixed_order, grid, kernel, decay_range, band, layout == "TF", out_dtype)
+    tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
+    tokens: Tensor = run.embed(*tensors, grid, kernel == "quadrature", decay_range, band, layout == "TF")
     return tokens
 
 

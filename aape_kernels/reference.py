@@ -75,7 +75,7 @@ def gain(decay: Tensor, frequency: Tensor, even: bool) -> tuple[Tensor, Tensor]:
     return torch.where(small, series[0], plain[0]), torch.where(small, series[1], plain[1])
 
 
-def kernels(decay: Tensor, frequency: Tensor, window: int, kernel: str) -> tuple[Tensor, Tensor]:
+def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> tuple[Tensor, Tensor]:
     """h(d) of spec §2 for every frame of the window, as a real and an imaginary plane.
 
     decay, frequency (…, S) in 1/frame and rad/frame -> two planes (…, S, K).
@@ -89,12 +89,12 @@ def kernels(decay: Tensor, frequency: Tensor, window: int, kernel: str) -> tuple
     cos, sin = torch.cos(phase), torch.sin(phase)
     h_re = envelope * (gain_re * cos + gain_im * sin)
     h_im = envelope * (gain_im * cos - gain_re * sin)
-    if kernel == "quadrature":  # h(−d) = conj h(d)
+    if quadrature:  # h(−d) = conj h(d)
         h_im = h_im * torch.sign(d)
     return h_re, h_im
 
 
-def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, kernel: str) -> Tensor:
+def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
     """y = Σ_d h(d) u[t_c + d], u_s[t] = Σ_c Σ_p B[s, c, p] x[c, i·S_f + p, t]: the direct sum of spec §2.
 
     x (B, C, F, T); decay, frequency (B, N_f, N_t, S); weight (S, C, P_f) -> (B, N_f, N_t, 2, S) in x's dtype.
@@ -107,7 +107,7 @@ def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: Patc
         # exactly N_t windows are left.
         u = F.pad(u, (0, 0, -grid.offset, -grid.offset))
         u = u.unfold(2, grid.window, grid.stride[1])  # [B, N_f, N_t, S, K]
-        h_re, h_im = kernels(decay.to(dtype), frequency.to(dtype), grid.window, kernel)
+        h_re, h_im = kernels(decay.to(dtype), frequency.to(dtype), grid.window, quadrature)
         y = torch.stack([(h_re * u).sum(-1), (h_im * u).sum(-1)], dim=-2)
         return y.to(x.dtype)
 
@@ -152,23 +152,23 @@ def embed(
     sblu_w: Tensor,
     fusion_w: Tensor,
     grid: PatchGrid,
-    kernel: str,
+    quadrature: bool,
     decay_range: tuple[float, float],
     band: tuple[float, float],
     time_major: bool,
-    out_dtype: torch.dtype,
 ) -> Tensor:
     """The whole stem: token = W_p vec(patch) + b_p + W_y [Re y ; Im y] (spec §4), as one product.
 
-    x (B, C, F, T) -> (B, N, D) in `out_dtype`, tokens frequency-major unless `time_major`. y is computed in float32
+    x (B, C, F, T) -> (B, N, D) in proj_w's dtype, frequency-major unless `time_major`. y is computed in float32
     (float64 for float64) and rounded once, to the dtype of the product.
     """
     patches = gather(x, grid)
     decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
-    y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, kernel)
+    y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, quadrature)
+    out_dtype = proj_w.dtype
     operand = torch.cat([patches.to(out_dtype), y.flatten(3).to(out_dtype)], dim=-1)
     if time_major:
         operand = operand.transpose(1, 2)
     operand = operand.flatten(1, 2)
-    weight = torch.cat([proj_w.flatten(1).to(out_dtype), fusion_w.flatten(1).to(out_dtype)], dim=1)
+    weight = torch.cat([proj_w.flatten(1), fusion_w.flatten(1).to(out_dtype)], dim=1)
     return F.linear(operand, weight, None if proj_b is None else proj_b.to(out_dtype))

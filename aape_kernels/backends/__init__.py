@@ -1,22 +1,39 @@
 """Which backend runs a call: `choose`, and for each one that cannot, the reason.
 
-`reason(call)` says why a backend cannot run a call, or None if it can. It is asked at every call, also while
+`Backend.reason(call)` says why a backend cannot run a call, or None if it can. It is asked at every call, also while
 `torch.compile` traces one: it must be quick, and import nothing.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from .. import reference
+from .. import autograd, reference
 from . import cpu
 
 __all__ = ["BACKENDS", "Backend", "Call", "check_backend", "choose", "reasons"]
+
+LOG = logging.getLogger("aape_kernels")
+
+
+class Implementation(Protocol):
+    """What a backend computes, in the signatures of `aape_kernels.reference`."""
+
+    @property
+    def sblu(self) -> Callable[..., Tensor]:
+        """Responses y."""
+
+    @property
+    def embed(self) -> Callable[..., Tensor]:
+        """Tokens."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +55,26 @@ class Backend:
     Attributes:
         name: what `backend=` and `AAPE_BACKEND` call it.
         needs: what a machine must have for it, in one phrase.
-        reason: why it cannot run a call; None if it can.
-        run: the module whose `sblu` and `embed` compute it (the signatures of `aape_kernels.reference`); None for a
-            backend that never can.
+        device: the device type of the tensors it takes; None for any.
+        excuse: why it cannot run a call on such a device; None if it can.
+        run: `sblu` and `embed` in the signatures of `aape_kernels.reference`; None for a backend that never can.
     """
 
     name: str
     needs: str
-    reason: Callable[[Call], str | None]
-    run: ModuleType | None = None
+    device: str | None
+    excuse: Callable[[Call], str | None]
+    run: Implementation | None = None
+
+    def for_device(self, call: Call) -> bool:
+        """Whether it takes tensors of the call's device at all."""
+        return self.device in (None, call.device.type)
+
+    def reason(self, call: Call) -> str | None:
+        """Why it cannot run `call`; None if it can."""
+        if not self.for_device(call):
+            return f"it runs on {self.device} tensors, not on {call.device}"
+        return self.excuse(call)
 
 
 def _not_in_this_version(kernels: str) -> Callable[[Call], str | None]:
@@ -57,10 +85,10 @@ def _not_in_this_version(kernels: str) -> Callable[[Call], str | None]:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "an NVIDIA GPU; built with nvcc", _not_in_this_version("CUDA")),
-        Backend("triton", "a GPU; Triton", _not_in_this_version("Triton")),
-        Backend("cpu", "built with a C++ compiler", cpu.reason),
-        Backend("reference", "nothing but PyTorch", lambda call: None, reference),
+        Backend("cuda", "an NVIDIA GPU; built with nvcc", "cuda", _not_in_this_version("CUDA")),
+        Backend("triton", "a GPU; Triton", "cuda", _not_in_this_version("Triton")),
+        Backend("cpu", "built with a C++ compiler", "cpu", cpu.reason, autograd.bind("cpu")),
+        Backend("reference", "nothing but PyTorch", None, lambda call: None, reference),
     )
 }
 
@@ -77,11 +105,12 @@ def check_backend(name: str, argument: str = "backend") -> str:
     return name
 
 
-def choose(name: str, call: Call) -> ModuleType:
-    """The module that runs `call`: that of the backend called `name`, or for "auto" the fastest that can run `call`.
+def choose(name: str, call: Call) -> Implementation:
+    """What runs `call`: the backend called `name`, or for "auto" the fastest that can.
 
     The environment variable `AAPE_BACKEND` stands for `name` where `name` is "auto"; it is read at every call (under
-    `torch.compile`, when the call is traced).
+    `torch.compile`, when the call is traced). Where "auto" passes over a faster backend for this device, one line is
+    logged, once, with the reason.
 
     Errors: `ValueError` for an unknown name, `RuntimeError` with the reason if the one named cannot run the call.
     """
@@ -90,9 +119,25 @@ def choose(name: str, call: Call) -> ModuleType:
         name = os.environ.get("AAPE_BACKEND") or "auto"
         source = "AAPE_BACKEND"
     if check_backend(name, source) == "auto":
-        return next(backend.run for backend in BACKENDS.values() if backend.run and backend.reason(call) is None)
+        return _fastest(call)
     backend = BACKENDS[name]
     why = backend.reason(call)
     if why is not None or backend.run is None:
         raise RuntimeError(f"{source}: {name!r} cannot run {call}: {why}")
     return backend.run
+
+
+def _fastest(call: Call) -> Implementation:
+    for backend in BACKENDS.values():
+        why = backend.reason(call)
+        if why is None and backend.run is not None:
+            return backend.run
+        # tracing has no place for a log line
+        if backend.for_device(call) and not torch.compiler.is_compiling():
+            _log_fallback(backend.name, call.device.type, why)
+    raise AssertionError("the reference runs every call")
+
+
+@functools.cache
+def _log_fallback(name: str, device: str, why: str | None) -> None:
+    LOG.warning("backend 'auto' on %s passes over %r: %s", device, name, why)

@@ -1,0 +1,108 @@
+"""The registered ops `aape::…`: schemas, shapes for tracing, and the way to one backend. Torch only.
+
+One schema serves every compiled backend; the last argument names it, and its module is imported when it first runs.
+Arguments are trusted: `functional` has checked them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import PatchGrid
+from .reference import working_dtype
+
+__all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
+
+GRID = "int[2] patch, int[2] stride, int window, bool quadrature"
+STEM = (
+    "Tensor x, Tensor proj_w, Tensor? proj_b, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor sblu_w, "
+    "Tensor fusion_w"
+)
+RANGES = "float[2] decay, float[2] band, bool time_major"
+
+# `Library` objects unregister what they hold when they are collected: this one lives as long as the module.
+LIBRARY = torch.library.Library("aape", "DEF")
+LIBRARY.define(f"sblu(Tensor x, Tensor decay, Tensor frequency, Tensor weight, {GRID}, str backend) -> Tensor")
+LIBRARY.define(
+    "sblu_backward(Tensor grad, Tensor x, Tensor decay, Tensor frequency, Tensor weight, "
+    f"{GRID}, bool[4] need, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(f"embed({STEM}, {GRID}, {RANGES}, str backend) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define(
+    f"embed_backward(Tensor grad, {STEM}, Tensor r, Tensor hidden, {GRID}, {RANGES}, bool[9] need, str backend) "
+    f"-> ({', '.join(['Tensor'] * 9)})"
+)
+
+sblu = torch.ops.aape.sblu.default
+sblu_backward = torch.ops.aape.sblu_backward.default
+embed = torch.ops.aape.embed.default
+embed_backward = torch.ops.aape.embed_backward.default
+
+
+def _grid(patch: Sequence[int], stride: Sequence[int], window: int) -> PatchGrid:
+    return PatchGrid((patch[0], patch[1]), (stride[0], stride[1]), window)
+
+
+def _implement(name: str) -> None:
+    """Register an op's implementation: the backend's function of that name, a `PatchGrid` in place of three sizes."""
+
+    def run(*arguments):  # type: ignore[no-untyped-def]  # the schema types it
+        *rest, backend = arguments
+        module = importlib.import_module(f"aape_kernels.backends.{backend}")
+        first = FIRST_SIZE[name]
+        grid = _grid(*rest[first : first + 3])
+        # an exported program calls the op itself, on parameters that require grad
+        with torch.no_grad():
+            return getattr(module, name)(*rest[:first], grid, *rest[first + 3 :])
+
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+
+
+# Where `patch` stands among an op's arguments.
+FIRST_SIZE = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
+for _name in FIRST_SIZE:
+    _implement(_name)
+
+
+@torch.library.register_fake("aape::sblu")
+def _(x, decay, frequency, weight, patch, stride, window, quadrature, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(*decay.shape[:3], 2, decay.shape[3])
+
+
+@torch.library.register_fake("aape::sblu_backward")
+def _(grad, x, decay, frequency, weight, patch, stride, window, quadrature, need, backend):  # type: ignore[no-untyped-def]
+    return _like((x, decay, frequency, weight), need, x)
+
+
+@torch.library.register_fake("aape::embed")
+def _(  # type: ignore[no-untyped-def]
+    x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w,
+    patch, stride, window, quadrature, decay, band, time_major, backend,
+):  # fmt: skip
+    n_f, n_t = _grid(patch, stride, window).tokens(x.shape[2], x.shape[3])
+    tokens = x.new_empty(x.shape[0], n_f * n_t, proj_w.shape[0], dtype=proj_w.dtype)
+    rows, work = x.shape[0] * n_f * n_t, working_dtype(x.dtype)
+    return tokens, x.new_empty(rows, w2.shape[0], dtype=work), x.new_empty(rows, w1.shape[0], dtype=work)
+
+
+@torch.library.register_fake("aape::embed_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad, x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, r, hidden,
+    patch, stride, window, quadrature, decay, band, time_major, need, backend,
+):  # fmt: skip
+    return _like((x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w), need, x)
+
+
+def _like(inputs: Sequence[Tensor | None], need: Sequence[bool], x: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous gradients of the inputs, empty where not needed."""
+    return tuple(
+        x.new_empty(0)
+        if value is None or not wanted
+        else torch.empty_like(value, memory_format=torch.contiguous_format)
+        for value, wanted in zip(inputs, need, strict=True)
+    )

@@ -1,0 +1,114 @@
+// Rows between a tensor's dtype and the arithmetic's. 16-bit values are widened exactly and rounded to nearest even.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "api.h"
+
+namespace aape {
+inline namespace AAPE_NAMESPACE {
+
+inline int64_t size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16); }
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits = bits_of(value);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+inline float from_float16(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
+  if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+  // below, 2^112 scales the shifted bits; subnormals come out exact
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+inline uint16_t to_float16(float value) {
+  uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);  // 65536 and above
+  if (rest < 0x38800000) {                                 // subnormal: let an addition round at 2^-24
+    return uint16_t(sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)));
+  }
+  uint32_t rounded = rest + 0xfff + ((rest >> 13) & 1);
+  return uint16_t(sign | ((rounded - 0x38000000) >> 13));
+}
+
+// to[k] = from[k · stride], k < count; in elements
+template <class T>
+inline void load_row(T* to, const char* from, DType type, int64_t stride, int64_t count) {
+  switch (type) {
+    case DType::kFloat32: {
+      auto row = reinterpret_cast<const float*>(from);
+      if (stride == 1) {
+        for (int64_t k = 0; k < count; ++k) to[k] = T(row[k]);
+      } else {
+        for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
+      }
+      break;
+    }
+    case DType::kFloat64: {
+      auto row = reinterpret_cast<const double*>(from);
+      for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
+      break;
+    }
+    case DType::kBFloat16: {
+      auto row = reinterpret_cast<const uint16_t*>(from);
+      for (int64_t k = 0; k < count; ++k) to[k] = T(from_bfloat16(row[k * stride]));
+      break;
+    }
+    case DType::kFloat16: {
+      auto row = reinterpret_cast<const uint16_t*>(from);
+      for (int64_t k = 0; k < count; ++k) to[k] = T(from_float16(row[k * stride]));
+      break;
+    }
+  }
+}
+
+template <class T>
+inline void store_row(char* to, const T* from, DType type, int64_t stride, int64_t count) {
+  switch (type) {
+    case DType::kFloat32: {
+      auto row = reinterpret_cast<float*>(to);
+      if (stride == 1) {
+        for (int64_t k = 0; k < count; ++k) row[k] = float(from[k]);
+      } else {
+        for (int64_t k = 0; k < count; ++k) row[k * stride] = float(from[k]);
+      }
+      break;
+    }
+    case DType::kFloat64: {
+      auto row = reinterpret_cast<double*>(to);
+      for (int64_t k = 0; k < count; ++k) row[k * stride] = double(from[k]);
+      break;
+    }
+    case DType::kBFloat16: {
+      auto row = reinterpret_cast<uint16_t*>(to);
+      for (int64_t k = 0; k < count; ++k) row[k * stride] = to_bfloat16(float(from[k]));
+      break;
+    }
+    case DType::kFloat16: {
+      auto row = reinterpret_cast<uint16_t*>(to);
+      for (int64_t k = 0; k < count; ++k) row[k * stride] = to_float16(float(from[k]));
+      break;
+    }
+  }
+}
+
+}  // namespace AAPE_NAMESPACE
+}  // namespace aape

@@ -1,0 +1,418 @@
+// SBLU forward and backward for one instruction set: AAPE_NAMESPACE, AAPE_VECTOR_BYTES and the compiler's flags say
+// which. States lie across the lanes of a vector; a token's windows are folded and evaluated by Horner's rule.
+//
+// Determinism: every output element is written by one unit, or summed in an order that follows from the shapes alone.
+
+#include "tile.h"
+
+namespace aape {
+inline namespace AAPE_NAMESPACE {
+
+template <class T>
+using Vec = typename Simd<T>::Vector;
+
+// First frame pair of the fold, counted from the window's first frame: w±_m = u[upper + m] ± u[lower − m].
+struct Fold {
+  int64_t upper, lower, last;  // m = last … 0, or … 1 for an odd window, whose centre frame stands apart
+  bool even;
+};
+
+AAPE_FN Fold fold(int64_t window) {
+  bool even = window % 2 == 0;
+  return {window / 2, even ? window / 2 - 1 : window / 2, (window - 1) / 2, even};
+}
+
+template <class T>
+struct Parameters {
+  Vec<T> decay, frequency;
+  Vec<T> decay_slope, frequency_slope;  // d/dr, with logits
+};
+
+// A token's decays and frequencies, padded: lanes beyond S hold something harmless.
+template <class T>
+inline void load_parameters(T* decay, T* frequency, const SbluCall& call, const Tiling& t, int64_t b, int64_t i,
+                            int64_t j) {
+  auto load = [&](T* to, const View& from) {
+    const char* at = from.data + (b * from.stride[0] + i * from.stride[1] + j * from.stride[2]) * size_of(from.type);
+    load_row(to, at, from.type, from.stride[3], call.grid.states);
+    for (int64_t s = call.grid.states; s < t.states; ++s) to[s] = T(1);
+  };
+  load(decay, call.decay);
+  load(frequency, call.frequency);
+}
+
+template <class T, bool Slopes>
+AAPE_FN Parameters<T> parameters(const T* decay, const T* frequency, const Ranges& ranges) {
+  using M = Math<Vec<T>>;
+  Parameters<T> p;
+  p.decay = M::load(decay);
+  p.frequency = M::load(frequency);
+  if (ranges.logits) {
+    Vec<T> share = T(1) / (T(1) + exp<Vec<T>>(-p.decay));
+    p.decay = T(ranges.decay_low) * exp<Vec<T>>(share * T(ranges.decay_log_ratio));
+    if (Slopes) p.decay_slope = p.decay * T(ranges.decay_log_ratio) * share * (T(1) - share);
+    share = T(1) / (T(1) + exp<Vec<T>>(-p.frequency));
+    p.frequency = T(ranges.band_low) + T(ranges.band_width) * share;
+    if (Slopes) p.frequency_slope = T(ranges.band_width) * share * (T(1) - share);
+  }
+  return p;
+}
+
+// Re y and Im y of one vector of states; u points at the window's first frame, frames are `states` apart.
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> respond(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g) {
+  using M = Math<Vec<T>>;
+  using C = Complex<Vec<T>>;
+  Vec<T> zero = {};
+  C plus = {zero, zero}, minus = {zero, zero};
+  for (int64_t m = w.last; m >= (w.even ? 0 : 1); --m) {
+    Vec<T> upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
+    plus = step<Vec<T>>(plus, g.z, upper + lower);
+    if (Quadrature) minus = step<Vec<T>>(minus, g.z, upper - lower);
+  }
+  if (!w.even) {
+    plus = step<Vec<T>>(plus, g.z, M::load(u + w.upper * states));
+    if (Quadrature) minus = minus * g.z;
+  }
+  C y = g.gamma * plus;
+  if (Quadrature) y.im = (g.gamma * minus).im;
+  return y;
+}
+
+template <class T, bool Quadrature>
+inline void forward(const SbluCall& call) {
+  using M = Math<Vec<T>>;
+  constexpr int lanes = Simd<T>::kLanes;
+  const Grid& g = call.grid;
+  const Tiling t = tiling<T>(g);
+  const Fold w = fold(g.window);
+  Buffer<T> weight(t.rows * t.states);
+  pack_weight(weight.data, call.weight, g, t);
+  const int threads = int(smaller(call.threads, t.units));
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<T> x(t.rows * t.columns), u(t.columns * t.states), rows(4 * t.states);
+    T *decay = rows.data, *frequency = decay + t.states, *re = frequency + t.states, *im = re + t.states;
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < t.units; ++k) {
+      const Unit unit = unit_at(g, t, k);
+      load_tile(x.data, call.x, g, t, unit);
+      project(u.data, x.data, weight.data, t, unit.frames);
+      for (int64_t n = 0; n < unit.count; ++n) {
+        int64_t j = unit.first + n;
+        load_parameters(decay, frequency, call, t, unit.b, unit.i, j);
+        const T* window = u.data + n * g.stride_t * t.states;
+        for (int64_t s = 0; s < t.states; s += lanes) {
+          auto p = parameters<T, false>(decay + s, frequency + s, call.ranges);
+          auto gains = gain<Vec<T>, false>(p.decay, p.frequency, w.even);
+          auto y = respond<T, Quadrature>(window + s, t.states, w, gains);
+          M::store(re + s, y.re);
+          M::store(im + s, y.im);
+        }
+        const View& y = call.y;
+        char* to = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
+        store_row(to, re, y.type, y.stride[4], g.states);
+        store_row(to + y.stride[3] * size_of(y.type), im, y.type, y.stride[4], g.states);
+      }
+    }
+  }
+}
+
+// Cotangents of the folded frames, Re(conj(ḡ±) γ z^m), added to those of the window's frames.
+template <class T, bool Quadrature>
+AAPE_FN void spread(T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
+                    Complex<Vec<T>> conj_minus) {
+  using M = Math<Vec<T>>;
+  auto add = [&](int64_t frame, Vec<T> value) {
+    T* at = u + frame * states;
+    M::store(at, M::load(at) + value);
+  };
+  auto plus = conj_plus * g.gamma, minus = conj_minus * g.gamma;
+  if (!w.even) {
+    add(w.upper, plus.re);
+    plus = plus * g.z;
+    if (Quadrature) minus = minus * g.z;
+  }
+  for (int64_t m = w.even ? 0 : 1; m <= w.last; ++m) {
+    if (Quadrature) {
+      add(w.upper + m, plus.re + minus.re);
+      add(w.lower - m, plus.re - minus.re);
+      minus = minus * g.z;
+    } else {
+      add(w.upper + m, plus.re);
+      add(w.lower - m, plus.re);
+    }
+    plus = plus * g.z;
+  }
+}
+
+// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz): P and dP/dz from one Horner run that carries both.
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> slopes(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g,
+                               Complex<Vec<T>> conj_plus, Complex<Vec<T>> conj_minus) {
+  using M = Math<Vec<T>>;
+  using C = Complex<Vec<T>>;
+  Vec<T> zero = {};
+  C plus = {zero, zero}, minus = plus, plus_slope = plus, minus_slope = plus;
+  for (int64_t m = w.last; m >= (w.even ? 0 : 1); --m) {
+    Vec<T> upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
+    plus_slope = plus_slope * g.z + plus;
+    plus = step<Vec<T>>(plus, g.z, upper + lower);
+    if (Quadrature) {
+      minus_slope = minus_slope * g.z + minus;
+      minus = step<Vec<T>>(minus, g.z, upper - lower);
+    }
+  }
+  if (!w.even) {
+    plus_slope = plus_slope * g.z + plus;
+    plus = step<Vec<T>>(plus, g.z, M::load(u + w.upper * states));
+    if (Quadrature) {
+      minus_slope = minus_slope * g.z + minus;
+      minus = minus * g.z;
+    }
+  }
+  C sum = adjoint<Vec<T>>(conj_plus, g, plus, plus_slope);
+  if (Quadrature) sum = sum + adjoint<Vec<T>>(conj_minus, g, minus, minus_slope);
+  return sum;
+}
+
+// grad_weight[r][s] += Σ_t x[r][t] · grad_u[t][s]
+template <class T>
+inline void accumulate_weight(T* grad, const T* x, const T* grad_u, const Tiling& t, int64_t frames) {
+  using M = Math<Vec<T>>;
+  constexpr int lanes = Simd<T>::kLanes;
+  constexpr int block = kFrameBlock;  // rows at once
+  for (int64_t r = 0; r < t.rows; r += block) {
+    int count = int(smaller(block, t.rows - r));
+    for (int64_t s = 0; s < t.states; s += lanes) {
+      Vec<T> sum[block] = {};
+      if (count == block) {
+        for (int64_t f = 0; f < frames; ++f) {
+          auto value = M::load(grad_u + f * t.states + s);
+          for (int k = 0; k < block; ++k) sum[k] += x[(r + k) * t.columns + f] * value;
+        }
+      } else {
+        for (int64_t f = 0; f < frames; ++f) {
+          auto value = M::load(grad_u + f * t.states + s);
+          for (int k = 0; k < count; ++k) sum[k] += x[(r + k) * t.columns + f] * value;
+        }
+      }
+      for (int k = 0; k < count; ++k) {
+        T* at = grad + (r + k) * t.states + s;
+        M::store(at, M::load(at) + sum[k]);
+      }
+    }
+  }
+}
+
+// grad_x[r][t] += Σ_s grad_u[t][s] · weight[r][s], inside the clip only
+template <class T>
+inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, const Grid& g, const Tiling& t,
+                         const Unit& unit) {
+  using M = Math<Vec<T>>;
+  constexpr int lanes = Simd<T>::kLanes;
+  int64_t begin = larger(0, -unit.frame), end = smaller(unit.frames, g.frames - unit.frame);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t p = 0; p < g.patch_f; ++p) {
+      const T* w = weight + (c * g.patch_f + p) * t.states;
+      int64_t at = unit.b * grad_x.stride[0] + c * grad_x.stride[1] + (unit.i * g.stride_f + p) * grad_x.stride[2];
+      T* row = reinterpret_cast<T*>(grad_x.data) + at + unit.frame * grad_x.stride[3];
+      for (int64_t f = begin; f < end; ++f) {
+        Vec<T> sum = {};
+        for (int64_t s = 0; s < t.states; s += lanes) sum += M::load(grad_u + f * t.states + s) * M::load(w + s);
+        T total = 0;
+        for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
+        row[f * grad_x.stride[3]] += total;
+      }
+    }
+  }
+}
+
+enum Passes : int { kParameters = 1, kWeight = 2, kInput = 4 };
+
+// One thread's scratch, and what it does with a unit.
+template <class T, bool Quadrature>
+struct Worker {
+  const SbluCall& call;
+  const Tiling& t;
+  const T* weight;
+  Fold w;
+  Buffer<T> x, u, grad_u, rows;
+
+  Worker(const SbluCall& c, const Tiling& tiles, const T* packed)
+      : call(c), t(tiles), weight(packed), w(fold(c.grid.window)), x(t.rows * t.columns), u(t.columns * t.states),
+        grad_u(t.columns * t.states), rows(6 * t.states) {}
+
+  inline void run(int64_t k, int passes, T* grad_weight) {
+    using M = Math<Vec<T>>;
+    constexpr int lanes = Simd<T>::kLanes;
+    const Grid& g = call.grid;
+    const Unit unit = unit_at(g, t, k);
+    T *decay = rows.data, *frequency = decay + t.states, *re = frequency + t.states, *im = re + t.states;
+    T *grad_decay = im + t.states, *grad_frequency = grad_decay + t.states;
+    bool frames = passes & (kWeight | kInput);
+    if (passes & (kParameters | kWeight)) load_tile(x.data, call.x, g, t, unit);
+    if (passes & kParameters) project(u.data, x.data, weight, t, unit.frames);
+    if (frames) fill_zero(grad_u.data, unit.frames * t.states);
+    for (int64_t n = 0; n < unit.count; ++n) {
+      int64_t j = unit.first + n, at = n * g.stride_t * t.states;
+      load_parameters(decay, frequency, call, t, unit.b, unit.i, j);
+      load_cotangent(re, im, unit, j);
+      for (int64_t s = 0; s < t.states; s += lanes) {
+        auto p = parameters<T, true>(decay + s, frequency + s, call.ranges);
+        auto gains = gain<Vec<T>, true>(p.decay, p.frequency, w.even);
+        Vec<T> zero = {}, gr = M::load(re + s), gi = M::load(im + s);
+        // conj ḡ: split by polynomial for the quadrature kernel
+        Complex<Vec<T>> plus = {gr, Quadrature ? zero : -gi}, minus = {zero, -gi};
+        if (passes & kParameters) {
+          auto d = slopes<T, Quadrature>(u.data + at + s, t.states, w, gains, plus, minus);
+          d.im = -d.im;
+          if (call.ranges.logits) d = {d.re * p.decay_slope, d.im * p.frequency_slope};
+          M::store(grad_decay + s, d.re);
+          M::store(grad_frequency + s, d.im);
+        }
+        if (frames) spread<T, Quadrature>(grad_u.data + at + s, t.states, w, gains, plus, minus);
+      }
+      if (passes & kParameters) {
+        store(call.grad_decay, grad_decay, unit, j);
+        store(call.grad_frequency, grad_frequency, unit, j);
+      }
+    }
+    if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);
+    if (passes & kInput) accumulate_x(call.grad_x, grad_u.data, weight, g, t, unit);
+  }
+
+  inline void load_cotangent(T* re, T* im, const Unit& unit, int64_t j) {
+    const View& y = call.grad_y;
+    const char* at = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
+    load_row(re, at, y.type, y.stride[4], call.grid.states);
+    load_row(im, at + y.stride[3] * size_of(y.type), y.type, y.stride[4], call.grid.states);
+    // lanes beyond S
+    fill_zero(re + call.grid.states, t.states - call.grid.states);
+    fill_zero(im + call.grid.states, t.states - call.grid.states);
+  }
+
+  inline void store(const View& to, const T* from, const Unit& unit, int64_t j) {
+    if (!to.data) return;
+    int64_t at = unit.b * to.stride[0] + unit.i * to.stride[1] + j * to.stride[2];
+    store_row(to.data + at * size_of(to.type), from, to.type, to.stride[3], call.grid.states);
+  }
+};
+
+template <class T, bool Quadrature>
+inline void backward(const SbluCall& call) {
+  const Grid& g = call.grid;
+  const Tiling t = tiling<T>(g);
+  Buffer<T> weight(t.rows * t.states);
+  pack_weight(weight.data, call.weight, g, t);
+
+  // Units of one group are summed one after the other, and groups in their order: how many there are follows from the
+  // shapes, so that the sum's order does not depend on the number of threads.
+  int64_t size = t.rows * t.states;
+  int64_t groups = smaller(t.units, larger(8, smaller(64, (int64_t(1) << 20) / size)));
+  Buffer<T> partial(call.grad_weight.data ? groups * size : 0);
+  if (call.grad_weight.data) fill_zero(partial.data, groups * size);
+
+  // Tiles whose frames or mel bins overlap may not add to grad_x at the same time: colours keep them apart.
+  bool apart = g.stride_t >= g.window && g.stride_f >= g.patch_f;
+  int passes = (call.grad_decay.data || call.grad_frequency.data ? kParameters : 0) |
+               (call.grad_weight.data ? kWeight : 0) | (call.grad_x.data && apart ? kInput : 0);
+  if (passes) {
+    const int threads = int(smaller(call.threads, groups));
+#pragma omp parallel num_threads(threads)
+    {
+      Worker<T, Quadrature> worker(call, t, weight.data);
+#pragma omp for schedule(static)
+      for (int64_t group = 0; group < groups; ++group) {
+        int64_t end = (group + 1) * t.units / groups;
+        for (int64_t k = group * t.units / groups; k < end; ++k) worker.run(k, passes, partial.data + group * size);
+      }
+    }
+  }
+  if (call.grad_weight.data) {
+    for (int64_t group = 1; group < groups; ++group)
+      for (int64_t k = 0; k < size; ++k) partial[k] += partial[group * size + k];
+    const View& to = call.grad_weight;
+    for (int64_t c = 0; c < g.channels; ++c) {
+      for (int64_t p = 0; p < g.patch_f; ++p) {
+        char* at = to.data + (c * to.stride[1] + p * to.stride[2]) * size_of(to.type);
+        store_row(at, partial.data + (c * g.patch_f + p) * t.states, to.type, to.stride[0], g.states);
+      }
+    }
+  }
+  if (call.grad_x.data && !apart) {
+    int64_t mel_colours = (g.patch_f + g.stride_f - 1) / g.stride_f;
+    int64_t reach = t.tokens * g.stride_t;  // from one tile's first frame to the next one's
+    int64_t time_colours = (t.frames + reach - 1) / reach;
+    const int threads = int(smaller(call.threads, t.units));
+#pragma omp parallel num_threads(threads)
+    {
+      Worker<T, Quadrature> worker(call, t, weight.data);
+      for (int64_t mel = 0; mel < mel_colours; ++mel) {
+        for (int64_t time = 0; time < time_colours; ++time) {
+#pragma omp for schedule(static)
+          for (int64_t k = 0; k < t.units; ++k) {
+            if (k % t.tiles % time_colours != time || k / t.tiles % g.n_f % mel_colours != mel) continue;
+            worker.run(k, kInput, nullptr);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Calls f<T, Quadrature>.
+#define AAPE_DISPATCH(f, call)                                   \
+  do {                                                           \
+    bool wide = (call).x.type == DType::kFloat64;                \
+    if (wide && (call).grid.quadrature) f<double, true>(call);   \
+    else if (wide) f<double, false>(call);                       \
+    else if ((call).grid.quadrature) f<float, true>(call);       \
+    else f<float, false>(call);                                  \
+  } while (0)
+
+static void sblu(const SbluCall& call) { AAPE_DISPATCH(forward, call); }
+static void sblu_backward(const SbluCall& call) { AAPE_DISPATCH(backward, call); }
+
+template <class T>
+inline void gather_rows(const GatherCall& call) {
+  const Grid& g = call.grid;
+  const View &x = call.x, &to = call.patches;
+  const int64_t rows = g.batch * g.n_f, in = size_of(x.type), out = size_of(to.type);
+  const bool plain = x.type == to.type && x.stride[3] == 1;
+  const int threads = int(smaller(call.threads, rows * g.n_t));
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<T> row(g.patch_t);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < rows * g.n_t; ++k) {
+      int64_t j = k % g.n_t, i = k / g.n_t % g.n_f, b = k / g.n_t / g.n_f;
+      char* at = to.data + (b * to.stride[0] + i * to.stride[1] + j * to.stride[2]) * out;
+      for (int64_t c = 0; c < g.channels; ++c) {
+        const char* from = x.data + (b * x.stride[0] + c * x.stride[1] + i * g.stride_f * x.stride[2] +
+                                     j * g.stride_t * x.stride[3]) * in;
+        for (int64_t p = 0; p < g.patch_f; ++p, at += g.patch_t * out, from += x.stride[2] * in) {
+          if (plain) {
+            std::memcpy(at, from, g.patch_t * in);
+          } else {
+            load_row(row.data, from, x.type, x.stride[3], g.patch_t);
+            store_row(at, row.data, to.type, 1, g.patch_t);
+          }
+        }
+      }
+    }
+  }
+}
+
+static void gather(const GatherCall& call) {
+  if (call.x.type == DType::kFloat64) gather_rows<double>(call);
+  else gather_rows<float>(call);
+}
+
+}  // namespace AAPE_NAMESPACE
+
+#define AAPE_JOIN(a, b) a##b
+#define AAPE_TABLE(name) AAPE_JOIN(k, name)
+extern const Kernels AAPE_TABLE(AAPE_VARIANT) = {AAPE_TEXT, sblu, sblu_backward, gather};
+
+}  // namespace aape

@@ -1,0 +1,137 @@
+// A tile: neighbouring tokens of one subband whose windows are worked on together, so that what they share is
+// projected once and stays in the first-level cache.
+
+#pragma once
+
+#include <cstdlib>
+
+#include "convert.h"
+#include "simd.h"
+
+namespace aape {
+inline namespace AAPE_NAMESPACE {
+
+AAPE_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+AAPE_FN int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+AAPE_FN int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Frames projected at once, as many as keep the accumulators in registers.
+constexpr int kFrameBlock = AAPE_VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kVectorBlock = 2;
+
+struct Tiling {
+  int64_t tokens;      // of a full tile
+  int64_t frames;      // that a full tile's windows span
+  int64_t tiles;       // along a row of tokens
+  int64_t units;       // tiles in all
+  int64_t rows;        // C·P_f
+  int64_t states;      // S, padded to whole blocks of vectors
+  int64_t columns;     // frames, padded to whole frame blocks
+};
+
+template <class T>
+AAPE_FN Tiling tiling(const Grid& g) {
+  Tiling t;
+  t.rows = g.channels * g.patch_f;
+  int64_t budget = larger(g.window, smaller(128, 16384 / t.rows));
+  // windows with gaps between them share nothing, and the gaps' frames must not be touched
+  t.tokens = g.stride_t > g.window ? 1 : smaller(g.n_t, (budget - g.window) / g.stride_t + 1);
+  t.frames = (t.tokens - 1) * g.stride_t + g.window;
+  t.tiles = (g.n_t + t.tokens - 1) / t.tokens;
+  t.units = g.batch * g.n_f * t.tiles;
+  t.states = round_up(g.states, Simd<T>::kLanes);
+  t.columns = round_up(t.frames, kFrameBlock);
+  return t;
+}
+
+// Where unit k lies: tokens (b, i, first … first + count − 1), windows from frame `frame` on.
+struct Unit {
+  int64_t b, i, first, count, frame, frames;
+};
+
+AAPE_FN Unit unit_at(const Grid& g, const Tiling& t, int64_t k) {
+  Unit unit;
+  int64_t tile = k % t.tiles, row = k / t.tiles;
+  unit.i = row % g.n_f;
+  unit.b = row / g.n_f;
+  unit.first = tile * t.tokens;
+  unit.count = smaller(t.tokens, g.n_t - unit.first);
+  unit.frame = unit.first * g.stride_t + (g.patch_t - g.window) / 2;
+  unit.frames = (unit.count - 1) * g.stride_t + g.window;
+  return unit;
+}
+
+// Aligned scratch memory, released with the scope.
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 64, 64)))) {
+    if (!data) std::abort();  // a few kilobytes: the machine is past saving
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](int64_t k) const { return data[k]; }
+};
+
+template <class T>
+inline void fill_zero(T* to, int64_t count) { std::memset(to, 0, count * sizeof(T)); }
+
+// weight (S, C, P_f), any strides -> [C·P_f][states], zero beyond S
+template <class T>
+inline void pack_weight(T* to, const View& weight, const Grid& g, const Tiling& t) {
+  fill_zero(to, t.rows * t.states);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t p = 0; p < g.patch_f; ++p) {
+      const char* from = weight.data + (c * weight.stride[1] + p * weight.stride[2]) * size_of(weight.type);
+      load_row(to + (c * g.patch_f + p) * t.states, from, weight.type, weight.stride[0], g.states);
+    }
+  }
+}
+
+// x's frames under the tile's windows -> [C·P_f][columns], zero outside the clip and beyond the tile
+template <class T>
+inline void load_tile(T* to, const View& x, const Grid& g, const Tiling& t, const Unit& unit) {
+  int64_t begin = larger(0, unit.frame), end = smaller(g.frames, unit.frame + unit.frames);
+  int64_t before = begin - unit.frame, count = end - begin, size = size_of(x.type);
+  for (int64_t c = 0; c < g.channels; ++c) {
+    for (int64_t p = 0; p < g.patch_f; ++p) {
+      T* row = to + (c * g.patch_f + p) * t.columns;
+      int64_t at = unit.b * x.stride[0] + c * x.stride[1] + (unit.i * g.stride_f + p) * x.stride[2];
+      if (before) fill_zero(row, before);
+      load_row(row + before, x.data + (at + begin * x.stride[3]) * size, x.type, x.stride[3], count);
+      fill_zero(row + before + count, t.columns - before - count);
+    }
+  }
+}
+
+// u[t][s] = Σ_r x[r][t] · weight[r][s]
+template <class T, int kVectors>
+AAPE_FN void project_states(T* u, const T* x, const T* weight, const Tiling& t, int64_t frames, int64_t s) {
+  using M = Math<typename Simd<T>::Vector>;
+  constexpr int lanes = Simd<T>::kLanes;
+  for (int64_t f = 0; f < frames; f += kFrameBlock) {
+    typename Simd<T>::Vector sum[kFrameBlock][kVectors] = {};
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const T* from = x + r * t.columns + f;
+      for (int v = 0; v < kVectors; ++v) {
+        auto w = M::load(weight + r * t.states + s + v * lanes);
+        for (int k = 0; k < kFrameBlock; ++k) sum[k][v] += from[k] * w;
+      }
+    }
+    for (int k = 0; k < kFrameBlock; ++k)
+      for (int v = 0; v < kVectors; ++v) M::store(u + (f + k) * t.states + s + v * lanes, sum[k][v]);
+  }
+}
+
+template <class T>
+inline void project(T* u, const T* x, const T* weight, const Tiling& t, int64_t frames) {
+  constexpr int lanes = Simd<T>::kLanes;
+  int64_t s = 0;
+  for (; s + kVectorBlock * lanes <= t.states; s += kVectorBlock * lanes)
+    project_states<T, kVectorBlock>(u, x, weight, t, frames, s);
+  for (; s < t.states; s += lanes) project_states<T, 1>(u, x, weight, t, frames, s);
+}
+
+}  // namespace AAPE_NAMESPACE
+}  // namespace aape
