@@ -20,7 +20,13 @@ test: test-venv  ## all tests, in a fresh virtual environment
 test-all: test-venv  ## the slow tests too
 	$(TEST_VENV)/bin/pytest
 
-bench: .venv/dev  ## throughput beside the peers, as one table
+# One shell, so that the table is printed also where a peer was refused and its row has no figure.
+bench: .venv/dev  ## throughput beside the peers, as one table (nothing else should be running)
+	@mkdir -p build/bench; status=0; \
+	.venv/bin/pytest benchmarks --benchmark-json=build/bench/run.json || status=$$?; \
+	.venv/bin/pytest benchmarks -k "test_stem and not compile" --allocator default \
+	    --benchmark-json=build/bench/default.json || status=$$?; \
+	.venv/bin/python -m benchmarks.table build/bench/run.json --default-allocator build/bench/default.json; exit $$status
 
 lint: .venv/dev  ## ruff and mypy
 	.venv/bin/ruff check $(SOURCES)

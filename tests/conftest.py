@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from aape_kernels.backends import cpu, native
+
 settings.register_profile("aape", deadline=None, print_blob=True)
 settings.load_profile("aape")
 
@@ -17,7 +19,20 @@ def pytest_report_header() -> str:
     return f"aape_kernels: AAPE_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
+INSTRUCTION_SETS = tuple(native.load().build_info()["instruction_sets"]) if cpu.NATIVE_BUILT else ()
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{name}" for name in INSTRUCTION_SETS)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every backend that runs here, the CPU's once per instruction set, as what "auto" takes."""
+    name, _, instruction_set = request.param.partition("-")
+    monkeypatch.setenv("AAPE_BACKEND", name)
+    monkeypatch.setenv("AAPE_CPU_ISA", instruction_set)
+    return name
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(SEED)
-    monkeypatch.delenv("AAPE_BACKEND", raising=False)
+    for name in ("AAPE_BACKEND", "AAPE_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)

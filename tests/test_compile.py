@@ -13,6 +13,9 @@ from torch._dynamo.utils import counters
 from torch.export import Dim, export
 
 from aape_kernels import AaPE, sblu
+from aape_kernels.backends import cpu
+
+NEEDS_NATIVE = pytest.mark.skipif(not cpu.NATIVE_BUILT, reason="the native module was not built")
 
 OPTIONS = {
     "default": {},
@@ -22,8 +25,9 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
+@pytest.fixture(autouse=True, params=["reference", pytest.param("cpu", marks=NEEDS_NATIVE)])
+def _fresh_compiler(request, monkeypatch):
+    monkeypatch.setenv("AAPE_BACKEND", request.param)
     torch._dynamo.reset()
     counters.clear()
 
@@ -115,7 +119,7 @@ def test_export_finds_dynamic_sizes(options):
 # the reference's unfold has no batching rule for its backward: slower there, and right
 @pytest.mark.filterwarnings("ignore:There is a performance drop.*unfold_backward:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-def test_functional_call_vmap_and_jvp():
+def test_functional_call_and_vmap():
     stem = AaPE(embed_dim=16, num_states=4).double()
     parameters = dict(stem.named_parameters())
     x = torch.randn(3, 2, 1, 32, 48, dtype=torch.float64)
@@ -137,6 +141,12 @@ def test_functional_call_vmap_and_jvp():
         for name, value in stem.named_parameters():
             assert relative_error(per_sample[name][index], value.grad) <= 1e-13
 
+
+# functorch itself calls the deprecated torch.jit.script
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_forward_mode_through_the_reference():
+    stem = AaPE(embed_dim=16, num_states=4, backend="reference").double()
+    x = torch.randn(1, 2, 1, 32, 48, dtype=torch.float64)
     tangent = torch.randn_like(x[0])
     _, got = torch.func.jvp(stem, (x[0],), (tangent,))
     step = 1e-6

@@ -77,7 +77,7 @@ def test_sdist_to_wheel(sdist, tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert '"version": "0.1.0"' in run.stdout
-    assert '"kernels": []' in run.stdout
+    assert '"kernels": ["cpu"]' in run.stdout
     assert str(site) in run.stdout
     assert run.stdout.rstrip().endswith("true]")
 

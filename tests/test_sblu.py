@@ -1,4 +1,4 @@
-"""`sblu` by the reference backend, against golden cases, a second writing of the formula, and its own derivatives."""
+"""`sblu` by every backend that runs here: golden cases, a second writing of the formula, finite differences."""
 
 from pathlib import Path
 
@@ -12,13 +12,15 @@ from oracle import bound, relative_error
 
 from aape_kernels import sblu
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 GOLDEN = sorted((Path(__file__).parent / "data").glob("case-*.npz"))
 NAMES = ("x", "decay", "frequency", "weight")
 
 
 def run(case: Case, inputs, cotangent):
     leaves = [value.detach().requires_grad_() for value in inputs]
-    y = sblu(*leaves, **case.options, backend="reference")
+    y = sblu(*leaves, **case.options)
     return y, torch.autograd.grad(y, leaves, cotangent)
 
 
@@ -49,7 +51,7 @@ def test_golden(path, dtype):
     data = np.load(path)
     leaves = [torch.tensor(data[name], dtype=dtype, requires_grad=True) for name in NAMES]
     sizes = {key: tuple(data[key].tolist()) for key in ("patch_size", "stride")}
-    y = sblu(*leaves, **sizes, window=int(data["window"]), kernel=str(data["kernel"]), backend="reference")
+    y = sblu(*leaves, **sizes, window=int(data["window"]), kernel=str(data["kernel"]))
     assert relative_error(y, torch.tensor(data["y"])) <= bound(dtype)
     gradients = torch.autograd.grad(y, leaves, torch.tensor(data["cotangent"], dtype=dtype))
     for name, got in zip(NAMES, gradients, strict=True):
@@ -77,6 +79,22 @@ def test_dtype(dtype, patch, kernel):
     check(Case(2, 1, 8, patch, patch, patch[1], (2, 6), (0, 0), kernel), dtype)
 
 
+@pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
+@pytest.mark.parametrize("window", [8, 7])
+@pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
+def test_float32_holds_at_the_ends_of_the_range(window, kernel, low, high):
+    case = Case(2, 1, 16, (4, window), (4, window), window, (2, 6), (0, 0), kernel)
+    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
+    inputs = [x, low + (high - low) * (decay - 0.1) / 2, frequency * min(high, 1.0), weight]
+    y, gradients = run(case, inputs, cotangent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AAPE_BACKEND", "reference")
+        want, wanted = run(case, [value.double() for value in inputs], cotangent.double())
+    assert relative_error(y, want) <= bound(torch.float32)
+    for name, got, expected in zip(NAMES, gradients, wanted, strict=True):
+        assert relative_error(got, expected) <= bound(torch.float32, gradient=True), name
+
+
 @pytest.mark.parametrize("window", [64, 65])
 def test_float32_holds_for_long_windows(window):
     check(Case(1, 1, 16, (8, window), (8, window), window, (1, 4), (0, 0), "quadrature"), torch.float32)
@@ -91,7 +109,7 @@ def test_first_and_second_derivatives(case, kernel, scale):
     leaves = [value.requires_grad_() for value in (x, decay * scale, frequency * scale, weight)]
 
     def f(*values):
-        return sblu(*values, **small.options, backend="reference")
+        return sblu(*values, **small.options)
 
     assert torch.autograd.gradcheck(f, leaves)
     assert torch.autograd.gradgradcheck(f, leaves)

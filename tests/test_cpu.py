@@ -1,0 +1,279 @@
+"""What is the CPU backend's own: threads, addressing, instruction sets, the ops it is registered under."""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import AWKWARD, SQUARE, Case
+from oracle import bound, relative_error
+
+from aape_kernels import AaPE, sblu
+from aape_kernels.backends import BACKENDS, Call, _log_fallback, choose, cpu, native
+from aape_kernels.geometry import PatchGrid
+
+pytestmark = pytest.mark.skipif(not cpu.NATIVE_BUILT, reason="the native module was not built")
+
+CASES = {"square": SQUARE, "awkward": AWKWARD}
+
+
+@pytest.fixture(params=native.load().build_info()["instruction_sets"] if cpu.NATIVE_BUILT else [])
+def isa(request, monkeypatch):
+    monkeypatch.setenv("AAPE_BACKEND", "cpu")
+    monkeypatch.setenv("AAPE_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def gradients(function, inputs, cotangent):
+    leaves = [value.detach().requires_grad_() for value in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("stride", [(16, 16), (10, 10)], ids=["grid", "overlap"])
+def test_sblu_gives_the_same_bits_on_any_number_of_threads(isa, threads, stride):
+    case = Case(3, 1, 20, (16, 16), stride, 16, (4, 30), (3, 5), "quadrature")
+    inputs, cotangent = case.inputs(torch.float32)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        results.append(gradients(lambda *v: sblu(*v, **case.options), inputs, cotangent))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["FT", "TF"])
+def test_embed_gives_the_same_bits_on_any_number_of_threads(isa, threads, layout):
+    stem = AaPE(embed_dim=96, layout=layout)
+    x = torch.randn(2, 1, 128, 256)
+    cotangent = torch.randn(2, 128, 96)
+    results = []
+    for count in (1, 2, 2, 3):
+        threads(count)
+        tokens = stem(x)
+        results.append([tokens, *torch.autograd.grad(tokens, list(stem.parameters()), cotangent)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_elements_beyond_2_to_the_31(isa):
+    """A view whose last batch lies 2³¹ elements behind its first; the memory between is never touched."""
+    case = Case(2, 1, 3, (4, 8), (4, 8), 8, (2, 3), (0, 0), "quadrature")
+    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
+    far = 2**31 + 100
+    giant = torch.empty(far + x[0].numel())
+    view = giant.as_strided(x.shape, (far, *x.stride()[1:]))
+    view.copy_(x)
+    want = gradients(lambda *v: sblu(*v, **case.options), (x, decay, frequency, weight), cotangent)
+    got = gradients(lambda *v: sblu(*v, **case.options), (view, decay, frequency, weight), cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
+def test_gain_and_z_hold_everywhere_in_the_range(isa, odd):
+    """An impulse at the innermost frame answers γ, one a frame further out γz: to a few ulp over all of §6's range."""
+    window = 5 if odd else 4
+    alpha = torch.cat([torch.linspace(0, 0.5, 60), torch.linspace(0.5, 10, 60)])
+    omega = torch.cat([torch.linspace(0, 0.5, 60), torch.linspace(0.5, math.pi, 60)])
+    decay, frequency = (value.reshape(1, 1, 1, -1) for value in torch.meshgrid(alpha, omega, indexing="ij"))
+    weight = torch.ones(decay.shape[3], 1, 1)
+    for frame in range(window):
+        x = torch.zeros(1, 1, 1, window)
+        x[..., frame] = 1
+        options = {"patch_size": (1, window), "kernel": "bilateral"}
+        got = sblu(x, decay, frequency, weight, **options)[0, 0, 0].double()
+        wide = [value.double() for value in (x, decay, frequency, weight)]
+        want = sblu(*wide, **options, backend="reference")[0, 0, 0]
+        error = torch.hypot(*(got - want)) / torch.hypot(*want)
+        assert error.max() <= 2e-6
+
+
+def test_every_output_is_written(isa, monkeypatch):
+    """Whatever the allocator hands out: new memory is poisoned first."""
+    case = AWKWARD
+    inputs, cotangent = case.inputs()
+    stem = AaPE(patch_size=4, in_chans=2, embed_dim=6, num_states=3, encoder_dim=5).double()
+    x = torch.randn(2, 2, 9, 13, dtype=torch.float64)
+
+    def everything():
+        tokens = stem(x)
+        values = gradients(lambda *v: sblu(*v, **case.options), inputs, cotangent)
+        return [*values, tokens, *torch.autograd.grad(tokens.square().sum(), list(stem.parameters()))]
+
+    want = everything()
+    with monkeypatch.context() as patch:
+        plain = torch.Tensor.new_empty
+        patch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: plain(self, *a, **k).fill_(math.nan))
+        assert torch.zeros(1).new_empty(3).isnan().all()
+        got = everything()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_an_illegal_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("AAPE_CPU_ISA", "sse9")
+    inputs, _ = SQUARE.inputs()
+    with pytest.raises(ValueError, match=r"AAPE_CPU_ISA: expected one of .*baseline on this machine, got 'sse9'"):
+        sblu(*inputs, **SQUARE.options, backend="cpu")
+    with pytest.raises(ValueError, match="instruction set: expected one that this machine runs, got 'sse9'"):
+        native.load().gather("sse9", (0,) * 12, None, None, 1)
+
+
+def test_auto_takes_it_and_logs_one_line_when_it_cannot(monkeypatch, caplog):
+    call = Call("embed", torch.device("cpu"), torch.float32)
+    assert choose("auto", call) is BACKENDS["cpu"].run
+    monkeypatch.setattr(cpu, "NATIVE_BUILT", False)
+    _log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="aape_kernels"):
+        for _ in range(3):
+            assert choose("auto", call) is BACKENDS["reference"].run
+    (record,) = caplog.records
+    assert record.getMessage().startswith("backend 'auto' on cpu passes over 'cpu': the native module was not built")
+
+
+def test_one_openmp_runtime_in_the_process():
+    code = (
+        "import torch; from aape_kernels import AaPE\n"
+        "stem = AaPE(embed_dim=8, backend='cpu'); stem(torch.randn(1, 1, 32, 64))\n"
+        "paths = {line.split()[-1] for line in open('/proc/self/maps')}\n"
+        "print(*(path for path in paths if 'omp' in path.rpartition('/')[2]), sep='\\n')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(run.stdout.split()) == 1, run.stdout
+
+
+def test_memory_held_for_the_backward():
+    """At most (2S + encoder_dim) floats a token beyond x and the weights."""
+    stem, x = AaPE(embed_dim=48), torch.randn(2, 1, 128, 256)
+    known = {value.untyped_storage().data_ptr() for value in (x, *stem.parameters())}
+    held = {}
+
+    def pack(value):
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        tokens = stem(x)
+    assert 0 < sum(held.values()) <= (2 * 32 + 64) * 4 * tokens.shape[0] * tokens.shape[1]
+
+
+def sblu_arguments(case, permuted):
+    inputs, cotangent = case.inputs(torch.float32)
+    if permuted:  # mel bins and frames the other way round in memory, as layout "TF" gives them
+        inputs[0] = inputs[0].transpose(2, 3).contiguous().transpose(2, 3)
+        cotangent = cotangent.transpose(1, 2).contiguous().transpose(1, 2)
+    return inputs, cotangent, (case.patch, case.stride, case.window, case.kernel == "quadrature")
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_opcheck_sblu(case, permuted):
+    inputs, cotangent, grid = sblu_arguments(case, permuted)
+    torch.library.opcheck(torch.ops.aape.sblu.default, (*inputs, *grid, "cpu"))
+    for need in ((True,) * 4, (False, True, False, True)):
+        torch.library.opcheck(torch.ops.aape.sblu_backward.default, (cotangent, *inputs, *grid, need, "cpu"))
+
+
+@pytest.mark.parametrize("time_major", [False, True], ids=["frequency-major", "time-major"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_opcheck_embed(time_major, bias):
+    stem = AaPE(patch_size=(4, 8), in_chans=2, embed_dim=6, num_states=3, encoder_dim=5, bias=bias).requires_grad_(
+        False
+    )
+    p = dict(stem.named_parameters())
+    names = ("proj.weight", "proj.bias", "encoder.w1", "encoder.b1", "encoder.w2", "encoder.b2")
+    parameters = [p.get(name) for name in (*names, "sblu.weight", "fusion.weight")]
+    x = torch.randn(2, 2, 24, 13).transpose(2, 3) if time_major else torch.randn(2, 2, 13, 24)
+    x = x.expand(2, 2, *x.shape[2:])
+    options = ((4, 8), (4, 8), 8, True, stem.decay, stem.band, time_major)
+    torch.library.opcheck(torch.ops.aape.embed.default, (x, *parameters, *options, "cpu"))
+    tokens, r, hidden = torch.ops.aape.embed(x, *parameters, *options, "cpu")
+    for need in ((True,) * 9, (False, True) * 4 + (False,)):
+        arguments = (torch.randn_like(tokens), x, *parameters, r, hidden, *options, need, "cpu")
+        torch.library.opcheck(torch.ops.aape.embed_backward.default, arguments)
+
+
+def test_only_what_is_asked_for_is_computed():
+    inputs, cotangent, grid = sblu_arguments(AWKWARD, False)
+    every = torch.ops.aape.sblu_backward(cotangent, *inputs, *grid, (True,) * 4, "cpu")
+    for k in range(4):
+        need = tuple(index == k for index in range(4))
+        one = torch.ops.aape.sblu_backward(cotangent, *inputs, *grid, need, "cpu")
+        assert [value.numel() > 0 for value in one] == list(need)
+        assert torch.equal(one[k], every[k])
+
+
+def small_stem():
+    stem = AaPE(patch_size=(3, 4), in_chans=1, embed_dim=3, stride=(2, 3), num_states=2, encoder_dim=3, backend="cpu")
+    return stem.double()
+
+
+def test_derivatives_of_the_whole_stem(isa):
+    stem, x = small_stem(), torch.randn(1, 1, 5, 8, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*stem.named_parameters(), strict=True)
+
+    def f(x, *values):
+        return torch.func.functional_call(stem, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, (x, *values))
+    assert torch.autograd.gradgradcheck(f, (x, *values))
+
+
+@pytest.mark.parametrize("asked", ["one", "frozen"])
+def test_double_backward_of_a_part(asked):
+    """Only one gradient differentiated on, or parameters frozen: what remains agrees with the reference."""
+    stem = small_stem()
+    if asked == "frozen":
+        for parameter in (stem.encoder.w1, stem.sblu.weight, stem.proj.bias):
+            parameter.requires_grad_(False)
+    x = torch.randn(2, 1, 5, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for name in ("cpu", "reference"):
+        stem.backend = name
+        (grad_x,) = torch.autograd.grad(stem(x).square().sum(), x, create_graph=True)
+        wanted = [value for value in stem.parameters() if value.requires_grad]
+        results.append(torch.autograd.grad(grad_x.square().sum(), [x, *wanted], allow_unused=True))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= 1e-10
+
+
+# functorch itself calls the deprecated torch.jit.script
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_forward_mode_is_refused():
+    stem, x = small_stem(), torch.randn(1, 1, 5, 8, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"forward-mode AD: expected backend 'reference'.*got 'cpu'"):
+        torch.func.jvp(stem, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            stem(dual)
+        assert torch.equal(stem(x), stem(x.clone()))  # nothing to refuse without a tangent
+
+
+def test_matrix_products_of_rank_deficient_grids():
+    """One token, one state, one mel bin: every size at its smallest."""
+    grid = PatchGrid.make((1, 2))
+    inputs = [torch.randn(1, 1, 1, 2), torch.rand(1, 1, 1, 1), torch.rand(1, 1, 1, 1), torch.randn(1, 1, 1)]
+    y = sblu(*inputs, patch_size=grid.patch, backend="cpu")
+    want = sblu(*(v.double() for v in inputs), patch_size=grid.patch, backend="reference")
+    assert relative_error(y, want) <= bound(torch.float32)
+
+
+def test_environment_variable_reaches_a_fresh_process():
+    code = "import torch; from aape_kernels.backends import native; print(native.instruction_set())"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"AAPE_CPU_ISA": "baseline"}
+    )
+    assert run.stdout.split() == ["baseline"]
