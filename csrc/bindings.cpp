@@ -118,8 +118,9 @@ void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const
 
 void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
                    const py::object& grad_y, const py::object& x, const py::object& decay, const py::object& frequency,
-                   const py::object& weight, const py::object& grad_x, const py::object& grad_decay,
-                   const py::object& grad_frequency, const py::object& grad_weight, int threads) {
+                   const py::object& weight, const py::object& y, const py::object& grad_x,
+                   const py::object& grad_decay, const py::object& grad_frequency, const py::object& grad_weight,
+                   int threads) {
   SbluCall call;
   const Kernels& kernels = kernels_named(isa);
   call.grid = grid(sizes, quadrature);
@@ -128,6 +129,7 @@ void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadratu
   call.decay = view(decay);
   call.frequency = view(frequency);
   call.weight = view(weight);
+  call.y = view(y);
   call.grad_y = view(grad_y);
   call.grad_x = view(grad_x);
   call.grad_decay = view(grad_decay);

@@ -57,7 +57,7 @@ def sblu_backward(
     wide = (decay.to(dtype), frequency.to(dtype), weight.to(dtype))
     out = [_gradient(value, dtype) if wanted else None for value, wanted in zip((x, *wide), need, strict=True)]
     if grad.numel() and any(need):
-        _run_sblu_backward(grad, x, *wide, out, grid, quadrature, None)
+        _run_sblu_backward(grad, x, *wide, None, out, grid, quadrature, None)
     gradients = [
         value.new_empty(0) if gradient is None else gradient.to(value.dtype)
         for value, gradient in zip((x, decay, frequency, weight), out, strict=True)
@@ -97,6 +97,7 @@ def _run_sblu_backward(
     decay: Tensor,
     frequency: Tensor,
     weight: Tensor,
+    y: Tensor | None,
     out: list[Tensor | None],
     grid: PatchGrid,
     quadrature: bool,
@@ -108,7 +109,7 @@ def _run_sblu_backward(
         native.sizes(x, grid, weight.shape[0]),
         quadrature,
         ranges,
-        *map(view, (grad, x, decay, frequency, weight, *out)),
+        *map(view, (grad, x, decay, frequency, weight, y, *out)),
         torch.get_num_threads(),
     )
 
@@ -152,19 +153,101 @@ class _Layout:
             self.gather(x, patches)
         return operand, patches
 
+    def responses(
+        self,
+        x: Tensor,
+        r: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        quadrature: bool,
+        ranges: tuple[float, float, float, float],
+    ) -> Tensor:
+        """y (B·N, 2S)."""
+        y = x.new_empty(self.rows, 2 * self.states, dtype=dtype)
+        self.respond(x, r, weight, y, quadrature, ranges)
+        return y
+
     def respond(
         self,
         x: Tensor,
         r: Tensor,
         weight: Tensor,
-        operand: Tensor,
+        y: Tensor,
         quadrature: bool,
         ranges: tuple[float, float, float, float],
     ) -> None:
-        """Fill in y."""
+        """Fill in y (B·N, 2S)."""
         decay, frequency = self.by_token(r).chunk(2, dim=-1)
-        y = self.by_token(operand[:, self.patch :]).unflatten(-1, (2, self.states))
-        _run_sblu(x, decay, frequency, weight, y, self.grid, quadrature, ranges)
+        by_plane = self.by_token(y).unflatten(-1, (2, self.states))
+        _run_sblu(x, decay, frequency, weight, by_plane, self.grid, quadrature, ranges)
+
+
+def _onednn(*tensors: Tensor) -> bool:
+    """Whether a float32 product should go to oneDNN rather than to the BLAS that `addmm` calls.
+
+    On AMD processors with AVX-512 oneDNN takes half of MKL's time (benchmarks/NOTES.md). Its entry in torch is the op
+    that inductor uses. Small products are not worth the search for a kernel.
+    """
+    return (
+        all(tensor.dtype == torch.float32 for tensor in tensors)
+        and math.prod(tensors[0].shape) * tensors[1].shape[0] >= 2**20
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """rows · weightᵀ + bias; weight is dense, in either order: oneDNN has no fast kernel for another one."""
+    if _onednn(rows, weight):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return out
+    return F.linear(rows, weight, bias)
+
+
+# Tokens whose [patch | y] and cotangent are multiplied at once in the backward: together they stay in cache.
+BLOCK = 1024
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left · right; `total` may be written to."""
+    if total is None:
+        return _product(left, right.t())
+    if _onednn(left, right.t()):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(left, total, right.t(), None, "add")
+        return out
+    return total.addmm_(left, right)
+
+
+def _weight_gradients(
+    grad: Tensor | None, grad_hidden: Tensor | None, x: Tensor, y: Tensor, grid: PatchGrid, time_major: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """[patch | y]ᵀ · grad (C·P_f·P_t + 2S, D) and patchᵀ · grad_hidden (C·P_f·P_t, H), where those are given.
+
+    Patches are gathered again, some clips at a time and transposed: the products then read both sides as they lie.
+    """
+    both: Tensor | None = None
+    encoder: Tensor | None = None
+    tokens = math.prod(grid.tokens(x.shape[2], x.shape[3]))
+    clips = max(1, BLOCK // tokens)
+    work = working_dtype(x.dtype)
+    for first in range(0, x.shape[0], clips):
+        some = x[first : first + clips]
+        layout = _Layout(some, grid, y.shape[1] // 2, time_major)
+        rows = slice(first * tokens, first * tokens + layout.rows)
+        patches: Tensor | None = None
+        if grad is not None:
+            columns = x.new_empty(layout.width, layout.rows, dtype=grad.dtype)
+            patches = columns[: layout.patch]
+            layout.gather(some, patches.t())
+            columns[layout.patch :].copy_(y[rows].t())
+            both = _accumulate(both, columns, grad[rows])
+        if grad_hidden is not None:
+            if patches is None or patches.dtype != work:
+                patches = x.new_empty(layout.patch, layout.rows, dtype=work)
+                layout.gather(some, patches.t())
+            encoder = _accumulate(encoder, patches, grad_hidden[rows])
+    return both, encoder
 
 
 def _ranges(decay: list[float], band: list[float]) -> tuple[float, float, float, float]:
@@ -190,21 +273,17 @@ def embed(
     """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
     layout = _Layout(x, grid, sblu_w.shape[0], time_major)
     work, out = working_dtype(x.dtype), proj_w.dtype
-    tokens = x.new_empty(layout.batch, math.prod(layout.tokens), proj_w.shape[0], dtype=out)
-    hidden = x.new_empty(layout.rows, w1.shape[0], dtype=work)
-    r = x.new_empty(layout.rows, w2.shape[0], dtype=work)
-    if tokens.numel():
-        operand, patches = layout.operand(x, out)
-        torch.addmm(b1.to(work), patches, w1.to(work).flatten(1).t(), out=hidden)
-        torch.addmm(b2.to(work), F.silu(hidden), w2.to(work).t(), out=r)
-        layout.respond(x, r, sblu_w.to(work), operand, quadrature, _ranges(decay, band))
-        weight = torch.cat([proj_w.flatten(1), fusion_w.to(out).flatten(1)], dim=1)
-        flat = tokens.view(layout.rows, -1)
-        if proj_b is None:
-            torch.mm(operand, weight.t(), out=flat)
-        else:
-            torch.addmm(proj_b.to(out), operand, weight.t(), out=flat)
-    return tokens, r, hidden
+    if not layout.rows:
+        shape = (layout.batch, math.prod(layout.tokens), proj_w.shape[0])
+        empty = [x.new_empty(0, width, dtype=work) for width in (w2.shape[0], w1.shape[0])]
+        return x.new_empty(shape, dtype=out), empty[0], empty[1]
+    operand, patches = layout.operand(x, out)
+    hidden = _product(patches, w1.to(work).flatten(1), b1.to(work))
+    r = _product(F.silu(hidden), w2.to(work), b2.to(work))
+    layout.respond(x, r, sblu_w.to(work), operand[:, layout.patch :], quadrature, _ranges(decay, band))
+    weight = torch.cat([proj_w.flatten(1), fusion_w.to(out).flatten(1)], dim=1)
+    tokens = _product(operand, weight, None if proj_b is None else proj_b.to(out))
+    return tokens.view(layout.batch, math.prod(layout.tokens), -1), r, hidden
 
 
 def embed_backward(
@@ -237,36 +316,48 @@ def embed_backward(
     if grad.numel():
         flat = grad.reshape(layout.rows, -1)
         ranges = _ranges(decay, band)
+        wide_sblu_w = sblu_w.to(work)
+        grad_hidden: Tensor | None = None
+        y: Tensor | None = None
         if "proj_b" in wanted:
             got["proj_b"] = flat.sum(0)
-        operand, patches = layout.operand(x, out)
-        if wanted & {"proj_w", "fusion_w"}:
-            layout.respond(x, r, sblu_w.to(work), operand, quadrature, ranges)
-            both = flat.t() @ operand  # [D, C·P_f·P_t + 2S]
-            got["proj_w"], got["fusion_w"] = both[:, : layout.patch], both[:, layout.patch :]
         if wanted & {"x", "w1", "b1", "w2", "b2", "sblu_w"}:
-            grad_y = flat @ fusion_w.to(out).flatten(1)
+            grad_y = _product(flat, fusion_w.to(out).flatten(1).t())
             grad_r = torch.zeros_like(r)
             grad_x = _gradient(x, work) if "x" in wanted else None
             grad_sblu = _gradient(sblu_w, work) if "sblu_w" in wanted else None
             alpha, omega = layout.by_token(r).chunk(2, dim=-1)
             gradients = [grad_x, *layout.by_token(grad_r).chunk(2, dim=-1), grad_sblu]
-            cotangent = layout.by_token(grad_y).unflatten(-1, (2, layout.states))
-            _run_sblu_backward(cotangent, x, alpha, omega, sblu_w.to(work), gradients, grid, quadrature, ranges)
+            y = torch.empty_like(grad_y)
+            by_plane = [layout.by_token(value).unflatten(-1, (2, layout.states)) for value in (grad_y, y)]
+            _run_sblu_backward(
+                by_plane[0], x, alpha, omega, wide_sblu_w, by_plane[1], gradients, grid, quadrature, ranges
+            )
             if grad_sblu is not None:
                 got["sblu_w"] = grad_sblu
             got["b2"] = grad_r.sum(0)
             if "w2" in wanted:
                 got["w2"] = grad_r.t() @ F.silu(hidden)
             if wanted & {"x", "w1", "b1"}:
-                grad_hidden = torch.ops.aten.silu_backward(grad_r @ w2.to(work), hidden)
+                grad_hidden = torch.ops.aten.silu_backward(_product(grad_r, w2.to(work).t()), hidden)
                 got["b1"] = grad_hidden.sum(0)
-                if "w1" in wanted:
-                    got["w1"] = grad_hidden.t() @ patches
-                if grad_x is not None:
-                    grad_patch = (flat @ proj_w.flatten(1)).to(work)
-                    grad_patch.addmm_(grad_hidden, w1.to(work).flatten(1))
-                    got["x"] = grad_x + _scatter(grad_patch, x, layout)
+            if grad_x is not None and grad_hidden is not None:
+                grad_patch = _product(flat, proj_w.flatten(1).t()).to(work)
+                grad_patch.addmm_(grad_hidden, w1.to(work).flatten(1))
+                got["x"] = grad_x + _scatter(grad_patch, x, layout)
+        fused = bool(wanted & {"proj_w", "fusion_w"})
+        both, encoder = _weight_gradients(
+            flat if fused else None,
+            grad_hidden if "w1" in wanted else None,
+            x,
+            y if y is not None else layout.responses(x, r, wide_sblu_w, out, quadrature, ranges),
+            grid,
+            time_major,
+        )
+        if both is not None:
+            got["proj_w"], got["fusion_w"] = both[: layout.patch].t(), both[layout.patch :].t()
+        if encoder is not None:
+            got["w1"] = encoder.t()
     return tuple(
         x.new_empty(0)
         if name not in wanted or value is None

@@ -29,12 +29,13 @@ struct SbluCall {
   Grid grid;
   Ranges ranges;
   View x, decay, frequency, weight;
-  View y;                                                    // forward
+  // Forward; also backward, where the responses come with the derivatives for nothing, unless data is null.
+  View y;
   View grad_y, grad_x, grad_decay, grad_frequency, grad_weight;  // backward; data is null where not needed
   int threads = 1;
 };
 
-// patches (B, N_f, N_t, C·P_f·P_t), the last axis contiguous
+// patches (B, N_f, N_t, C·P_f·P_t); fastest where one of the last two axes is contiguous
 struct GatherCall {
   Grid grid;
   View x, patches;

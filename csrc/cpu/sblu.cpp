@@ -79,6 +79,13 @@ AAPE_FN Complex<Vec<T>> respond(const T* u, int64_t states, const Fold& w, const
   return y;
 }
 
+template <class T>
+inline void store_response(const View& y, const T* re, const T* im, const Unit& unit, int64_t j, int64_t states) {
+  char* to = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
+  store_row(to, re, y.type, y.stride[4], states);
+  store_row(to + y.stride[3] * size_of(y.type), im, y.type, y.stride[4], states);
+}
+
 template <class T, bool Quadrature>
 inline void forward(const SbluCall& call) {
   using M = Math<Vec<T>>;
@@ -109,10 +116,7 @@ inline void forward(const SbluCall& call) {
           M::store(re + s, y.re);
           M::store(im + s, y.im);
         }
-        const View& y = call.y;
-        char* to = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
-        store_row(to, re, y.type, y.stride[4], g.states);
-        store_row(to + y.stride[3] * size_of(y.type), im, y.type, y.stride[4], g.states);
+        store_response(call.y, re, im, unit, j, g.states);
       }
     }
   }
@@ -146,9 +150,14 @@ AAPE_FN void spread(T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g, 
   }
 }
 
-// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz): P and dP/dz from one Horner run that carries both.
+// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz): P and dP/dz from one Horner run that carries both. y comes with it.
+template <class T>
+struct Slopes {
+  Complex<Vec<T>> sum, y;
+};
+
 template <class T, bool Quadrature>
-AAPE_FN Complex<Vec<T>> slopes(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g,
+AAPE_FN Slopes<T> slopes(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g,
                                Complex<Vec<T>> conj_plus, Complex<Vec<T>> conj_minus) {
   using M = Math<Vec<T>>;
   using C = Complex<Vec<T>>;
@@ -171,9 +180,12 @@ AAPE_FN Complex<Vec<T>> slopes(const T* u, int64_t states, const Fold& w, const 
       minus = minus * g.z;
     }
   }
-  C sum = adjoint<Vec<T>>(conj_plus, g, plus, plus_slope);
-  if (Quadrature) sum = sum + adjoint<Vec<T>>(conj_minus, g, minus, minus_slope);
-  return sum;
+  Slopes<T> out = {adjoint<Vec<T>>(conj_plus, g, plus, plus_slope), g.gamma * plus};
+  if (Quadrature) {
+    out.sum = out.sum + adjoint<Vec<T>>(conj_minus, g, minus, minus_slope);
+    out.y.im = (g.gamma * minus).im;
+  }
+  return out;
 }
 
 // grad_weight[r][s] += Σ_t x[r][t] · grad_u[t][s]
@@ -265,7 +277,10 @@ struct Worker {
         // conj ḡ: split by polynomial for the quadrature kernel
         Complex<Vec<T>> plus = {gr, Quadrature ? zero : -gi}, minus = {zero, -gi};
         if (passes & kParameters) {
-          auto d = slopes<T, Quadrature>(u.data + at + s, t.states, w, gains, plus, minus);
+          auto [d, y] = slopes<T, Quadrature>(u.data + at + s, t.states, w, gains, plus, minus);
+          // the cotangents have been read: their place is free
+          M::store(re + s, y.re);
+          M::store(im + s, y.im);
           d.im = -d.im;
           if (call.ranges.logits) d = {d.re * p.decay_slope, d.im * p.frequency_slope};
           M::store(grad_decay + s, d.re);
@@ -276,6 +291,7 @@ struct Worker {
       if (passes & kParameters) {
         store(call.grad_decay, grad_decay, unit, j);
         store(call.grad_frequency, grad_frequency, unit, j);
+        if (call.y.data) store_response(call.y, re, im, unit, j, g.states);
       }
     }
     if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);
@@ -374,6 +390,42 @@ inline void backward(const SbluCall& call) {
 static void sblu(const SbluCall& call) { AAPE_DISPATCH(forward, call); }
 static void sblu_backward(const SbluCall& call) { AAPE_DISPATCH(backward, call); }
 
+// Patches transposed: a row of x is read once for each frame of a patch, and what is written lies side by side.
+template <class T>
+inline void gather_columns(const GatherCall& call) {
+  const Grid& g = call.grid;
+  const View &x = call.x, &to = call.patches;
+  const int64_t rows = g.batch * g.n_f, in = size_of(x.type), out = size_of(to.type);
+  const bool plain = x.type == DType::kFloat32 && to.type == DType::kFloat32;
+  const int threads = int(smaller(call.threads, rows));
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<T> tokens(g.n_t);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < rows; ++k) {
+      int64_t i = k % g.n_f, b = k / g.n_f;
+      char* at = to.data + (b * to.stride[0] + i * to.stride[1]) * out;
+      for (int64_t c = 0; c < g.channels; ++c) {
+        for (int64_t p = 0; p < g.patch_f; ++p) {
+          const char* from =
+              x.data + (b * x.stride[0] + c * x.stride[1] + (i * g.stride_f + p) * x.stride[2]) * in;
+          for (int64_t f = 0; f < g.patch_t; ++f, at += to.stride[3] * out, from += x.stride[3] * in) {
+            int64_t step = g.stride_t * x.stride[3];
+            if (plain && to.stride[2] == 1) {
+              auto source = reinterpret_cast<const float*>(from);
+              auto target = reinterpret_cast<float*>(at);
+              for (int64_t j = 0; j < g.n_t; ++j) target[j] = source[j * step];
+            } else {
+              load_row(tokens.data, from, x.type, step, g.n_t);
+              store_row(at, tokens.data, to.type, to.stride[2], g.n_t);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 inline void gather_rows(const GatherCall& call) {
   const Grid& g = call.grid;
@@ -405,8 +457,11 @@ inline void gather_rows(const GatherCall& call) {
 }
 
 static void gather(const GatherCall& call) {
-  if (call.x.type == DType::kFloat64) gather_rows<double>(call);
-  else gather_rows<float>(call);
+  bool wide = call.x.type == DType::kFloat64, rows = call.patches.stride[3] == 1;
+  if (wide && rows) gather_rows<double>(call);
+  else if (wide) gather_columns<double>(call);
+  else if (rows) gather_rows<float>(call);
+  else gather_columns<float>(call);
 }
 
 }  // namespace AAPE_NAMESPACE
