@@ -8,6 +8,7 @@ Forward-mode AD is refused: through an opaque op it would silently give zeros.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -231,6 +232,18 @@ def _refuse_forward_mode(tensors: Sequence[Tensor | None], backend: str) -> None
         )
 
 
+# `Function.apply` asks for the signature of `forward` at every call, 30 µs to work out and nothing to look up.
+for _function in (SBLU, SBLUBackward, Embed, EmbedBackward):
+    _forward: Any = _function.forward
+    _forward.__signature__ = inspect.signature(_forward)
+
+
+def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether anything but the values is asked for: gradients, or functorch's transforms."""
+    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
+    return wanted or bool(torch._C._are_functorch_transforms_active())
+
+
 def bind(backend: str) -> SimpleNamespace:
     """`sblu` and `embed` of a compiled backend, differentiable, in the signatures of `aape_kernels.reference`."""
 
@@ -238,7 +251,7 @@ def bind(backend: str) -> SimpleNamespace:
         *tensors, grid, quadrature = given
         _refuse_forward_mode(tensors, backend)
         arguments = (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend)
-        y: Tensor = SBLU.apply(*arguments)  # type: ignore[no-untyped-call]
+        y: Tensor = (SBLU.apply if _differentiated(tensors) else ops.sblu)(*arguments)  # type: ignore[no-untyped-call]
         return y
 
     def embed(*given: Any) -> Tensor:
@@ -246,7 +259,8 @@ def bind(backend: str) -> SimpleNamespace:
         _refuse_forward_mode(tensors, backend)
         sizes = (grid.patch, grid.stride, grid.window)
         arguments = (*tensors, *sizes, quadrature, decay, band, time_major, backend)
-        tokens: Tensor = Embed.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        run = Embed.apply if _differentiated(tensors) else ops.embed
+        tokens: Tensor = run(*arguments)[0]  # type: ignore[no-untyped-call]
         return tokens
 
     return SimpleNamespace(sblu=sblu, embed=embed)

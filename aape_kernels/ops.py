@@ -6,8 +6,10 @@ Arguments are trusted: `functional` has checked them.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,17 +49,23 @@ def _grid(patch: Sequence[int], stride: Sequence[int], window: int) -> PatchGrid
     return PatchGrid((patch[0], patch[1]), (stride[0], stride[1]), window)
 
 
+@functools.cache
+def _implementation(backend: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"aape_kernels.backends.{backend}"), name)
+    return function
+
+
 def _implement(name: str) -> None:
     """Register an op's implementation: the backend's function of that name, a `PatchGrid` in place of three sizes."""
 
     def run(*arguments):  # type: ignore[no-untyped-def]  # the schema types it
         *rest, backend = arguments
-        module = importlib.import_module(f"aape_kernels.backends.{backend}")
+        compute = _implementation(backend, name)
         first = FIRST_SIZE[name]
         grid = _grid(*rest[first : first + 3])
         # an exported program calls the op itself, on parameters that require grad
         with torch.no_grad():
-            return getattr(module, name)(*rest[:first], grid, *rest[first + 3 :])
+            return compute(*rest[:first], grid, *rest[first + 3 :])
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)

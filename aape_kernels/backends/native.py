@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from ..geometry import PatchGrid
 
-__all__ = ["instruction_set", "load", "sizes", "view"]
+__all__ = ["Ranges", "gather", "instruction_set", "load", "sblu", "sblu_backward"]
+
+# decay low, log(high/low), band low, band width: given where decay and frequency are the Lambda Encoder's logits
+Ranges = tuple[float, float, float, float]
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class DType of api.h
 
@@ -42,11 +46,61 @@ def instruction_set() -> str:
     return name
 
 
-def sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
+def _sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
     """The twelve sizes of `struct Grid` for x (B, C, F, T)."""
     return (*x.shape, *grid.patch, *grid.stride, grid.window, *grid.tokens(x.shape[2], x.shape[3]), states)
 
 
-def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...], int] | None:
+def _view(tensor: Tensor | None) -> tuple[int, tuple[int, ...], int] | None:
     """A tensor as pointer, element strides and dtype code."""
     return None if tensor is None else (tensor.data_ptr(), tensor.stride(), DTYPE_CODES[tensor.dtype])
+
+
+def sblu(
+    x: Tensor,
+    decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    grid: PatchGrid,
+    quadrature: bool,
+    ranges: Ranges | None = None,
+) -> None:
+    """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. All strides are taken."""
+    load().sblu(
+        instruction_set(),
+        _sizes(x, grid, weight.shape[0]),
+        quadrature,
+        ranges,
+        *map(_view, (x, decay, frequency, weight, y)),
+        torch.get_num_threads(),
+    )
+
+
+def sblu_backward(
+    grad: Tensor,
+    x: Tensor,
+    decay: Tensor,
+    frequency: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    grid: PatchGrid,
+    quadrature: bool,
+    ranges: Ranges | None = None,
+) -> None:
+    """Write the gradients of decay, frequency and weight and add to that of x, in the arithmetic's dtype, None where
+    not needed. With those of decay and frequency y comes for nothing, if it is given."""
+    load().sblu_backward(
+        instruction_set(),
+        _sizes(x, grid, weight.shape[0]),
+        quadrature,
+        ranges,
+        *map(_view, (grad, x, decay, frequency, weight, y, *gradients)),
+        torch.get_num_threads(),
+    )
+
+
+def gather(x: Tensor, patches: Tensor, grid: PatchGrid) -> None:
+    """Write the patches of x, (B, N_f, N_t, C·P_f·P_t); fastest where one of the last two axes is contiguous."""
+    load().gather(instruction_set(), _sizes(x, grid, 0), _view(x), _view(patches), torch.get_num_threads())
