@@ -50,12 +50,23 @@ def _check_input(x: object, channels: int | str, grid: PatchGrid, layout: str = 
     """x as (B, C, F, T), whichever its layout, and its token grid (N_f, N_t)."""
     axes = ("mel bins", "frames") if layout == "FT" else ("frames", "mel bins")
     x = _check_tensor(x, "x", ("batch", channels, *axes), f" for layout {layout}", None)
+    if x.shape[1] < 1:
+        raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)}")
     if layout == "TF":
         x = x.transpose(2, 3)
     for size, patch, axis in zip(x.shape[2:], grid.patch, ("mel bins", "frames"), strict=True):
         if size < patch:
             raise ValueError(f"x: expected at least one patch, {patch} {axis}, got {size}")
     return x, grid.tokens(x.shape[2], x.shape[3])
+
+
+def _check_weight(weight: object, name: str, x: Tensor, grid: PatchGrid) -> Tensor:
+    """SBLU's projection (S, C, P_f)."""
+    shape = ("states", x.shape[1], grid.patch[0])
+    checked = _check_tensor(weight, name, shape, ": (states, channels, P_f)", x)
+    if checked.shape[0] < 1:
+        raise ValueError(f"{name}: expected at least one state, got shape {tuple(checked.shape)}")
+    return checked
 
 
 def _mel_first(stride: int | Sequence[int] | None, layout: str) -> int | Sequence[int] | None:
@@ -106,7 +117,7 @@ def sblu(
     grid = PatchGrid.make(patch_size, stride, window)
     check_name(kernel, "kernel", KERNELS)
     x, (n_f, n_t) = _check_input(x, "channels", grid)
-    weight = _check_tensor(weight, "weight", ("states", x.shape[1], grid.patch[0]), ": (states, channels, P_f)", x)
+    weight = _check_weight(weight, "weight", x, grid)
     shape = (x.shape[0], n_f, n_t, weight.shape[0])
     decay = _check_tensor(decay, "decay", shape, ": (batch, N_f, N_t, states)", x)
     frequency = _check_tensor(frequency, "frequency", shape, ": (batch, N_f, N_t, states)", x)
@@ -178,7 +189,7 @@ def embed(
     dim, channels = proj_w.shape[:2]
     x, _ = _check_input(x, channels, grid, layout)
     patch_shape = (channels, *grid.patch)
-    sblu_w = _check_tensor(sblu_w, "sblu_w", ("states", channels, grid.patch[0]), ": (states, channels, P_f)", x)
+    sblu_w = _check_weight(sblu_w, "sblu_w", x, grid)
     states = sblu_w.shape[0]
     w2 = _check_tensor(w2, "w2", (2 * states, "hidden"), ": (2 * states, hidden)", x)
     hidden = w2.shape[1]

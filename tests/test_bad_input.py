@@ -50,6 +50,16 @@ TABLE = {
         ValueError,
         r"weight: expected shape \(states, 1, 16\).*got \(3, 2, 16\)",
     ),
+    "no-channels": (
+        call_sblu(x=X[:, :0], weight=WEIGHT[:, :0]),
+        ValueError,
+        r"x: expected at least one channel, got shape \(2, 0, 32, 64\)",
+    ),
+    "no-states": (
+        call_sblu(weight=WEIGHT[:0], decay=DECAY[..., :0], frequency=DECAY[..., :0]),
+        ValueError,
+        r"weight: expected at least one state, got shape \(0, 1, 16\)",
+    ),
     "few-mel-bins": (call_stem(X[:, :, :15]), ValueError, "x: expected at least one patch, 16 mel bins, got 15"),
     "few-frames": (call_stem(X[..., :15]), ValueError, "x: expected at least one patch, 16 frames, got 15"),
     "few-frames-tf": (

@@ -60,10 +60,15 @@ def _onednn(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _dense(weight: Tensor) -> Tensor:
+    # rows or columns with gaps between them would send oneDNN to its reference loop, a thousand times slower
+    return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
+
+
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """rows · weightᵀ + bias; weight is dense, in either order: oneDNN has no fast kernel for another one."""
+    """rows · weightᵀ + bias."""
     if _onednn(rows, weight):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, _dense(weight), bias, "none", [], "")
         return out
     return F.linear(rows, weight, bias)
 
@@ -73,7 +78,7 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         return _product(left, right.t())
     if _onednn(left, right.t()):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(left, total, right.t(), None, "add")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(left, total, _dense(right.t()), None, "add")
         return out
     return total.addmm_(left, right)
 
