@@ -103,25 +103,37 @@ inline void accumulate_weight(T* grad, const T* x, const T* grad_u, const Tiling
   }
 }
 
-// grad_x[r][t] += Σ_s grad_u[t][s] · weight[r][s], inside the clip only
+// weight [C·P_f][states] -> [S][rows], rows padded to whole vectors with zeros
 template <class T>
-inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, const Grid& g, const Tiling& t,
-                         const Unit& unit) {
+inline void transpose_weight(T* to, const T* weight, const Grid& g, const Tiling& t, int64_t rows) {
+  fill_zero(to, g.states * rows);
+  for (int64_t s = 0; s < g.states; ++s)
+    for (int64_t r = 0; r < t.rows; ++r) to[s * rows + r] = weight[r * t.states + s];
+}
+
+// grad_x[r][t] += Σ_s grad_u[t][s] · weight[s][r], inside the clip only; `tile` is scratch, [columns][rows]
+template <class T>
+inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, T* tile, int64_t rows, const Grid& g,
+                         const Tiling& t, const Unit& unit) {
   using M = Math<Vec<T>>;
   constexpr int lanes = Simd<T>::kLanes;
+  for (int64_t f = 0; f < unit.frames; f += kFrameBlock) {
+    for (int64_t r = 0; r < rows; r += lanes) {
+      Vec<T> sum[kFrameBlock] = {};
+      for (int64_t s = 0; s < g.states; ++s) {
+        auto w = M::load(weight + s * rows + r);
+        for (int k = 0; k < kFrameBlock; ++k) sum[k] += grad_u[(f + k) * t.states + s] * w;
+      }
+      for (int k = 0; k < kFrameBlock; ++k) M::store(tile + (f + k) * rows + r, sum[k]);
+    }
+  }
   int64_t begin = larger(0, -unit.frame), end = smaller(unit.frames, g.frames - unit.frame);
   for (int64_t c = 0; c < g.channels; ++c) {
     for (int64_t p = 0; p < g.patch_f; ++p) {
-      const T* w = weight + (c * g.patch_f + p) * t.states;
       int64_t at = unit.b * grad_x.stride[0] + c * grad_x.stride[1] + (unit.i * g.stride_f + p) * grad_x.stride[2];
       T* row = reinterpret_cast<T*>(grad_x.data) + at + unit.frame * grad_x.stride[3];
-      for (int64_t f = begin; f < end; ++f) {
-        Vec<T> sum = {};
-        for (int64_t s = 0; s < t.states; s += lanes) sum += M::load(grad_u + f * t.states + s) * M::load(w + s);
-        T total = 0;
-        for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
-        row[f * grad_x.stride[3]] += total;
-      }
+      const T* from = tile + c * g.patch_f + p;
+      for (int64_t f = begin; f < end; ++f) row[f * grad_x.stride[3]] += from[f * rows];
     }
   }
 }
@@ -135,11 +147,20 @@ struct Worker {
   const Tiling& t;
   const T* weight;
   Fold w;
-  Buffer<T> x, u, grad_u, rows;
+  int64_t padded_rows;  // of x, to whole vectors
+  Buffer<T> x, u, grad_u, rows, across, tile;
 
   Worker(const SbluCall& c, const Tiling& tiles, const T* packed)
-      : call(c), t(tiles), weight(packed), w(fold(c.grid.window)), x(t.rows * t.columns), u(t.columns * t.states),
-        grad_u(t.columns * t.states), rows(6 * t.states) {}
+      : call(c), t(tiles), weight(packed), w(fold(c.grid.window)),
+        padded_rows(c.grad_x.data ? round_up(t.rows, Simd<T>::kLanes) : 0), x(t.rows * t.columns),
+        u(t.columns * t.states), grad_u(t.columns * t.states), rows(6 * t.states),
+        across(c.grid.states * padded_rows), tile(t.columns * padded_rows) {
+    if (c.grad_x.data) {
+      transpose_weight(across.data, weight, c.grid, t, padded_rows);
+      // the last frame block reads a few frames beyond the tile
+      fill_zero(grad_u.data, t.columns * t.states);
+    }
+  }
 
   inline void run(int64_t k, int passes, T* grad_weight) {
     using M = Math<Vec<T>>;
@@ -181,7 +202,7 @@ struct Worker {
       }
     }
     if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);
-    if (passes & kInput) accumulate_x(call.grad_x, grad_u.data, weight, g, t, unit);
+    if (passes & kInput) accumulate_x(call.grad_x, grad_u.data, across.data, tile.data, padded_rows, g, t, unit);
   }
 
   inline void load_cotangent(T* re, T* im, const Unit& unit, int64_t j) {
