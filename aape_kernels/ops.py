@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .geometry import PatchGrid
-from .reference import working_dtype
+from .reference import full_precision, working_dtype
 
 __all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
 
@@ -63,8 +63,9 @@ def _implement(name: str) -> None:
         compute = _implementation(backend, name)
         first = FIRST_SIZE[name]
         grid = _grid(*rest[first : first + 3])
-        # an exported program calls the op itself, on parameters that require grad
-        with torch.no_grad():
+        # An exported program calls the op itself, on parameters that require grad; and autocast, which has decided above
+        # what the dtypes are, would reach into the backend's products.
+        with torch.no_grad(), full_precision(rest[0].device):
             return compute(*rest[:first], grid, *rest[first + 3 :])
 
     for key in ("CPU", "CUDA"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .geometry import PatchGrid
 
-__all__ = ["embed", "gather", "lambda_encoder", "sblu", "working_dtype"]
+__all__ = ["embed", "full_precision", "gather", "lambda_encoder", "sblu", "working_dtype"]
 
 # Below this |Λ| the gain and its derivative cancel, so they are summed as series (spec §2). The terms kept leave a
 # remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.

@@ -11,7 +11,7 @@ import torch
 from cases import AWKWARD, SQUARE, Case
 from oracle import bound, relative_error
 
-from aape_kernels import AaPE, sblu
+from aape_kernels import AaPE, ops, sblu
 from aape_kernels.backends import BACKENDS, Call, _log_fallback, choose, cpu, native
 from aape_kernels.geometry import PatchGrid
 
@@ -97,6 +97,24 @@ def test_gain_and_z_hold_everywhere_in_the_range(isa, odd):
         want = sblu(*wide, **options, backend="reference")[0, 0, 0]
         error = torch.hypot(*(got - want)) / torch.hypot(*want)
         assert error.max() <= 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_autocast_does_not_reach_into_the_op(isa, rows):
+    """The encoder keeps float32 whatever the product's dtype, with small products and with large ones."""
+    stem, x = AaPE(embed_dim=64), torch.randn(rows, 1, 32, 64)
+    p = [value.detach() for value in stem.parameters()]
+    options = ((16, 16), (16, 16), 16, True, stem.decay, stem.band, False, "cpu")
+    _, *plain = ops.embed(x, *p, *options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tokens, *under = ops.embed(x, *p, *options)
+        narrow = ops.embed(x, p[0].bfloat16(), p[1].bfloat16(), *p[2:-1], p[-1].bfloat16(), *options)
+    assert tokens.dtype == torch.float32
+    assert narrow[0].dtype == torch.bfloat16
+    for got in (under, narrow[1:]):
+        for value, want in zip(got, plain, strict=True):
+            assert value.dtype == torch.float32
+            assert relative_error(value, want) <= 1e-6
 
 
 def test_every_output_is_written(isa, monkeypatch):
