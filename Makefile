@@ -6,7 +6,7 @@ INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildca
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -15,9 +15,6 @@ demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip 
 	.venv/bin/aape-ssl demo $(ARGS)
 
 test: test-venv  ## all tests, in a fresh virtual environment
-	$(TEST_VENV)/bin/pytest -m "not slow"
-
-test-all: test-venv  ## the slow tests too
 	$(TEST_VENV)/bin/pytest
 
 # One shell, so that the table is printed also where a peer was refused and its row has no figure.
@@ -38,7 +35,7 @@ format: .venv/dev  ## let ruff rewrite
 	.venv/bin/ruff format $(SOURCES)
 
 clean:  ## remove environments, builds and outputs
-	rm -rf .venv $(TEST_VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(TEST_VENV) build dist demo-output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f aape_kernels/_native*
 
 .PHONY: test-venv

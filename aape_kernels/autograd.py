@@ -20,6 +20,8 @@ from torch.autograd import forward_ad
 from . import ops, reference
 from .geometry import PatchGrid
 
+# `Function.apply` has no types in torch: hence the `no-untyped-call`s.
+
 __all__ = ["bind"]
 
 
@@ -46,6 +48,7 @@ def _double_backward(
         present = [leaf for leaf in leaves if leaf is not None]
         if not asked:
             return [None] * (1 + len(inputs))
+        # autograd takes a None among the inputs, which its types deny
         first = torch.autograd.grad(out, [leaves[k] for k in asked], upstream, create_graph=True)  # type: ignore[arg-type]
         second = torch.autograd.grad(first, [upstream, *present], [cotangents[k] for k in asked], allow_unused=True)
     rest = iter(second[1:])

@@ -18,6 +18,19 @@ KERNELS = ("bilateral", "quadrature")
 LAYOUTS = ("FT", "TF")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# What messages call embed's parameters: users of `AaPE` know them as in its state dict.
+IN_MODULE = {
+    "proj_w": "proj.weight",
+    "proj_b": "proj.bias",
+    "w1": "encoder.w1",
+    "b1": "encoder.b1",
+    "w2": "encoder.w2",
+    "b2": "encoder.b2",
+    "sblu_w": "sblu.weight",
+    "fusion_w": "fusion.weight",
+}
+SHOWN = {name: f"{name} (AaPE's {parameter})" for name, parameter in IN_MODULE.items()}
+
 
 def check_name(value: str, name: str, known: Sequence[str]) -> str:
     if value not in known:
@@ -112,7 +125,7 @@ def sblu(
     dtype or float32.
 
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
-    Source: the paper's SBLU; the quadrature kernel and the shared real `weight` are ours.
+    Source: the paper's SBLU; the quadrature kernel and the shared real `weight` are ours (docs/maths.md §2).
     """
     grid = PatchGrid.make(patch_size, stride, window)
     check_name(kernel, "kernel", KERNELS)
@@ -174,13 +187,13 @@ def embed(
     Without autocast x and proj_w must have one dtype, and the other parameters that one or float32.
 
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
-    Source: spec §3 and §4 (the paper's Lambda Encoder and Patch Fusion; their layer sizes are ours).
+    Source: the paper's Lambda Encoder and Patch Fusion; their layers are ours (docs/maths.md §3, §4).
     """
     check_name(layout, "layout", LAYOUTS)
     check_name(kernel, "kernel", KERNELS)
     if not isinstance(proj_w, Tensor) or proj_w.dim() != 4:
         got = tuple(proj_w.shape) if isinstance(proj_w, Tensor) else type(proj_w).__name__
-        raise ValueError(f"proj_w: expected a tensor (embed_dim, channels, patch, patch), got {got}")
+        raise ValueError(f"{SHOWN['proj_w']}: expected a tensor (embed_dim, channels, patch, patch), got {got}")
     if layout == "TF":
         proj_w = proj_w.transpose(2, 3)
     grid = PatchGrid.make(tuple(proj_w.shape[2:]), _mel_first(stride, layout), window)
@@ -189,21 +202,21 @@ def embed(
     dim, channels = proj_w.shape[:2]
     x, _ = _check_input(x, channels, grid, layout)
     patch_shape = (channels, *grid.patch)
-    sblu_w = _check_weight(sblu_w, "sblu_w", x, grid)
+    sblu_w = _check_weight(sblu_w, SHOWN["sblu_w"], x, grid)
     states = sblu_w.shape[0]
-    w2 = _check_tensor(w2, "w2", (2 * states, "hidden"), ": (2 * states, hidden)", x)
+    w2 = _check_tensor(w2, SHOWN["w2"], (2 * states, "hidden"), ": (2 * states, hidden)", x)
     hidden = w2.shape[1]
     parameters = {
-        "w1": _check_tensor(w1, "w1", (hidden, *patch_shape), ": (hidden, channels, P_f, P_t)", x),
-        "b1": _check_tensor(b1, "b1", (hidden,), ": (hidden)", x),
+        "w1": _check_tensor(w1, SHOWN["w1"], (hidden, *patch_shape), ": (hidden, channels, P_f, P_t)", x),
+        "b1": _check_tensor(b1, SHOWN["b1"], (hidden,), ": (hidden)", x),
         "w2": w2,
-        "b2": _check_tensor(b2, "b2", (2 * states,), ": (2 * states)", x),
+        "b2": _check_tensor(b2, SHOWN["b2"], (2 * states,), ": (2 * states)", x),
         "sblu_w": sblu_w,
-        "fusion_w": _check_tensor(fusion_w, "fusion_w", (dim, 2, states), ": (embed_dim, 2, states)", x),
+        "fusion_w": _check_tensor(fusion_w, SHOWN["fusion_w"], (dim, 2, states), ": (embed_dim, 2, states)", x),
     }
-    _check_tensor(proj_w, "proj_w", (dim, *patch_shape), "", x)
+    _check_tensor(proj_w, SHOWN["proj_w"], (dim, *patch_shape), "", x)
     if proj_b is not None:
-        parameters["proj_b"] = _check_tensor(proj_b, "proj_b", (dim,), ": (embed_dim)", x)
+        parameters["proj_b"] = _check_tensor(proj_b, SHOWN["proj_b"], (dim,), ": (embed_dim)", x)
 
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -215,7 +228,7 @@ def embed(
         if proj_w.dtype != x.dtype:
             raise TypeError(f"x: expected {proj_w.dtype}, that of proj.weight (or autocast), got {x.dtype}")
         for name, parameter in parameters.items():
-            _check_dtype(parameter, name, x)
+            _check_dtype(parameter, SHOWN[name], x)
 
     run = choose(backend, Call("embed", x.device, x.dtype))
     tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
@@ -241,12 +254,13 @@ def analyse(
         decay (1/frame) and frequency (rad/frame), each (B, N_f, N_t, S) whatever the layout, in float32 (float64 for
         float64 x).
 
-    Errors: `TypeError` or `ValueError` naming the argument. Source: spec §3, ours.
+    Errors: `TypeError` or `ValueError` naming the argument.
+    Source: the paper's Lambda Encoder; its layers are ours (docs/maths.md §3).
     """
     check_name(layout, "layout", LAYOUTS)
-    w1 = _check_tensor(w1, "w1", ("hidden", "channels", "P_f", "P_t"), "", None)
+    w1 = _check_tensor(w1, SHOWN["w1"], ("hidden", "channels", "P_f", "P_t"), "", None)
     grid = PatchGrid.make(tuple(w1.shape[2:]), _mel_first(stride, layout), window)
     decay_range, band = check_decay(decay, grid), check_band(band, grid)
     x, _ = _check_input(x, w1.shape[1], grid, layout)
-    _check_tensor(w1, "w1", tuple(w1.shape), "", x)
+    _check_tensor(w1, SHOWN["w1"], tuple(w1.shape), "", x)
     return reference.lambda_encoder(reference.gather(x, grid), w1, b1, w2, b2, decay_range, band)

@@ -63,8 +63,8 @@ def _implement(name: str) -> None:
         compute = _implementation(backend, name)
         first = FIRST_SIZE[name]
         grid = _grid(*rest[first : first + 3])
-        # An exported program calls the op itself, on parameters that require grad; and autocast, which has decided above
-        # what the dtypes are, would reach into the backend's products.
+        # An exported program calls the op itself, on parameters that require grad; and autocast, which settled the
+        # dtypes above, would reach into the backend's products.
         with torch.no_grad(), full_precision(rest[0].device):
             return compute(*rest[:first], grid, *rest[first + 3 :])
 
@@ -76,6 +76,9 @@ def _implement(name: str) -> None:
 FIRST_SIZE = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
 for _name in FIRST_SIZE:
     _implement(_name)
+
+
+# The fakes are untyped as torch passes them what the schemas say.
 
 
 @torch.library.register_fake("aape::sblu")

@@ -20,7 +20,7 @@ def _two_floats(value: Sequence[float], name: str) -> tuple[float, float]:
 
 
 def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
-    """The frequency band in rad/frame, (π/S_t, π) unless given: what the patch grid aliases (spec §1).
+    """The frequency band in rad/frame, (π/S_t, π) unless given: what the patch grid aliases (docs/maths.md §1).
 
     Errors: `TypeError` or `ValueError` unless 0 ≤ low < high ≤ π; `ValueError` for the default at S_t = 1, where
     the patch grid aliases nothing.

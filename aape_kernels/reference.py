@@ -20,8 +20,8 @@ from .geometry import PatchGrid
 
 __all__ = ["embed", "full_precision", "gather", "lambda_encoder", "sblu", "working_dtype"]
 
-# Below this |Λ| the gain and its derivative cancel, so they are summed as series (spec §2). The terms kept leave a
-# remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
+# Below this |Λ| the gain and its derivative cancel, so they are summed as series (docs/maths.md §2.4). The
+# terms kept leave a remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
 SMALL = 0.2
 EVEN_SERIES = [(-1) ** n / math.factorial(n + 1) for n in range(15)]
 ODD_SERIES = [0.25**n / math.factorial(2 * n + 1) for n in range(8)]
@@ -33,7 +33,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for what spec §5 keeps in float32; a no-op where no autocast is on (or can be)."""
+    """Autocast off for what is kept in float32 (docs/maths.md §5); a no-op where no autocast is on (or can be)."""
     kind = device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -76,7 +76,7 @@ def gain(decay: Tensor, frequency: Tensor, even: bool) -> tuple[Tensor, Tensor]:
 
 
 def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> tuple[Tensor, Tensor]:
-    """h(d) of spec §2 for every frame of the window, as a real and an imaginary plane.
+    """h(d) of docs/maths.md §2.2 for every frame of the window, as a real and an imaginary plane.
 
     decay, frequency (…, S) in 1/frame and rad/frame -> two planes (…, S, K).
     """
@@ -95,7 +95,8 @@ def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> 
 
 
 def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
-    """y = Σ_d h(d) u[t_c + d], u_s[t] = Σ_c Σ_p B[s, c, p] x[c, i·S_f + p, t]: the direct sum of spec §2.
+    """y = Σ_d h(d) u[t_c + d], u_s[t] = Σ_c Σ_p B[s, c, p] x[c, i·S_f + p, t]: the direct sum of
+    docs/maths.md §2.
 
     x (B, C, F, T); decay, frequency (B, N_f, N_t, S); weight (S, C, P_f) -> (B, N_f, N_t, 2, S) in x's dtype.
     """
@@ -127,7 +128,7 @@ def lambda_encoder(
     decay_range: tuple[float, float],
     band: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """r = W2 SiLU(W1 vec(patch) + b1) + b2, squashed into the decay range and the band (spec §3).
+    """r = W2 SiLU(W1 vec(patch) + b1) + b2, squashed into the decay range and the band: docs/maths.md §3.
 
     patches (…, C·P_f·P_t) -> decay (1/frame) and frequency (rad/frame), each (…, S).
     """
@@ -157,7 +158,7 @@ def embed(
     band: tuple[float, float],
     time_major: bool,
 ) -> Tensor:
-    """The whole stem: token = W_p vec(patch) + b_p + W_y [Re y ; Im y] (spec §4), as one product.
+    """The whole stem: token = W_p vec(patch) + b_p + W_y [Re y ; Im y], as one product: docs/maths.md §4.
 
     x (B, C, F, T) -> (B, N, D) in proj_w's dtype, frequency-major unless `time_major`. y is computed in float32
     (float64 for float64) and rounded once, to the dtype of the product.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import check_backend
-from .functional import KERNELS, LAYOUTS, analyse, check_name, embed
+from .functional import DTYPES, KERNELS, LAYOUTS, analyse, check_name, embed
 from .geometry import PatchGrid, pair
 from .ranges import check_band, check_decay
 
@@ -18,7 +18,9 @@ __all__ = ["AaPE"]
 
 
 class LambdaEncoder(nn.Module):
-    """Estimates decay and frequency from each patch: r = W2 · SiLU(W1 · vec(patch) + b1) + b2 (spec §3, ours).
+    """Estimates decay and frequency from each patch: r = W2 · SiLU(W1 · vec(patch) + b1) + b2.
+
+    Source: the paper's Lambda Encoder; its layers, ranges and initial values are ours (docs/maths.md §3).
 
     Parameters of its own rather than `nn.Linear` modules, because timm and transformers re-initialise those.
     """
@@ -66,6 +68,18 @@ def _positive(value: object, name: str) -> int:
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, got {value}")
     return value
+
+
+def _factory(device: object, dtype: object) -> dict[str, Any]:
+    """`device` and `dtype` as PyTorch's constructors take them."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
+    if device is not None:
+        try:
+            torch.device(device)  # type: ignore[call-overload]  # whatever the caller gave: torch is to judge it
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f'device: expected one such as "cpu" or "cuda:0", or None, got {device!r}') from error
+    return {"device": device, "dtype": dtype}
 
 
 class AaPE(nn.Module):
@@ -163,7 +177,7 @@ class AaPE(nn.Module):
             self.grid_size = self._mel_first(self._grid.tokens(*self._mel_first(self.img_size)))
             self.num_patches = self.grid_size[0] * self.grid_size[1]
 
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory = _factory(device, dtype)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
         self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
         self.sblu = _Weight(num_states, in_chans, self._grid.patch[0], **factory)
@@ -181,7 +195,7 @@ class AaPE(nn.Module):
             options: any other keyword of `AaPE` that conv does not settle.
 
         Errors: `TypeError` if `conv` is no `nn.Conv2d`, `ValueError` naming the property that does not fit.
-        Source: ours (spec §4).
+        Source: ours (docs/maths.md §4).
 
         >>> conv = nn.Conv2d(1, 192, 16, 16)
         >>> stem, x = AaPE.from_conv(conv), torch.randn(2, 1, 128, 256)

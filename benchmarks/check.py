@@ -14,11 +14,11 @@ __all__ = ["BOUNDS", "DIRECTIONS", "WrongOutput", "check", "runner"]
 
 DIRECTIONS = ("forward", "forward + backward")
 
-# Relative errors float32 is held to, spec §6: (output, gradients).
+# Relative errors float32 is held to, docs/maths.md §6: (output, gradients).
 BOUNDS = {"sblu": (2e-6, 1e-5), "stem": (1e-5, 3e-5)}
 
 
-class WrongOutput(AssertionError):  # noqa: N818
+class WrongOutput(AssertionError):  # noqa: N818  # pytest prints the name: it says what happened
     """A peer does not compute what it claims to."""
 
 

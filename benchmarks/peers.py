@@ -165,7 +165,8 @@ def complex_sblu(problem: Problem, compile_: Compiler) -> Work:
     return Work(forward, wrt)
 
 
-# Horner's form of spec §2, as well as torch.compile can be told it: the window is projected, folded about its centre
+# Horner's form of docs/maths.md §2.3, as well as torch.compile can be told it: the window is projected, folded about
+# its centre
 # and evaluated with both polynomials in registers; forward and adjoint are one graph each. torch.compile's own
 # derivative of the forward is slower and takes minutes to compile, so the adjoint is written out.
 
@@ -210,7 +211,7 @@ def horner_forward(
 def horner_backward(
     x: Tensor, decay: Tensor, frequency: Tensor, u: Tensor, grad: Tensor, grid: PatchGrid, quadrature: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of spec §2: gradients for decay, frequency and weight; P and dP/dz come from one run."""
+    """The adjoint of docs/maths.md §2.5: gradients for decay, frequency and weight; P and dP/dz come from one run."""
     even = grid.window % 2 == 0
     plus, minus = _fold(u, decay.shape, grid)
     z_re, z_im, g_re, g_im, e_re, e_im = _z_and_gain(decay, frequency, even)  # e: γ′

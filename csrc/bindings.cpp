@@ -99,11 +99,11 @@ Ranges ranges(const py::object& given) {
   return out;
 }
 
-void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-          const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
-          const py::object& y, int threads) {
+// What forward and backward are both given.
+SbluCall sblu_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& x,
+                   const py::object& decay, const py::object& frequency, const py::object& weight,
+                   const py::object& y, int threads) {
   SbluCall call;
-  const Kernels& kernels = kernels_named(isa);
   call.grid = grid(sizes, quadrature);
   call.ranges = ranges(logit_ranges);
   call.x = view(x);
@@ -112,6 +112,14 @@ void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const
   call.weight = view(weight);
   call.y = view(y);
   call.threads = threads;
+  return call;
+}
+
+void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+          const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
+          const py::object& y, int threads) {
+  const Kernels& kernels = kernels_named(isa);
+  const SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y, threads);
   py::gil_scoped_release release;
   kernels.sblu(call);
 }
@@ -121,21 +129,13 @@ void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadratu
                    const py::object& weight, const py::object& y, const py::object& grad_x,
                    const py::object& grad_decay, const py::object& grad_frequency, const py::object& grad_weight,
                    int threads) {
-  SbluCall call;
   const Kernels& kernels = kernels_named(isa);
-  call.grid = grid(sizes, quadrature);
-  call.ranges = ranges(logit_ranges);
-  call.x = view(x);
-  call.decay = view(decay);
-  call.frequency = view(frequency);
-  call.weight = view(weight);
-  call.y = view(y);
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y, threads);
   call.grad_y = view(grad_y);
   call.grad_x = view(grad_x);
   call.grad_decay = view(grad_decay);
   call.grad_frequency = view(grad_frequency);
   call.grad_weight = view(grad_weight);
-  call.threads = threads;
   py::gil_scoped_release release;
   kernels.sblu_backward(call);
 }

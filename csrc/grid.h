@@ -1,4 +1,4 @@
-// The patch grid of one call, for every backend; the names are those of the spec. All sizes in elements.
+// The patch grid of one call, for every backend; the names are those of docs/maths.md §1. All sizes in elements.
 
 #pragma once
 

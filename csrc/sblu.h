@@ -132,8 +132,8 @@ AAPE_FN SinCos<V> sincos(V x) {
   return {M::select(negative_sin, -s, s), M::select(negative_cos, -c, c)};
 }
 
-// z = e^{−Λ}, the gain γ(Λ) and, where Derivative, γ′(Λ). See the spec's section on Λ = 0: below |Λ| = 0.2 gain and
-// derivative are series, elsewhere 1 − z comes from expm1 and the half angle.
+// z = e^{−Λ}, the gain γ(Λ) and, where Derivative, γ′(Λ). docs/maths.md §2.4: below |Λ| = 0.2 gain and derivative
+// are series, elsewhere 1 − z comes from expm1 and the half angle.
 template <class V>
 struct Gain {
   Complex<V> z, gamma, derivative;

@@ -48,7 +48,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any geometry of the spec, small; at least two in three with overlap or an odd window."""
+    """Any geometry of docs/maths.md §1, small; at least two in three with overlap or an odd window."""
     p_f = draw(st.integers(1, 5))
     s_f = draw(st.integers(1, 6))
     match draw(st.sampled_from(["overlap", "odd", "any"])):

@@ -73,7 +73,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def bound(dtype: torch.dtype, whole_stem: bool = False, gradient: bool = False) -> float:
-    """The spec's relative error (§6)."""
+    """The relative error that docs/maths.md §6 allows."""
     table = {
         torch.float64: (1e-12, 1e-11, 1e-12, 1e-11),
         torch.float32: (2e-6, 1e-5, 1e-5, 3e-5),

@@ -14,10 +14,11 @@ def test_every_backend_says_why_it_cannot_run():
     assert list(why) == ["cuda", "triton", "cpu", "reference"]
     assert why["reference"] is None
     assert why["cpu"] == "it runs on cpu tensors, not on meta"
-    assert why["cuda"] == why["triton"] == "it runs on cuda tensors, not on meta"
     on_gpu = reasons(Call("embed", torch.device("cuda", 1), torch.float32))
-    assert on_gpu["triton"] == "this version has no Triton kernels"
     assert on_gpu["cpu"] == "it runs on cpu tensors, not on cuda:1"
+    # not the device: on another one it would not run either
+    assert why["cuda"] == on_gpu["cuda"] == "this version has no CUDA kernels"
+    assert why["triton"] == on_gpu["triton"] == "this version has no Triton kernels"
 
 
 def test_cpu_needs_the_native_module(monkeypatch):
@@ -34,10 +35,10 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     assert choose("reference", CALL) is reference
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_naming_one_that_cannot_run_raises_with_the_reason(name, monkeypatch):
+@pytest.mark.parametrize(("name", "kernels"), [("cuda", "CUDA"), ("triton", "Triton")])
+def test_naming_one_that_cannot_run_raises_with_the_reason(name, kernels, monkeypatch):
     inputs, _ = SQUARE.inputs(torch.float32)
-    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: it runs on cuda tensors, not on cpu"
+    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: this version has no {kernels} kernels"
     with pytest.raises(RuntimeError, match="backend: " + words):
         sblu(*inputs, **SQUARE.options, backend=name)
     monkeypatch.setenv("AAPE_BACKEND", name)

@@ -116,8 +116,14 @@ TABLE = {
     "b2-dtype": (
         call_embed(b2=torch.zeros(64).double()),
         TypeError,
-        r"b2: expected torch\.float32, got torch\.float64",
+        r"b2 \(AaPE's encoder\.b2\): expected torch\.float32, got torch\.float64",
     ),
+    "stem-dtype": (
+        make(dtype=torch.int32),
+        TypeError,
+        r"dtype: expected one of torch\.float32.* or None, got torch\.int32",
+    ),
+    "stem-dtype-type": (make(dtype="float32"), TypeError, r"dtype: expected one of .* or None, got 'float32'"),
     # devices
     "device": (
         call_sblu(weight=WEIGHT.to("meta")),
@@ -127,26 +133,44 @@ TABLE = {
     "device-analyse": (
         lambda: STEM.analyse(X.to("meta")),
         ValueError,
-        "w1: expected a tensor on meta, where x is, got one on cpu",
+        r"w1 \(AaPE's encoder\.w1\): expected a tensor on meta, where x is, got one on cpu",
     ),
-    "device-stem": (call_stem(X.to("meta")), ValueError, "expected a tensor on meta, where x is, got one on cpu"),
+    "device-stem": (
+        call_stem(X.to("meta")),
+        ValueError,
+        r"sblu_w \(AaPE's sblu\.weight\): expected a tensor on meta, where x is, got one on cpu",
+    ),
+    "device-name": (make(device="foo"), ValueError, "device: expected one such as \"cpu\".*got 'foo'"),
+    "device-type": (make(device=1.5), ValueError, r"device: expected one such as .*got 1\.5"),
     # parameters of embed
-    "proj-rank": (call_embed(proj_w=torch.randn(8, 256)), ValueError, r"proj_w: expected .*got \(8, 256\)"),
+    "proj-rank": (call_embed(proj_w=torch.randn(8, 256)), ValueError, r"proj_w .*: expected .*got \(8, 256\)"),
     "w1-shape": (
         call_embed(w1=torch.randn(64, 1, 16, 8)),
         ValueError,
-        r"w1: expected shape \(64, 1, 16, 16\): \(hidden, channels, P_f, P_t\), got \(64, 1, 16, 8\)",
+        r"w1 .*: expected shape \(64, 1, 16, 16\): \(hidden, channels, P_f, P_t\), got \(64, 1, 16, 8\)",
     ),
-    "b1-shape": (call_embed(b1=torch.zeros(63)), ValueError, r"b1: expected shape \(64\).*got \(63,\)"),
-    "w2-shape": (call_embed(w2=torch.randn(63, 64)), ValueError, r"w2: expected shape \(64, hidden\).*got \(63, 64\)"),
+    "b1-shape": (call_embed(b1=torch.zeros(63)), ValueError, r"b1 .*: expected shape \(64\).*got \(63,\)"),
+    "w2-shape": (
+        call_embed(w2=torch.randn(63, 64)),
+        ValueError,
+        r"w2 .*: expected shape \(64, hidden\).*got \(63, 64\)",
+    ),
     "b2-shape": (
         call_embed(b2=torch.zeros(32)),
         ValueError,
-        r"b2: expected shape \(64\): \(2 \* states\), got \(32,\)",
+        r"b2 .*: expected shape \(64\): \(2 \* states\), got \(32,\)",
     ),
-    "sblu-shape": (call_embed(sblu_w=torch.randn(32, 1, 8)), ValueError, r"sblu_w: expected shape \(states, 1, 16\)"),
-    "fusion-shape": (call_embed(fusion_w=torch.randn(8, 64)), ValueError, r"fusion_w: expected shape \(8, 2, 32\)"),
-    "bias-shape": (call_embed(proj_b=torch.zeros(9)), ValueError, r"proj_b: expected shape \(8\).*got \(9,\)"),
+    "sblu-shape": (
+        call_embed(sblu_w=torch.randn(32, 1, 8)),
+        ValueError,
+        r"sblu_w .*: expected shape \(states, 1, 16\)",
+    ),
+    "fusion-shape": (
+        call_embed(fusion_w=torch.randn(8, 64)),
+        ValueError,
+        r"fusion_w \(AaPE's fusion\.weight\): expected shape \(8, 2, 32\)",
+    ),
+    "bias-shape": (call_embed(proj_b=torch.zeros(9)), ValueError, r"proj_b .*: expected shape \(8\).*got \(9,\)"),
     # windows, kernels, backends, layouts
     "window-parity": (make(window=15), ValueError, "window: expected a positive even number of frames.*got 15"),
     "window-parity-sblu": (call_sblu(window=3), ValueError, "window: expected a positive even number of frames"),

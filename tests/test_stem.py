@@ -94,7 +94,7 @@ def test_tokens_and_gradients(options, dtype, layout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_input_projection_and_tokens(dtype):
-    """The spec's row: x, proj and tokens in 16 bits, the rest float32."""
+    """docs/maths.md §6, the rows of 16 bits: x, proj and tokens in 16 bits, the rest float32."""
     stem = AaPE(embed_dim=64, num_states=8)
     stem.proj.to(dtype)
     check_16_bit_forward_and_gradients(stem, dtype)

@@ -57,7 +57,8 @@ class Backend:
         needs: what a machine must have for it, in one phrase.
         device: the device type of the tensors it takes; None for any.
         excuse: why it cannot run a call on such a device; None if it can.
-        run: `sblu` and `embed` in the signatures of `aape_kernels.reference`; None for a backend that never can.
+        run: `sblu` and `embed` in the signatures of `aape_kernels.reference`; None for a backend that this version
+            lacks, whose excuse holds for any device.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Backend:
 
     def reason(self, call: Call) -> str | None:
         """Why it cannot run `call`; None if it can."""
-        if not self.for_device(call):
+        if self.run is not None and not self.for_device(call):
             return f"it runs on {self.device} tensors, not on {call.device}"
         return self.excuse(call)
 

@@ -69,7 +69,7 @@ def import_kaldi() -> ModuleType:
         sys.modules[name] = _stub_extension()
         try:
             from torchaudio.compliance import kaldi
-        except Exception:
+        except Exception:  # whatever it is, the stub must not stay for the next import
             del sys.modules[name]
             raise ImportError(f"torchaudio does not import: {error}") from error
     module: ModuleType = kaldi

@@ -33,8 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Takes sound files through log-mel spectrogram and AaPE stem to tokens. Prints one table row a "
         "clip: length, tokens, tokens/s of AaPE on every backend that runs here and of the plain Conv2d stem, and the "
         "share of modulation energy that the patch grid aliases. Writes one picture a clip: the spectrogram, the "
-        "strongest state of every patch, the energy over frequency, and the strongest kernels.",
-        epilog="Exit status: 0, 1 if a clip could not be used, 2 if nothing could be done.",
+        "strongest state of every patch, the energy over frequency, and the strongest kernels. White rows low in a "
+        "spectrogram are mel filters so narrow that the frequencies of the Fourier transform nearly miss them.",
+        epilog="Exit status: 0, 1 if some clips could not be used, 2 if nothing could be done.",
     )
     demo.add_argument(
         "files",
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
     if missing:
         print(
-            f'aape-ssl: the demo needs {", ".join(missing)}: pip install "aape-kernels[demo]"',
+            f'aape-ssl: the demo needs {", ".join(missing)}: pip install ".[demo]" in a clone of the repository',
             file=sys.stderr,
         )
         return 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aape_kernels import AaPE
-from aape_kernels.backends import Call, choose, reasons
+from aape_kernels.backends import Call, reasons
 
 from . import audio, picture, stems
 
@@ -91,70 +91,97 @@ def tokens_per_second(stem: AaPE, x: Tensor, backends: Sequence[str]) -> list[fl
 
 
 def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: float) -> int:
-    """The command: returns its exit status, 0, 1 if a clip could not be used, 2 if nothing could be done."""
-    try:
-        viewer = _viewer(checkpoint)
-        choose("auto", Call("sblu", torch.device("cpu"), torch.float32))  # AAPE_BACKEND may name one that cannot run
-        out.mkdir(parents=True, exist_ok=True)
-    except stems.CheckpointError as error:
-        return _fail(f"--checkpoint {checkpoint}: {error}")
-    except (ValueError, RuntimeError) as error:
-        return _fail(str(error))
-    except OSError as error:
-        return _fail(f"--out {out}: cannot be written ({error.strerror})")
+    """The command: returns its exit status, 0, 1 if some clips could not be used, 2 if nothing could be done.
 
+    Nothing is printed on stdout, and `out` is not made, before the first clip that can be used.
+    """
     available = reasons(Call("embed", torch.device("cpu"), torch.float32))
     backends = [name for name, why in available.items() if why is None]
+    try:
+        viewer = _viewer(checkpoint)
+        _try_backends(["auto", *backends])
+    except stems.CheckpointError as error:
+        return _fail(f"--checkpoint {checkpoint}: {error}")
+    except (ValueError, RuntimeError, ImportError) as error:
+        return _fail(str(error))
+
     files = list(files) or bundled_clips()
     names = _unique_names(files)
     width = max([len("clip"), *(len(_printable(name)) for name in names)])
-    rates = [f"AaPE {name}" for name in backends] + ["Conv2d"]
-    header = f"{'clip':{width}}  {'seconds':>12}  {'tokens':>6}  " + "  ".join(f"{rate:>14}" for rate in rates)
-    print(f"stem: {viewer.label}; {'x'.join(map(str, viewer.stem.patch_size))} patches, {FRONT_END.mel_bins} mel bins")
-    print(f"tokens/s: one clip at a time, {torch.get_num_threads()} CPU threads\n")
-    print(f"{header}  {'alias-prone':>11}", flush=True)
-
-    failed = 0
+    shown = 0
     for file, name in zip(files, names, strict=True):
         try:
-            row = _look(file, name, viewer, backends, out, seconds)
+            whole, log_mel = audio.duration(file), _log_mel(file, viewer.stem, seconds)
         except audio.AudioError as error:
-            failed += 1
-            print(_printable(f"aape-ssl: {file}: {error}"), file=sys.stderr, flush=True)
+            _complain(f"{file}: {error}")
+            continue
+        try:
+            out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            failed += 1
-            print(_printable(f"aape-ssl: {out / name}.png: cannot be written ({error.strerror})"), file=sys.stderr)
-        else:
-            print(f"{_printable(name):{width}}  {row}", flush=True)
+            return _fail(f"--out {out}: cannot be written ({error.strerror})")
+        try:
+            row = _look(log_mel, name, viewer, backends, out)
+        except OSError as error:
+            _complain(f"{out / name}.png: cannot be written ({error.strerror})")
+            continue
+        if not shown:
+            print(_heading(viewer, backends, width), flush=True)
+        length = f"{whole:.2f}" if whole <= seconds else f"{seconds:.4g} of {whole:.1f}"
+        print(f"{_printable(name):{width}}  {length:>12}  {row}", flush=True)
+        shown += 1
 
+    if not shown:
+        return 2
     edge = _nyquist(viewer.stem)
     print(f"\nalias-prone: share of the modulation energy above {edge:g} Hz, where the sequence of patches aliases")
     for name, why in available.items():
         if why is not None:
             print(f"not run: {name} ({why})")
-    if failed < len(files):
-        print(_printable(f"pictures: {out}"))
-    return 1 if failed else 0
+    print(_printable(f"pictures: {out}"))
+    return 0 if shown == len(files) else 1
 
 
-def _look(file: Path, name: str, viewer: Viewer, backends: Sequence[str], out: Path, seconds: float) -> str:
-    """One clip: its picture, and its table row without the name."""
+def _try_backends(names: Sequence[str]) -> None:
+    """One patch through each: what `AAPE_BACKEND` and `AAPE_CPU_ISA` ask for may not run here.
+
+    Errors: `ValueError` or `RuntimeError` naming the variable, `ImportError` for a native module that does not load.
+    """
+    stem = stems.untrained_stem()
+    patch = torch.zeros(1, 1, *stem.patch_size)
+    for name in names:
+        stem.backend = name
+        stem(patch)
+
+
+def _heading(viewer: Viewer, backends: Sequence[str], width: int) -> str:
+    """What stands above the table's rows."""
+    sizes = f"{'x'.join(map(str, viewer.stem.patch_size))} patches, {FRONT_END.mel_bins} mel bins"
+    lines = [f"stem: {_printable(viewer.label)}; {sizes}"]
+    if viewer.trained:
+        lines.append("its stride, window, kernel, band and decay range: taken as AaPE's defaults")
+    lines.append(
+        f"tokens/s: one clip at a time, {torch.get_num_threads()} CPU threads; short single clips are the slow case, "
+        "a batch comes nearer to Conv2d"
+    )
+    rates = "  ".join(f"{rate:>14}" for rate in (*(f"AaPE {name}" for name in backends), "Conv2d"))
+    lines += ["", f"{'clip':{width}}  {'seconds':>12}  {'tokens':>6}  {rates}  {'alias-prone':>11}"]
+    return "\n".join(lines)
+
+
+def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], out: Path) -> str:
+    """One clip: its picture, and its table row without name and length. Errors: `OSError`."""
     stem = viewer.stem
-    log_mel = _log_mel(file, stem, seconds)
-    whole = audio.duration(file)
-    analysed = min(seconds, whole)
     x = viewer.prepare(log_mel)
     responses = stems.respond(stem, x, FRONT_END.hop)
     rates = tokens_per_second(stem, x[None, None], backends)
     share = audio.modulation_share(log_mel, stem.stride[1])
-    length = f"{whole:.2f}" if analysed == whole else f"{analysed:.4g} of {whole:.1f}"
 
     figure = picture.draw(log_mel, FRONT_END, stem, responses, name, viewer.label)
     picture.save(figure, out / f"{name}.png")
 
     tokens = responses.energy.shape[0] * responses.energy.shape[1]
     speeds = "  ".join(f"{rate:>14,.0f}" for rate in rates)
-    return f"{length:>12}  {tokens:>6}  {speeds}  {100 * share:>9.1f} %"
+    return f"{tokens:>6}  {speeds}  {100 * share:>9.1f} %"
 
 
 def _log_mel(file: Path, stem: AaPE, seconds: float) -> Tensor:
@@ -175,7 +202,6 @@ def _viewer(checkpoint: Path | None) -> Viewer:
         return Viewer(stems.untrained_stem(), "untrained: a fixed filter bank", trained=False)
     stem, prefix = stems.load_stem(checkpoint)
     where = f" ({prefix.rstrip('.')})" if prefix else ""
-    print(f"{checkpoint}{where}: stride, window, kernel, band and decay range taken as AaPE's defaults")
     return Viewer(stem, f"{checkpoint.name}{where}", trained=True)
 
 
@@ -204,6 +230,10 @@ def _printable(text: str) -> str:
     return " ".join(text.encode(encoding, "backslashreplace").decode(encoding).split())
 
 
+def _complain(message: str) -> None:
+    print(_printable(f"aape-ssl: {message}"), file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> int:
-    print(_printable(f"aape-ssl: {message}"), file=sys.stderr)
+    _complain(message)
     return 2

@@ -58,6 +58,9 @@ def draw(log_mel: torch.Tensor, front_end: FrontEnd, stem: AaPE, responses: Resp
     Above, over the spectrogram, a dot in each patch for the state with the most energy |y_s|²: its colour is the
     state's frequency, its area the energy in dB, the bar under it ±1/α on the time axis. Below, left, the energy of
     all patches and states over frequency; right, the kernels of the strongest states.
+
+    White rows low in the spectrogram are mel filters (nearly) without power: of 128 filters those below some 200 Hz
+    are narrower than the 31.25 Hz between the Fourier transform's frequencies, which hit its edge or miss it.
     """
     hop = front_end.hop
     band = (stem.band[0] / (2 * math.pi * hop), stem.band[1] / (2 * math.pi * hop))

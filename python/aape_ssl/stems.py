@@ -81,27 +81,41 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    if not os.path.isfile(path):
+    expected = "expected a state dict in a file written by torch.save or safetensors"
+    if not os.path.exists(path):
         raise CheckpointError("no such file")
+    if os.path.isdir(path):
+        raise CheckpointError(f"{expected}, got a directory")
     try:
-        if os.fspath(path).endswith(".safetensors"):
-            try:
-                from safetensors.torch import load_file
-            except ModuleNotFoundError as error:
-                raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_safetensors(path) if os.fspath(path).endswith(".safetensors") else _read_pickle(path, expected)
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError("is no state dict that torch.load(weights_only=True) reads") from error
     except Exception as error:  # readers of damaged files raise whatever they stumble over
         reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
+        raise CheckpointError(f"{expected}, got one that cannot be read ({type(error).__name__}: {reason})") from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"holds a {type(content).__name__}, not a state dict")
+        raise CheckpointError(f"{expected}, got one that holds a {type(content).__name__}")
     return content
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> Any:
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
+    return load_file(path)
+
+
+def _read_pickle(path: str | os.PathLike[str], expected: str) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    # a zip archive or, from before PyTorch 1.6, a bare pickle; of anything else torch.load tells but its first letter
+    if not start.startswith((b"PK", b"\x80")):
+        raise CheckpointError(f"{expected}, got {f'one that starts with {start!r}' if start else 'an empty one'}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{expected}, got one that torch.load(weights_only=True) refuses") from error
 
 
 def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
