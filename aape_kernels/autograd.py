@@ -48,7 +48,7 @@ def _double_backward(
         present = [leaf for leaf in leaves if leaf is not None]
         if not asked:
             return [None] * (1 + len(inputs))
-        # autograd takes a None among the inputs, which its types deny
+        # none of those asked for is None, which mypy cannot see
         first = torch.autograd.grad(out, [leaves[k] for k in asked], upstream, create_graph=True)  # type: ignore[arg-type]
         second = torch.autograd.grad(first, [upstream, *present], [cotangents[k] for k in asked], allow_unused=True)
     rest = iter(second[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -31,18 +32,23 @@ class _Layout:
     def by_token(self, rows: Tensor) -> Tensor:
         """Rows (B·N, …) as (B, N_f, N_t, …), a view."""
         n_f, n_t = self.tokens
-        shape = (self.batch, n_t, n_f) if self.time_major else (self.batch, n_f, n_t)
-        tokens: Tensor = rows.unflatten(0, shape)
-        return tokens.transpose(1, 2) if self.time_major else tokens
+        rest = rows.shape[1:]
+        if self.time_major:
+            return rows.view(self.batch, n_t, n_f, *rest).transpose(1, 2)
+        return rows.view(self.batch, n_f, n_t, *rest)
 
     def by_plane(self, y: Tensor) -> Tensor:
         """Responses (B·N, 2S) as (B, N_f, N_t, 2, S), a view."""
-        planes: Tensor = self.by_token(y).unflatten(-1, (2, self.states))
-        return planes
+        return self.by_token(y.view(-1, 2, self.states))
 
     def gather(self, x: Tensor, patches: Tensor) -> None:
         """Fill in patches (B·N, C·P_f·P_t)."""
         native.gather(x, self.by_token(patches), self.grid)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _onednn(rows: Tensor, weight: Tensor) -> bool:
@@ -54,9 +60,8 @@ def _onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
         rows.dtype == weight.dtype == torch.float32
         and rows.numel() * weight.shape[0] >= 2**20
-        and torch.backends.mkldnn.is_available()
+        and _has_onednn()
         and bool(torch.backends.mkldnn.enabled)
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
 
@@ -77,9 +82,8 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left · right; `total` may be written to."""
     if total is None:
         return _product(left, right.t())
-    if _onednn(left, right.t()):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(left, total, _dense(right.t()), None, "add")
-        return out
+    if _onednn(left, right.t()):  # its own addition takes longer than another pass (benchmarks/NOTES.md)
+        return total.add_(_product(left, right.t()))
     return total.addmm_(left, right)
 
 
@@ -207,7 +211,7 @@ class _Backward:
         tokens = grad.shape[1]
         clips = max(1, BLOCK // tokens)
         flat = grad.reshape(x.shape[0] * tokens, -1)
-        grad_r = torch.zeros_like(self.r)
+        grad_r = torch.empty_like(self.r)
         grad_x = torch.zeros(x.shape, dtype=work) if self.need_x else None
         product: Tensor | None = None  # [patch | 1 | y]ᵀ · grad
         encoder: Tensor | None = None  # [patch | 1]ᵀ · grad_hidden
