@@ -34,6 +34,9 @@ class Sizes:
     hidden: int = 64
     kernel: str = "quadrature"
 
+    def __str__(self) -> str:
+        return f"{self.mel_bins} × {self.frames}, D = {self.dim}"
+
     @property
     def grid(self) -> PatchGrid:
         """The patch grid."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from .environment import allocator_environment, describe
 from .measure import Session
-from .peers import peers
+from .peers import Peer, peers
 from .warm import warm
 
 # Warnings that are errors by the project's configuration and say nothing about a stem: torch.compile's own use of
@@ -98,13 +99,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a peer that can run on the device chosen."""
     if "stem" in metafunc.fixturenames:
         _parametrize(metafunc, "stem")
+    if "own_stem" in metafunc.fixturenames:
+        _parametrize(metafunc, "own_stem", "stem", lambda row: not row.baseline and not row.compiled)
     if "filters" in metafunc.fixturenames:
         _parametrize(metafunc, "filters", "sblu")
 
 
-def _parametrize(metafunc: pytest.Metafunc, argument: str, op: str | None = None) -> None:
+def _parametrize(
+    metafunc: pytest.Metafunc, argument: str, op: str | None = None, wanted: Callable[[Peer], bool] = lambda row: True
+) -> None:
     device = metafunc.config.stash[SESSION].device
-    rows = peers(op or argument, device)
+    rows = [row for row in peers(op or argument, device) if wanted(row)]
     metafunc.parametrize(argument, rows, ids=[row.name for row in rows])
 
 

@@ -38,20 +38,22 @@ class Session:
     device: torch.device
     sizes: Sizes = field(default_factory=Sizes)
     compile_: table.Compiler = table.compile_static
-    _problems: dict[tuple[str, int], Problem] = field(default_factory=dict)
-    _truths: dict[tuple[str, int], Truth] = field(default_factory=dict)
+    _problems: dict[tuple[str, int, Sizes], Problem] = field(default_factory=dict)
+    _truths: dict[tuple[str, int, Sizes], Truth] = field(default_factory=dict)
 
-    def problem(self, op: str, batch: int) -> Problem:
-        """The problem of one case; the same tensors whenever it is asked for."""
-        if (op, batch) not in self._problems:
-            self._problems[op, batch] = Problem.make(op, self.sizes, batch, self.device)
-        return self._problems[op, batch]
+    def problem(self, op: str, batch: int, sizes: Sizes | None = None) -> Problem:
+        """The problem of one case, of the session's sizes unless given; the same tensors whenever it is asked for."""
+        key = op, batch, sizes or self.sizes
+        if key not in self._problems:
+            self._problems[key] = Problem.make(op, key[2], batch, self.device)
+        return self._problems[key]
 
     def truth(self, problem: Problem, formula: str) -> Truth:
         """The float64 result of one case."""
-        if (formula, problem.batch) not in self._truths:
-            self._truths[formula, problem.batch] = truth(problem, formula)
-        return self._truths[formula, problem.batch]
+        key = formula, problem.batch, problem.sizes
+        if key not in self._truths:
+            self._truths[key] = truth(problem, formula)
+        return self._truths[key]
 
     def timed(self, work: table.Work, direction: str, problem: Problem) -> Callable[[], None]:
         """The call whose duration counts: results are dropped inside it, and a GPU has finished when it returns."""
@@ -68,17 +70,19 @@ class Session:
 
         return call
 
-    def measure(self, benchmark: Any, peer: table.Peer, op: str, direction: str, batch: int) -> None:
-        """Fill pytest-benchmark's fixture with the figures of one row.
+    def measure(
+        self, benchmark: Any, peer: table.Peer, op: str, direction: str, batch: int, sizes: Sizes | None = None
+    ) -> None:
+        """Fill pytest-benchmark's fixture with the figures of one row, of the session's sizes unless given.
 
         `extra_info` gets times in seconds, memory in bytes, and `ratio`: of each round's time to that of the Conv2d
         stem in the same direction, run just before it. A peer that is wrong raises `WrongOutput` and is not timed.
         """
-        problem = self.problem(op, batch)
+        problem = self.problem(op, batch, sizes)
         work = peer.make(problem, self.compile_)
         errors = check(work, direction, problem, self.truth(problem, peer.formula))
 
-        plain = self.problem("stem", batch)
+        plain = self.problem("stem", batch, sizes)
         conv = self.timed(table.CONV2D.make(plain, self.compile_), direction, plain)
         target = self.timed(work, direction, problem)
         pairs: list[float] = []
@@ -110,6 +114,7 @@ class Session:
             op=op,
             direction=direction,
             batch=batch,
+            sizes=None if sizes is None else str(sizes),
             peer=peer.name,
             baseline=peer.baseline,
             seconds=spread(times),

@@ -16,12 +16,13 @@ __all__ = ["main", "render"]
 
 Row = dict[str, Any]
 OPS = ("stem", "sblu")
-COLUMNS = ("peer", "median ms", "p20–p80", "× Conv2d", "× best peer", "peak MB", "held MB")
+COLUMNS = ("peer", "median ms", "p20–p80", "Conv2d ms", "× Conv2d", "× best peer", "peak MB", "held MB")
 DEFAULT_COLUMNS = ("default ms", "× Conv2d")
 LEGEND = (
-    "× Conv2d: median of the ratios to the Conv2d stem run just before, same batch and direction. × best peer: that, "
-    "over the\nbest such ratio among the peers that are not this package's. peak: most memory allocated in a call, "
-    "results included.\nheld: kept for backward beyond inputs and weights. MB = 10⁶ bytes."
+    "Conv2d ms: the Conv2d stem run just before each round, same batch, sizes and direction; × Conv2d: median of the "
+    "ratios\nto it. × best peer: that, over the best such ratio among the peers that are not this package's. peak: "
+    "most memory\nallocated in a call, results included. held: kept for backward beyond inputs and weights. "
+    "MB = 10⁶ bytes."
 )
 
 
@@ -30,8 +31,8 @@ def _rows(run: dict[str, Any]) -> list[Row]:
     return [bench["extra_info"] for bench in run["benchmarks"] if "op" in bench["extra_info"]]
 
 
-def _case(row: Row) -> tuple[str, str, int]:
-    return row["op"], row["direction"], row["batch"]
+def _case(row: Row) -> tuple[str, str, int, str | None]:
+    return row["op"], row["direction"], row["batch"], row.get("sizes")
 
 
 def _ms(seconds: float) -> str:
@@ -53,6 +54,7 @@ def _cells(row: Row, best: float | None, default: Row | None) -> list[str]:
         row["peer"],
         _ms(seconds["median"]),
         f"{_ms(seconds['p20'])}–{_ms(seconds['p80'])}",
+        _ms(row["conv2d_seconds"]["median"]),
         f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
         "–" if best is None else f"{ratio / best:.2f}",
         _mb(row["peak_bytes"]),
@@ -116,8 +118,13 @@ def render(run: dict[str, Any], default: dict[str, Any] | None = None) -> str:
         for row in members:
             cells = _cells(row, _best(members), beside.get((*case, row["peer"])))
             body.append(cells + ["–"] * (len(header) - len(cells)))
-        op, direction, batch = case
-        lines += ["", f"**{op}, {direction}, batch {batch}**", "", *_markdown(header, body)]
+        op, direction, batch, sizes = case
+        lines += [
+            "",
+            f"**{op}, {direction}, batch {batch}{'' if sizes is None else ', ' + sizes}**",
+            "",
+            *_markdown(header, body),
+        ]
     lines += ["", LEGEND] if any(row["op"] in OPS for row in rows) else []
     for row in rows:
         if row["op"] == "import":

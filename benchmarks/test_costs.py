@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 
+from .cases import Sizes
 from .check import DIRECTIONS
 from .measure import Session, spread
 from .peers import Peer
 
 batches = pytest.mark.parametrize("batch", [1, 8], ids=["B1", "B8"])
 directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+# Narrow models and short clips: less of a product to hide behind.
+OTHERS = {
+    "D384": Sizes(dim=384),
+    "D192": Sizes(dim=192),
+    "short-D768": Sizes(mel_bins=80, frames=208),
+    "short-D192": Sizes(mel_bins=80, frames=208, dim=192),
+}
 
 IMPORT = """
 import time
@@ -31,6 +40,13 @@ IMPORT_ROUNDS = 5
 def test_stem(benchmark: Any, session: Session, stem: Peer, direction: str, batch: int) -> None:
     """The whole stem, (B, 1, 128, 1024) -> contiguous (B, 512, 768)."""
     session.measure(benchmark, stem, "stem", direction, batch)
+
+
+@pytest.mark.parametrize("sizes", OTHERS.values(), ids=OTHERS.keys())
+@directions
+def test_other_sizes(benchmark: Any, session: Session, own_stem: Peer, direction: str, sizes: Sizes) -> None:
+    """This package's stems at batch 8 where Conv2d's product is small."""
+    session.measure(benchmark, own_stem, "stem", direction, 8, sizes)
 
 
 @batches

@@ -28,6 +28,7 @@ def _row(
         "peer": peer,
         "baseline": baseline,
         "seconds": _figures(seconds),
+        "conv2d_seconds": _figures(seconds / ratio),
         "ratio": _figures(ratio),
         "peak_bytes": 25_165_824,
         "held_bytes": None if direction == "forward" else 4_200_000,
@@ -82,10 +83,20 @@ def _cells(text: str, peer: str) -> list[str]:
 
 def test_figures(run: dict[str, Any]) -> None:
     text = render(run)
-    assert _cells(text, "Conv2d") == ["Conv2d", "12.00", "10.80–15.00", "1.00", "1.00", "25.2", "–"]
-    assert _cells(text, "AaPE, reference")[3:5] == ["3.00", "3.00"]
-    assert _cells(text, "Horner, torch.compile")[1:] == ["0.500", "0.450–0.625", "0.25", "1.00", "25.2", "4.2"]
-    assert _cells(text, "sblu, cpu")[3:5] == ["0.050", "0.20"]  # against the fastest other peer, not against itself
+    assert _cells(text, "Conv2d") == ["Conv2d", "12.00", "10.80–15.00", "12.00", "1.00", "1.00", "25.2", "–"]
+    assert _cells(text, "AaPE, reference")[3:6] == ["12.00", "3.00", "3.00"]
+    assert _cells(text, "Horner, torch.compile")[1:] == ["0.500", "0.450–0.625", "2.00", "0.25", "1.00", "25.2", "4.2"]
+    assert _cells(text, "sblu, cpu")[4:6] == ["0.050", "0.20"]  # against the fastest other peer, not against itself
+
+
+def test_other_sizes_have_a_table_of_their_own(run: dict[str, Any]) -> None:
+    row = _row("stem", "forward", 8, "AaPE, other", 0.002, 1.25, False)
+    row["extra_info"]["sizes"] = "80 × 208, D = 768"
+    text = render(run | {"benchmarks": [*run["benchmarks"], row]})
+    heading, table = text.split("**stem, forward, batch 8, 80 × 208, D = 768**")
+    assert "AaPE, other" in table
+    assert "AaPE, other" not in heading
+    assert _cells(text, "AaPE, other")[1:6] == ["2.00", "1.80–2.50", "1.60", "1.25", "–"]
 
 
 def test_heading(run: dict[str, Any]) -> None:
