@@ -16,13 +16,13 @@ __all__ = ["main", "render"]
 
 Row = dict[str, Any]
 OPS = ("stem", "sblu")
-COLUMNS = ("peer", "median ms", "p20–p80", "Conv2d ms", "× Conv2d", "× best peer", "peak MB", "held MB")
-DEFAULT_COLUMNS = ("default ms", "× Conv2d")
+COLUMNS = ("peer", "median ms", "p20–p80", "Conv2d ms", "× Conv2d", "× best", "peak MB", "held MB")
+DEFAULT_COLUMNS = ("default", "× Conv2d")
 LEGEND = (
     "Conv2d ms: the Conv2d stem run just before each round, same batch, sizes and direction; × Conv2d: median of the "
-    "ratios\nto it. × best peer: that, over the best such ratio among the peers that are not this package's. peak: "
+    "ratios\nto it. × best: that, over the best such ratio among the peers that are not this package's. peak: "
     "most memory\nallocated in a call, results included. held: kept for backward beyond inputs and weights. "
-    "MB = 10⁶ bytes."
+    "default: ms under\nthe default allocator. MB = 10⁶ bytes."
 )
 
 

@@ -126,7 +126,7 @@ def test_default_allocator_stands_beside(run: dict[str, Any]) -> None:
     assert "pinned (glibc 2.36), beside it default (glibc 2.36)" in text
     assert _cells(text, "Conv2d")[-2:] == ["21.00", "1.00"]
     assert _cells(text, "AaPE, reference")[-1] == "–"
-    assert len(_cells(text, "sblu, cpu")) == 7
+    assert len(_cells(text, "sblu, cpu")) == 8
 
 
 def test_fits_a_terminal_and_is_aligned(run: dict[str, Any]) -> None:
