@@ -9,6 +9,11 @@ from hypothesis import settings
 
 from aape_kernels.backends import cpu, native
 
+# Triton decides when it is first imported whether it interprets kernels: here, unless there is a GPU to compile for.
+# Each test then starts without the variable, and those of the interpreter set it again.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile("aape", deadline=None, print_blob=True)
 settings.load_profile("aape")
 
@@ -34,5 +39,5 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(SEED)
-    for name in ("AAPE_BACKEND", "AAPE_CPU_ISA"):
+    for name in ("AAPE_BACKEND", "AAPE_CPU_ISA", "TRITON_INTERPRET"):
         monkeypatch.delenv(name, raising=False)

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import SQUARE
 
 from aape_kernels import AaPE, reference, sblu
-from aape_kernels.backends import BACKENDS, Call, choose, cpu, reasons
+from aape_kernels.backends import BACKENDS, Call, choose, cpu, reasons, triton
 
 CALL = Call("sblu", torch.device("cpu"), torch.float32)
 META = Call("sblu", torch.device("meta"), torch.float32)
@@ -14,11 +16,25 @@ def test_every_backend_says_why_it_cannot_run():
     assert list(why) == ["cuda", "triton", "cpu", "reference"]
     assert why["reference"] is None
     assert why["cpu"] == "it runs on cpu tensors, not on meta"
-    on_gpu = reasons(Call("embed", torch.device("cuda", 1), torch.float32))
-    assert on_gpu["cpu"] == "it runs on cpu tensors, not on cuda:1"
+    assert why["triton"] == "it runs on cuda tensors, not on meta"
     # not the device: on another one it would not run either
-    assert why["cuda"] == on_gpu["cuda"] == "this version has no CUDA kernels"
-    assert why["triton"] == on_gpu["triton"] == "this version has no Triton kernels"
+    assert why["cuda"] == reasons(CALL)["cuda"] == "this version has no CUDA kernels"
+
+
+def test_triton_on_a_gpu(monkeypatch):
+    def why(major=9, dtype=torch.float32):
+        properties = SimpleNamespace(major=major, minor=0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        found = reasons(Call("embed", torch.device("cuda", 1), dtype))
+        assert found["cpu"] == "it runs on cpu tensors, not on cuda:1"
+        return found["triton"]
+
+    monkeypatch.setattr(triton, "TRITON_INSTALLED", True)
+    assert why() is why(8) is None
+    assert why(7) == "it needs compute capability 8.0, cuda:1 has 7.0"
+    assert why(dtype=torch.float64) == "it computes in float32, and x is float64"
+    monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
+    assert why() == 'Triton is not installed; `pip install "triton>=3.6"`'
 
 
 def test_cpu_needs_the_native_module(monkeypatch):
@@ -35,10 +51,12 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     assert choose("reference", CALL) is reference
 
 
-@pytest.mark.parametrize(("name", "kernels"), [("cuda", "CUDA"), ("triton", "Triton")])
-def test_naming_one_that_cannot_run_raises_with_the_reason(name, kernels, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "why"), [("cuda", "this version has no CUDA kernels"), ("triton", "it runs on cuda tensors, not on cpu")]
+)
+def test_naming_one_that_cannot_run_raises_with_the_reason(name, why, monkeypatch):
     inputs, _ = SQUARE.inputs(torch.float32)
-    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: this version has no {kernels} kernels"
+    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: {why}"
     with pytest.raises(RuntimeError, match="backend: " + words):
         sblu(*inputs, **SQUARE.options, backend=name)
     monkeypatch.setenv("AAPE_BACKEND", name)

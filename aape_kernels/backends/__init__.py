@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, reference
-from . import cpu
+from . import cpu, triton
 
 __all__ = ["BACKENDS", "Backend", "Call", "check_backend", "choose", "reasons"]
 
@@ -56,7 +56,8 @@ class Backend:
         name: what `backend=` and `AAPE_BACKEND` call it.
         needs: what a machine must have for it, in one phrase.
         device: the device type of the tensors it takes; None for any.
-        excuse: why it cannot run a call on such a device; None if it can.
+        anywhere: whether, when it is named, it takes tensors of other devices as well.
+        excuse: why it cannot run a call on a device that it takes; None if it can.
         run: `sblu` and `embed` in the signatures of `aape_kernels.reference`; None for a backend that this version
             lacks, whose excuse holds for any device.
     """
@@ -66,14 +67,15 @@ class Backend:
     device: str | None
     excuse: Callable[[Call], str | None]
     run: Implementation | None = None
+    anywhere: Callable[[], bool] = lambda: False
 
     def for_device(self, call: Call) -> bool:
         """Whether it takes tensors of the call's device at all."""
         return self.device in (None, call.device.type)
 
-    def reason(self, call: Call) -> str | None:
-        """Why it cannot run `call`; None if it can."""
-        if self.run is not None and not self.for_device(call):
+    def reason(self, call: Call, named: bool = False) -> str | None:
+        """Why it cannot run `call`, for which it was `named` or is only considered; None if it can."""
+        if self.run is not None and not self.for_device(call) and not (named and self.anywhere()):
             return f"it runs on {self.device} tensors, not on {call.device}"
         return self.excuse(call)
 
@@ -87,7 +89,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("cuda", "an NVIDIA GPU; built with nvcc", "cuda", _not_in_this_version("CUDA")),
-        Backend("triton", "a GPU; Triton", "cuda", _not_in_this_version("Triton")),
+        Backend("triton", "a GPU; Triton", "cuda", triton.reason, autograd.bind("triton"), triton.interpreted),
         Backend("cpu", "built with a C++ compiler", "cpu", cpu.reason, autograd.bind("cpu")),
         Backend("reference", "nothing but PyTorch", None, lambda call: None, reference),
     )
@@ -122,7 +124,7 @@ def choose(name: str, call: Call) -> Implementation:
     if check_backend(name, source) == "auto":
         return _fastest(call)
     backend = BACKENDS[name]
-    why = backend.reason(call)
+    why = backend.reason(call, named=True)
     if why is not None or backend.run is None:
         raise RuntimeError(f"{source}: {name!r} cannot run {call}: {why}")
     return backend.run

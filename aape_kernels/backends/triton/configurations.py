@@ -1,0 +1,146 @@
+"""Launch configurations: a small table, or with `AAPE_AUTOTUNE=1` the fastest of a few, searched once and kept.
+
+The table is keyed by compute capability and size class. What has no measured row takes the default.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+__all__ = ["CANDIDATES", "DEFAULTS", "Configuration", "configuration"]
+
+LOG = logging.getLogger("aape_kernels")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is launched.
+
+    Attributes:
+        tokens: tokens a program works on at once, a power of 2, at least 16.
+        num_warps: warps a program has.
+        num_stages: depth of the software pipeline for loads in loops.
+    """
+
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+# Below this many tokens programs take smaller blocks, so that every multiprocessor gets some.
+SMALL = 8192
+
+# (kernel, size class) -> configuration, where TABLE has nothing else for the capability, and on AMD: the largest blocks
+# that spill no register on any target of the tests, as nothing has been measured yet.
+DEFAULTS = {
+    ("sblu_fwd", "small"): Configuration(16, 4, 1),
+    ("sblu_fwd", "large"): Configuration(16, 4, 1),
+    ("sblu_bwd_state", "small"): Configuration(16, 4, 1),
+    ("sblu_bwd_state", "large"): Configuration(16, 4, 1),
+    ("sblu_bwd_weight", "small"): Configuration(16, 4, 1),
+    ("sblu_bwd_weight", "large"): Configuration(32, 4, 1),
+    ("sblu_bwd_window", "small"): Configuration(16, 4, 1),
+    ("sblu_bwd_window", "large"): Configuration(32, 4, 1),
+    ("stem_fwd", "small"): Configuration(16, 4, 1),
+    ("stem_fwd", "large"): Configuration(16, 4, 1),
+    ("gather", "small"): Configuration(16, 4, 1),
+    ("gather", "large"): Configuration(32, 4, 1),
+}
+
+# (major compute capability, kernel, size class) -> what is better there. Twice the tokens of the default read the
+# encoder's weights half as often; eight warps would spill on AMD, whose warps are twice as wide.
+TABLE = {(major, "stem_fwd", "large"): Configuration(32, 8, 1) for major in (8, 9, 10, 12)}
+
+# What `AAPE_AUTOTUNE=1` tries.
+CANDIDATES = tuple(
+    Configuration(tokens, warps, stages) for tokens in (16, 32, 64) for warps in (2, 4, 8) for stages in (1, 2, 3)
+    if tokens * 32 <= warps * 32 * 32
+)  # fmt: skip
+
+
+def configuration(
+    kernel: str, rows: int, key: str, device: torch.device, run: Callable[[Configuration], None]
+) -> Configuration:
+    """The configuration for `kernel` on `rows` tokens.
+
+    Args:
+        key: what else a search depends on: sizes and dtypes of the call, without those that follow the batch.
+        run: launches the kernel with a configuration; a search calls it many times, so it only writes its outputs.
+    """
+    size = "small" if rows < SMALL else "large"
+    if (
+        device.type == "cuda"
+        and os.environ.get("AAPE_AUTOTUNE") == "1"
+        and not torch.cuda.is_current_stream_capturing()
+    ):
+        return _search(f"{_machine(device.index or 0)} {kernel} {size} {key}", run)
+    found = TABLE.get((_capability(device), kernel, size))
+    return DEFAULTS[kernel, size] if found is None else found
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    """The major compute capability; 0 for anything but an NVIDIA GPU."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return int(torch.cuda.get_device_properties(device).major) if nvidia else 0
+
+
+@functools.cache
+def _machine(index: int) -> str:
+    return f"{torch.cuda.get_device_name(index)}, triton {triton.__version__},"
+
+
+def cache_file() -> Path:
+    """Where searched configurations are kept: `AAPE_AUTOTUNE_CACHE`, or a file in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(os.environ.get("AAPE_AUTOTUNE_CACHE") or os.path.join(folder, "aape_kernels", "autotune.json"))
+
+
+@functools.cache
+def _kept() -> dict[str, Configuration]:
+    try:
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        return {key: Configuration(**value) for key, value in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        LOG.warning("AAPE_AUTOTUNE: %s cannot be read and is searched anew: %s", cache_file(), error)
+        return {}
+
+
+def _search(key: str, run: Callable[[Configuration], None]) -> Configuration:
+    """The fastest candidate by `triton.testing.do_bench`; kept in memory and in `cache_file()`."""
+    kept = _kept()
+    if key not in kept:
+        times: dict[Configuration, float] = {}
+        for candidate in CANDIDATES:
+            try:
+                times[candidate] = triton.testing.do_bench(functools.partial(run, candidate), warmup=5, rep=20)
+            except triton.runtime.errors.OutOfResources:
+                continue
+        kept[key] = min(times, key=times.__getitem__)
+        LOG.info("AAPE_AUTOTUNE: %s takes %s", key, kept[key])
+        _keep(kept)
+    return kept[key]
+
+
+def _keep(kept: dict[str, Configuration]) -> None:
+    """Write the cache beside itself and rename, so that no reader sees half of it; a failure costs only the search."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            json.dump({key: asdict(value) for key, value in kept.items()}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        LOG.warning("AAPE_AUTOTUNE: %s cannot be written: %s", path, error)

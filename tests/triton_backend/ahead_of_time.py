@@ -1,0 +1,198 @@
+"""Compiles every launch that the Triton backend makes for a target that need not be here, and reports what it takes.
+
+    python ahead_of_time.py sm_90
+
+The launches are recorded from the backend's own functions, and their signatures are Triton's own: what is compiled is
+what would run. Prints one JSON object a launch. Not to be run under TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from aape_kernels.backends.triton import configurations, launch
+from aape_kernels.geometry import PatchGrid
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch: everything that its compilation depends on."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """Two launches of one key are compiled once."""
+        return f"{self.kernel.__name__} {self.signature} {self.constants} {self.attributes} {self.options}"
+
+    def __str__(self) -> str:
+        names = self.kernel.arg_names
+        given = {names[path[0]]: value for path, value in self.constants.items()}
+        types = "-".join(t[1:] for t in self.signature.values() if t.startswith("*"))
+        sizes = [f"{name}{given[name]}" for name in ("S", "R", "K", "H", "BN") if name in given]
+        flags = [k.lower() for k in ("QUADRATURE", "RANGES", "TIME_MAJOR", "ADD", "NARROW") if given.get(k)]
+        return " ".join(
+            [self.kernel.__name__, *sizes, *flags, f"warps{self.options['num_warps']}",
+             f"stages{self.options['num_stages']}", types]
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Registers a thread, and bytes of shared memory, of stack, and of registers spilled to memory."""
+
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+def record(call: Callable[[], object], target: str) -> list[Launch]:
+    """The launches that `call` makes, each once; nothing runs."""
+    backend = make_backend(TARGETS[target])
+    launches: dict[str, Launch] = {}
+
+    def run(self: JITFunction, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*given, **named)
+        options, signature, constants, attributes = self._pack_args(backend, named, bound, specialization, options)
+        one = Launch(self, signature, constants, attributes, options.__dict__)
+        launches[one.key] = one
+
+    one = TARGETS[target]
+    capability = one.arch // 10 if one.backend == "cuda" else 0
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(configurations, "_capability", return_value=capability),
+    ):
+        call()
+    return list(launches.values())
+
+
+def compile_for(one: Launch, target: str) -> Resources:
+    """Compile a recorded launch and read what it takes."""
+    source = ASTSource(one.kernel, one.signature, one.constants, one.attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=one.options)
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        return Resources(number("vgpr_count"), shared, number("private_segment_fixed_size"), spills)
+    said = _assemble(compiled.asm["ptx"], target)
+    stack, stores, loads = map(
+        int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
+    )
+    return Resources(int(re.search(r"Used (\d+) registers", said)[1]), shared, stack, stores + loads)
+
+
+def _assemble(ptx: str, target: str) -> str:
+    """What ptxas, of those that Triton brings, says of a kernel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    blackwell = tools / "ptxas-blackwell"
+    tool = blackwell if int(target[3:]) >= 100 and blackwell.exists() else tools / "ptxas"
+    architecture = re.search(r"\.target (sm_\w+)", ptx)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={architecture}", path, "-o", path.with_suffix(".cubin")]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def calls(
+    dtype: torch.dtype, batch: int = 1, frames: int = 1024, mel_bins: int = 128, patch: tuple[int, int] = (16, 16),
+    states: int = 32, channels: int = 1, kernel: str = "quadrature", time_major: bool = False, dim: int = 64,
+) -> Callable[[], None]:  # fmt: skip
+    """Forward and backward of `sblu` and of the stem, on memory that is never read: nothing runs."""
+    grid = PatchGrid(patch, patch, patch[1])
+    n_f, n_t = grid.tokens(mel_bins, frames)
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=of)
+
+    x = empty(batch, channels, frames, mel_bins).transpose(2, 3) if time_major else empty(
+        batch, channels, mel_bins, frames)  # fmt: skip
+    state = empty(batch, n_f, n_t, states, of=torch.float32)
+    weight = empty(states, channels, patch[0])
+    stem = (
+        x, empty(dim, channels, *patch), empty(dim), empty(64, channels, *patch), empty(64), empty(2 * states, 64),
+        empty(2 * states), weight, empty(dim, 2, states),
+    )  # fmt: skip
+    quadrature = kernel == "quadrature"
+    options = (grid, quadrature, [1 / patch[1], 2.0], [0.2, 3.1], time_major)
+
+    def call() -> None:
+        y = launch.sblu(x, state, state, weight, grid, quadrature)
+        launch.sblu_backward(y, x, state, state, weight, grid, quadrature, [True] * 4)
+        tokens, r, hidden = launch.embed(*stem, *options)
+        launch.embed_backward(tokens, *stem, r, hidden, *options, [True] * 9)
+
+    return call
+
+
+def every_launch(target: str) -> Iterator[Launch]:
+    """The default sizes in float32 and bfloat16, for each size class of the table; more of them for sm_90."""
+    usual = [calls(torch.float32), calls(torch.bfloat16)]
+    more = [
+        calls(torch.float16),
+        calls(torch.float32, kernel="bilateral"),
+        calls(torch.float32, time_major=True),
+        calls(torch.float32, patch=(5, 3), mel_bins=20, frames=60, states=6),
+        calls(torch.float32, patch=(80, 4), mel_bins=80),
+    ]
+    seen = set()
+    for size in ("small", "large"):
+        # no batch of that size is needed: the table's limit moves instead
+        with mock.patch.object(configurations, "SMALL", 0 if size == "large" else 2**31):
+            for call in usual + (more if target == "sm_90" else []):
+                for one in record(call, target):
+                    if one.key not in seen:
+                        seen.add(one.key)
+                        yield one
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    target = parser.parse_args().target
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    for one in every_launch(target):
+        print(json.dumps({"launch": str(one), **asdict(compile_for(one, target))}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

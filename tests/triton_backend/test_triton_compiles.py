@@ -1,0 +1,99 @@
+"""The Triton kernels compiled for targets that are not here: they fit, and sizes that vary compile nothing anew."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).parent
+REPORT = HERE.parents[1] / "build" / "triton-resources.txt"
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# What a program may have, in bytes of shared memory (LDS on gfx942).
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+STACK_LIMIT = 64
+KERNELS = {
+    "sblu_fwd_kernel",
+    "sblu_bwd_state_kernel",
+    "sblu_bwd_weight_kernel",
+    "sblu_bwd_window_kernel",
+    "overlap_add_kernel",
+    "stem_fwd_kernel",
+    "gather_kernel",
+}
+MINUTES = 12
+
+
+def run(*arguments: str) -> str:
+    """A process of its own: kernels that this one may have loaded for the interpreter do not compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60 * MINUTES,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Of every target, each launch and what it takes; all of it goes to build/triton-resources.txt."""
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda target: run("ahead_of_time.py", target), TARGETS)
+        found = {
+            target: [json.loads(line) for line in output.splitlines()]
+            for target, output in zip(TARGETS, outputs, strict=True)
+        }
+    lines = ["target  registers  shared  stack  spills  launch"]
+    for target, launches in found.items():
+        for one in launches:
+            figures = f"{one['registers']:9}  {one['shared']:6}  {one['stack']:5}  {one['spills']:6}"
+            lines.append(f"{target:6}  {figures}  {one['launch']}")
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_launch_fits(reports, target):
+    assert {one["launch"].split()[0] for one in reports[target]} == KERNELS
+    for one in reports[target]:
+        assert one["spills"] == 0, one
+        assert one["stack"] <= STACK_LIMIT, one
+        assert one["shared"] <= SHARED_LIMIT[target], one
+        assert 0 < one["registers"] <= 512, one
+
+
+SAME_LAUNCHES = """
+import torch
+from ahead_of_time import calls, record
+
+def keys(**sizes):
+    return {one.key for one in record(calls(torch.float32, **sizes), "sm_90")}
+
+usual = keys(batch=2, frames=1024)
+for sizes in ({"batch": 3}, {"batch": 1, "frames": 998}, {"batch": 5, "frames": 16}, {"mel_bins": 80, "frames": 208}):
+    assert keys(**{"batch": 2, "frames": 1024} | sizes) == usual, sizes
+assert keys(states=8) != usual
+print(len(usual))
+"""
+
+
+def test_batch_and_clip_length_compile_nothing_anew():
+    assert int(run("-c", SAME_LAUNCHES)) >= len(KERNELS)
