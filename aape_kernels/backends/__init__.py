@@ -135,8 +135,8 @@ def _fastest(call: Call) -> Implementation:
         why = backend.reason(call)
         if why is None and backend.run is not None:
             return backend.run
-        # tracing has no place for a log line
-        if backend.for_device(call) and not torch.compiler.is_compiling():
+        # what no version of this machine could change is not worth a line, and tracing has no place for one
+        if backend.run is not None and backend.for_device(call) and not torch.compiler.is_compiling():
             _log_fallback(backend.name, call.device.type, why)
     raise AssertionError("the reference runs every call")
 
