@@ -6,7 +6,7 @@ INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildca
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -21,9 +21,13 @@ test: test-venv  ## all tests, in a fresh virtual environment
 bench: .venv/dev  ## throughput beside the peers, as one table (nothing else should be running)
 	@mkdir -p build/bench; status=0; \
 	.venv/bin/pytest benchmarks --benchmark-json=build/bench/run.json || status=$$?; \
-	.venv/bin/pytest benchmarks -k "test_stem and not compile" --allocator default \
+	.venv/bin/pytest benchmarks -k "(test_stem or test_other) and not compile" --allocator default \
 	    --benchmark-json=build/bench/default.json || status=$$?; \
 	.venv/bin/python -m benchmarks.table build/bench/run.json --default-allocator build/bench/default.json; exit $$status
+
+# In the environment of $(PYTHON): a GPU machine may have no network to fill one of its own.
+gpu:  ## on a machine with a GPU: install, all GPU tests, benchmark; results in build/gpu, or OUT
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
 
 lint: .venv/dev  ## ruff and mypy
 	.venv/bin/ruff check $(SOURCES)

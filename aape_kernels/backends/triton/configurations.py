@@ -78,14 +78,11 @@ def configuration(
         run: launches the kernel with a configuration; a search calls it many times, so it only writes its outputs.
     """
     size = "small" if rows < SMALL else "large"
-    if (
-        device.type == "cuda"
-        and os.environ.get("AAPE_AUTOTUNE") == "1"
-        and not torch.cuda.is_current_stream_capturing()
-    ):
-        return _search(f"{_machine(device.index or 0)} {kernel} {size} {key}", run)
     found = TABLE.get((_capability(device), kernel, size))
-    return DEFAULTS[kernel, size] if found is None else found
+    usual = DEFAULTS[kernel, size] if found is None else found
+    if device.type == "cuda" and os.environ.get("AAPE_AUTOTUNE") == "1":
+        return _searched(f"{_machine(device.index or 0)} {kernel} {size} {key}", run, usual)
+    return usual
 
 
 @functools.cache
@@ -106,8 +103,26 @@ def cache_file() -> Path:
     return Path(os.environ.get("AAPE_AUTOTUNE_CACHE") or os.path.join(folder, "aape_kernels", "autotune.json"))
 
 
-@functools.cache
-def _kept() -> dict[str, Configuration]:
+def _searched(key: str, run: Callable[[Configuration], None], usual: Configuration) -> Configuration:
+    """The fastest candidate by `triton.testing.do_bench`, kept in memory and in `cache_file()`; while a graph is being
+    captured, when nothing can be timed, what was found before or the usual one."""
+    kept = _kept()
+    if key not in kept:
+        if torch.cuda.is_current_stream_capturing():
+            return usual
+        times: dict[Configuration, float] = {}
+        for candidate in (usual, *CANDIDATES):
+            try:
+                times[candidate] = triton.testing.do_bench(functools.partial(run, candidate), warmup=5, rep=20)
+            except triton.runtime.errors.OutOfResources:
+                continue
+        kept[key] = min(times, key=times.__getitem__, default=usual)
+        LOG.info("AAPE_AUTOTUNE: %s takes %s", key, kept[key])
+        _keep(key, kept[key])
+    return kept[key]
+
+
+def _read() -> dict[str, Configuration]:
     try:
         found = json.loads(cache_file().read_text(encoding="utf-8"))
         return {key: Configuration(**value) for key, value in found.items()}
@@ -118,29 +133,24 @@ def _kept() -> dict[str, Configuration]:
         return {}
 
 
-def _search(key: str, run: Callable[[Configuration], None]) -> Configuration:
-    """The fastest candidate by `triton.testing.do_bench`; kept in memory and in `cache_file()`."""
-    kept = _kept()
-    if key not in kept:
-        times: dict[Configuration, float] = {}
-        for candidate in CANDIDATES:
-            try:
-                times[candidate] = triton.testing.do_bench(functools.partial(run, candidate), warmup=5, rep=20)
-            except triton.runtime.errors.OutOfResources:
-                continue
-        kept[key] = min(times, key=times.__getitem__)
-        LOG.info("AAPE_AUTOTUNE: %s takes %s", key, kept[key])
-        _keep(kept)
-    return kept[key]
+@functools.cache
+def _kept() -> dict[str, Configuration]:
+    return _read()
 
 
-def _keep(kept: dict[str, Configuration]) -> None:
-    """Write the cache beside itself and rename, so that no reader sees half of it; a failure costs only the search."""
+def _keep(key: str, found: Configuration) -> None:
+    """Add to the cache, beside what other processes have put there: written elsewhere and renamed, so that no reader
+    sees half of it. A failure costs only another search."""
     path = cache_file()
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        every = _read() | {key: found}
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            json.dump({key: asdict(value) for key, value in kept.items()}, file, indent=1)
-        os.replace(file.name, path)
+            temporary = file.name
+            json.dump({name: asdict(value) for name, value in every.items()}, file, indent=1)
+        os.replace(temporary, path)
     except OSError as error:
         LOG.warning("AAPE_AUTOTUNE: %s cannot be written: %s", path, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -107,7 +107,8 @@ class _Call:
                 *arguments, **sizes, BN=chosen.tokens, num_warps=chosen.num_warps, num_stages=chosen.num_stages
             )
 
-        key = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" {self.x.dtype}"
+        dtypes = "-".join(str(value.dtype).removeprefix("torch.") for value in arguments if isinstance(value, Tensor))
+        key = " ".join([*(f"{k}={v}" for k, v in sizes.items()), dtypes])
         with _on(self.x.device):
             run(configuration(name, self.rows, key, self.x.device, run))
 

@@ -1,0 +1,209 @@
+"""The GPU benchmark's command, tried on the CPU: what it writes, what it refuses, and the figures from made-up rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, peers
+from benchmarks.cases import truth
+from benchmarks.check import DIRECTIONS, WrongOutput, check
+from benchmarks.gpu_table import COMPILED, EAGER, figures, render
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+QUICK = ["--device", "cpu", "--quick"]
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Any:
+    """One thread, as tiny sizes spin on a second one; and what the command sets is put back."""
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def test_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--out", str(tmp_path / "new" / "folder"), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == ["gpu.json", "gpu.md"]
+    data = json.loads((folder / "gpu.json").read_text())
+    assert data["faults"] == []
+    assert data["copy_bytes_per_second"] > 0
+    assert data["machine"]["torch"] == torch.__version__
+    cases = {(row["op"], row["mode"]) for row in data["rows"]}
+    assert cases == {(op, mode) for op, modes in gpu.MODES.items() for mode in modes}
+    for op, mode in cases:
+        names = {row["peer"] for row in data["rows"] if (row["op"], row["mode"]) == (op, mode)}
+        assert names >= ({"Conv2d", "rearrange + Linear", "AaPE, reference"} if op == "stem" else {EAGER})
+    assert {row["direction"] for row in data["rows"]} == set(DIRECTIONS)
+    for row in data["rows"]:
+        assert row["ms"]["median"] > 0
+        assert max(row["errors"].values()) <= (3e-5 if row["mode"] == "float32" else 1e-2)
+        assert (row["held_bytes"] is None) == (row["direction"] == "forward")
+        assert ("ratio" in row) == (row["op"] == "stem")
+    table = (folder / "gpu.md").read_text()
+    assert table in printed
+    for heading in ("**stem, autocast bfloat16, forward + backward, batch 2**", "**sblu, bfloat16, forward, batch 2**"):
+        assert heading in table
+    assert "FAILED" not in table
+
+
+def test_a_wrong_peer_has_no_figure_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = peers.linear_stem
+
+    def wrong(problem: Any, compile_: Any) -> peers.Work:
+        work = right(problem, compile_)
+        return replace(work, forward=lambda: work.forward() * 1.1)
+
+    monkeypatch.setattr(peers, "linear_stem", wrong)
+    monkeypatch.setattr(gpu, "MODES", {"stem": ("float32", "bfloat16")})
+    assert gpu.main(["--out", str(tmp_path), *QUICK]) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    refused = [row for row in data["rows"] if "refused" in row]
+    assert {row["peer"] for row in refused} == {"rearrange + Linear"}
+    assert len(refused) == len(data["faults"]) == 4
+    assert all("output: relative error 1.0e-01" in fault for fault in data["faults"])
+    assert not any("ms" in row for row in refused)
+    assert {row["peer"] for row in data["rows"] if "ms" in row} >= {"Conv2d", "AaPE, reference"}
+    assert "**FAILED**" in (tmp_path / "gpu.md").read_text()
+    assert "FAILED: rearrange + Linear" in capsys.readouterr().out
+
+
+def test_what_fails_costs_its_own_part_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(problem: Any, compile_: Any) -> peers.Work:
+        raise RuntimeError("out of everything\nand more lines")
+
+    monkeypatch.setattr(peers, "linear_stem", broken)
+    monkeypatch.setattr(gpu, "MODES", {"stem": ("float32",)})
+    monkeypatch.setattr(gpu.Clock, "copy_bandwidth", broken)
+    assert gpu.main(["--out", str(tmp_path), *QUICK]) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(data["faults"]) == 3
+    assert data["faults"][0].startswith("copy bandwidth: TypeError")
+    assert data["faults"][1].endswith("RuntimeError: out of everything")
+    assert {row["peer"] for row in data["rows"]} >= {"Conv2d", "AaPE, reference"}
+
+
+def test_no_part_starts_late(tmp_path: Path) -> None:
+    assert gpu.main(["--out", str(tmp_path), "--budget", "0", *QUICK]) == 1
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    assert data["rows"] == []
+    assert "sblu, float32, batch 2: not run, the time for the benchmark was over" in data["faults"]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("tpu", "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        ("meta", "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        pytest.param(
+            "cuda", "sees no CUDA device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+        ),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str, message: str) -> None:
+    assert gpu.main(["--out", str(tmp_path / "out"), "--device", device]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert message in said.err
+    assert not said.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert gpu.main(["--out", str(tmp_path / "file"), *QUICK]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_make_gpu_refuses_at_once_without_a_gpu(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    done = subprocess.run([ROOT / ".ci" / "gpu"], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"make gpu: this PyTorch ({torch.__version__}) sees no CUDA device\n"
+    assert not done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_16_bit_outputs_have_bounds_of_their_own() -> None:
+    problem = gpu.problem_of("sblu", "bfloat16", gpu.QUICK, 2, CPU)
+    assert {name: value.dtype for name, value in problem.parameters.items()} == {
+        "decay": torch.float32, "frequency": torch.float32, "weight": torch.bfloat16
+    }  # fmt: skip
+    work, expected = peers.backend_sblu("reference")(problem, lambda function: function), truth(problem, "sblu")
+    errors = check(work, DIRECTIONS[1], problem, expected)
+    assert 1e-4 < errors["output"] <= 4e-3
+    off = replace(work, forward=lambda: work.forward() * 1.01)
+    with pytest.raises(WrongOutput, match=r"output: relative error .*, bound 4e-03"):
+        check(off, DIRECTIONS[0], problem, expected)
+
+
+def test_floor_counts_inputs_and_output_once() -> None:
+    problem = gpu.problem_of("sblu", "float32", gpu.Sizes(), 1, CPU)
+    x, states, y, weight = 128 * 1024, 8 * 64 * 32, 8 * 64 * 2 * 32, 32 * 16
+    assert gpu.floor_bytes(problem) == 4 * (x + 2 * states + y + weight)
+
+
+def _row(op: str, mode: str, direction: str, peer: str, ms: float, graph: float, **more: Any) -> dict[str, Any]:
+    def flat(value: float) -> dict[str, float]:
+        return dict.fromkeys(("p20", "median", "p80"), value)
+
+    return {
+        "op": op, "mode": mode, "direction": direction, "batch": 64, "peer": peer, "ms": flat(ms),
+        "graph_ms": flat(graph), "graph_ratio": None, "peak_bytes": 5_000_000, "held_bytes": None,
+        "errors": {"output": 1e-6},
+    } | more  # fmt: skip
+
+
+def test_figures() -> None:
+    forward, both = DIRECTIONS
+    ratio = {"ratio": {"p20": 0.9, "median": 0.95, "p80": 1.0}, "graph_ratio": 1.2}
+    data = {
+        "machine": dict.fromkeys(("device", "driver", "torch", "cuda", "triton", "python", "commit", "date"), "?"),
+        "sizes": "?", "batches": [8, 64], "backends": ["triton"], "copy_bytes_per_second": 4e12,
+        "rows": [
+            _row("sblu", "float32", forward, "sblu, triton", 0.040, 0.016, floor_bytes=50_000_000),
+            _row("sblu", "float32", both, "sblu, triton", 0.10, 0.05),
+            _row("sblu", "float32", both, EAGER, 1.1, 0.4),
+            _row("sblu", "float32", both, COMPILED[0], 0.5, 0.3),
+            _row("sblu", "float32", both, COMPILED[1], 0.3, 0.09),
+            _row("stem", "bfloat16", forward, "AaPE, triton", 0.1, 0.1, **ratio),
+        ],
+        "tuned": [], "configurations": [], "precision": [], "kernels": [], "faults": [],
+    }  # fmt: skip
+    data["figures"] = figures(data)
+    got = [(row["got"], row["met"]) for row in data["figures"]]
+    calls, graphs = got[:5], got[5:]
+    assert calls == [
+        (pytest.approx(0.3125), False),  # 50 MB in 40 µs are 1.25 TB/s of 4
+        (pytest.approx(11), True),
+        (pytest.approx(3), True),
+        (0.95, True),
+        (None, None),  # no row
+    ]
+    assert graphs == [
+        (pytest.approx(0.78125), True),
+        (pytest.approx(8), False),
+        (pytest.approx(1.8), False),
+        (1.2, False),
+        (None, None),
+    ]
+    text = render(data)
+    assert "3125 GB/s" in text
+    assert "| triton, graphs: stem forward bfloat16, time over Conv2d's " in text
