@@ -126,8 +126,9 @@ AAPE_FN SinCos<V> sincos(V x) {
   V sin = r * horner<V>(sin_terms, count, square), cos = horner<V>(cos_terms, count, square);
   // quadrant n mod 4 as a number in {0, 1, 2, 3}
   V quadrant = n - S(4) * M::floor(n * S(0.25));
-  auto odd = (quadrant == S(1)) | (quadrant == S(3));
-  auto negative_sin = quadrant >= S(2), negative_cos = (quadrant == S(1)) | (quadrant == S(2));
+  using Mask = typename M::Mask;
+  Mask odd = (quadrant == S(1)) | (quadrant == S(3));
+  Mask negative_sin = quadrant >= S(2), negative_cos = (quadrant == S(1)) | (quadrant == S(2));
   V s = M::select(odd, cos, sin), c = M::select(odd, sin, cos);
   return {M::select(negative_sin, -s, s), M::select(negative_cos, -c, c)};
 }
@@ -146,7 +147,7 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
   Gain<V> out;
   auto [s, c] = sincos<V>(frequency * S(0.5));
   V norm = decay * decay + frequency * frequency;
-  auto small = norm < S(0.04);
+  typename M::Mask small = norm < S(0.04);
   Complex<V> inverse = {decay / norm, -frequency / norm};  // 1/Λ
   Complex<V> derivative_top;                               // Λ γ′
   if (even) {

@@ -16,13 +16,38 @@
 // Shared memory of the size given at launch; one declaration a kernel.
 #define AAPE_DYN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
-#define AAPE_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#include <stdexcept>
+#include <string>
 
 namespace aape {
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
+
+inline void check(cudaError_t status, const char* operation) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(status));
+}
+
+// More than 48 KB of shared memory is only had by asking.
+template <class Kernel>
+void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
+  if (bytes <= 48 * 1024) return;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), operation);
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), operation);
+  if (bytes > size_t(most)) {
+    throw std::runtime_error(std::string(operation) + ": window: expected one whose frames fit into " +
+                             std::to_string(most) + " bytes of shared memory, got " + std::to_string(bytes));
+  }
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), operation);
+}
 }  // namespace aape
+
+#define AAPE_LAUNCH(operation, kernel, grid, block, shared, stream, ...)                \
+  do {                                                                                  \
+    aape::allow_shared(kernel, shared, operation);                                      \
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__);    \
+    aape::check(cudaGetLastError(), operation);                                         \
+  } while (0)
 
 #else
 #include "emulator.h"

@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "../grid.h"
+#include "../calls.h"
 #include "device.h"
 
 namespace aape {
@@ -42,6 +42,47 @@ struct SbluParams {
   IO* y;
   int64_t y_stride[5];
 };
+
+// Tokens whose windows a block projects together: as many as span about this many frames.
+constexpr int64_t kTileFrames = 128;
+
+template <class T, class IO>
+SbluParams<T, IO> params(const SbluCall& call) {
+  SbluParams<T, IO> p = {};
+  const Grid& g = call.grid;
+  p.grid = g;
+  p.squash = {call.ranges.logits, T(call.ranges.decay_low), T(call.ranges.decay_log_ratio), T(call.ranges.band_low),
+              T(call.ranges.band_width)};
+  const int64_t budget = kTileFrames * 4 / int64_t(sizeof(T));
+  // windows with gaps between them share nothing, and their gaps would be projected for nothing
+  const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
+  p.tile = more + 1 < g.n_t ? more + 1 : g.n_t;
+  const int64_t frames = (p.tile - 1) * g.stride_t + g.window, step = kFrameBlock;
+  p.columns = (frames + step - 1) / step * step;
+  p.x = reinterpret_cast<const IO*>(call.x.data);
+  p.decay = reinterpret_cast<const T*>(call.decay.data);
+  p.frequency = reinterpret_cast<const T*>(call.frequency.data);
+  p.weight = reinterpret_cast<const T*>(call.weight.data);
+  p.y = reinterpret_cast<IO*>(call.y.data);
+  for (int axis = 0; axis < 4; ++axis) {
+    p.x_stride[axis] = call.x.stride[axis];
+    p.state_stride[axis] = call.decay.stride[axis];
+  }
+  for (int axis = 0; axis < 5; ++axis) p.y_stride[axis] = call.y.stride[axis];
+  return p;
+}
+
+// Blocks of tokens.
+template <class T, class IO>
+int64_t units(const SbluParams<T, IO>& p) {
+  return p.grid.batch * p.grid.n_f * ((p.grid.n_t + p.tile - 1) / p.tile);
+}
+
+// u, xs and ws.
+template <class T, class IO>
+size_t shared_bytes(const SbluParams<T, IO>& p) {
+  return size_t(p.columns * (kLanes + kRowBlock) + kRowBlock * kLanes) * sizeof(T);
+}
 
 // Where a block is.
 struct Tile {

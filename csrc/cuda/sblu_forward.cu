@@ -1,5 +1,6 @@
 // SBLU forward: project a tile's frames, then every thread folds the window of one token and state and runs Horner's rule.
 
+#include "api.h"
 #include "sblu.cuh"
 
 namespace aape {
@@ -37,6 +38,32 @@ __global__ void __launch_bounds__(kThreads) sblu_forward_kernel(SbluParams<T, IO
     IO* to = p.y + t.b * p.y_stride[0] + t.i * p.y_stride[1] + j * p.y_stride[2] + s * p.y_stride[4];
     to[0] = narrow<IO>(y.re);
     to[p.y_stride[3]] = narrow<IO>(y.im);
+  }
+}
+
+template <class T, class IO>
+void launch_forward(const SbluCall& call, void* stream) {
+  const SbluParams<T, IO> p = params<T, IO>(call);
+  const dim3 blocks(unsigned(units(p)), unsigned((p.grid.states + kLanes - 1) / kLanes));
+  const size_t shared = shared_bytes(p);
+  const bool even = p.grid.window % 2 == 0;
+  if (p.grid.quadrature && even) {
+    AAPE_LAUNCH("sblu", (sblu_forward_kernel<T, IO, true, true>), blocks, dim3(kThreads), shared, stream, p);
+  } else if (p.grid.quadrature) {
+    AAPE_LAUNCH("sblu", (sblu_forward_kernel<T, IO, true, false>), blocks, dim3(kThreads), shared, stream, p);
+  } else if (even) {
+    AAPE_LAUNCH("sblu", (sblu_forward_kernel<T, IO, false, true>), blocks, dim3(kThreads), shared, stream, p);
+  } else {
+    AAPE_LAUNCH("sblu", (sblu_forward_kernel<T, IO, false, false>), blocks, dim3(kThreads), shared, stream, p);
+  }
+}
+
+void sblu(const SbluCall& call, void* stream) {
+  switch (call.x.type) {
+    case DType::kFloat32: return launch_forward<float, float>(call, stream);
+    case DType::kFloat64: return launch_forward<double, double>(call, stream);
+    case DType::kBFloat16: return launch_forward<float, BFloat16>(call, stream);
+    case DType::kFloat16: return launch_forward<float, Float16>(call, stream);
   }
 }
 

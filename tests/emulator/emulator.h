@@ -8,6 +8,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +17,8 @@
 #include <random>
 #include <stdexcept>
 #include <vector>
+
+#include "../../csrc/cpu/convert.h"
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -147,5 +150,24 @@ inline aape::emulator::ThreadIndex threadIdx;
 #define __syncthreads() aape::emulator::current->barrier()
 
 #define AAPE_DYN_SHARED(name) unsigned char* name = aape::emulator::current->shared.data()
-#define AAPE_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  aape::emulator::launch(kernel, grid, block, shared, __VA_ARGS__)
+#define AAPE_LAUNCH(operation, kernel, grid, block, shared, stream, ...) \
+  (static_cast<void>(stream), aape::emulator::launch(kernel, grid, block, shared, __VA_ARGS__))
+
+// The 16-bit types, as cuda_bf16.h and cuda_fp16.h have them.
+namespace aape {
+
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float value) : bits(to_bfloat16(value)) {}
+  explicit operator float() const { return from_bfloat16(bits); }
+};
+
+struct Float16 {
+  uint16_t bits;
+  Float16() = default;
+  explicit Float16(float value) : bits(to_float16(value)) {}
+  explicit operator float() const { return from_float16(bits); }
+};
+
+}  // namespace aape
