@@ -15,6 +15,7 @@ namespace cuda {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
+constexpr int kBlocks = 2;  // of a multiprocessor at the least: 128 registers a thread, which nothing spills
 constexpr int kFrameBlock = 8;  // frames a thread projects at once
 constexpr int kRowBlock = 16;   // rows of x in shared memory at once
 
@@ -41,10 +42,26 @@ struct SbluParams {
   const T* weight;
   IO* y;
   int64_t y_stride[5];
+  // backward: the cotangent of y, and what is asked for; null where it is not
+  const IO* grad;
+  int64_t grad_stride[5];
+  T* grad_decay;  // and of the frequency: (B, N_f, N_t, S) of one set of strides
+  T* grad_frequency;
+  int64_t grad_state_stride[4];
+  T* partial;  // (programs, S, C·P_f): sums over a program's tiles
+  int64_t programs;
+  T* windows;  // (tiles, C·P_f, frames of a tile): gradients of x, to be added where tiles overlap
 };
 
 // Tokens whose windows a block projects together: as many as span about this many frames.
 constexpr int64_t kTileFrames = 128;
+
+inline int64_t tile_tokens(const Grid& g, int64_t bytes) {
+  const int64_t budget = kTileFrames * 4 / bytes;
+  // windows with gaps between them share nothing, and their gaps would be projected for nothing
+  const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
+  return more + 1 < g.n_t ? more + 1 : g.n_t;
+}
 
 template <class T, class IO>
 SbluParams<T, IO> params(const SbluCall& call) {
@@ -53,10 +70,7 @@ SbluParams<T, IO> params(const SbluCall& call) {
   p.grid = g;
   p.squash = {call.ranges.logits, T(call.ranges.decay_low), T(call.ranges.decay_log_ratio), T(call.ranges.band_low),
               T(call.ranges.band_width)};
-  const int64_t budget = kTileFrames * 4 / int64_t(sizeof(T));
-  // windows with gaps between them share nothing, and their gaps would be projected for nothing
-  const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
-  p.tile = more + 1 < g.n_t ? more + 1 : g.n_t;
+  p.tile = tile_tokens(g, sizeof(T));
   const int64_t frames = (p.tile - 1) * g.stride_t + g.window, step = kFrameBlock;
   p.columns = (frames + step - 1) / step * step;
   p.x = reinterpret_cast<const IO*>(call.x.data);
@@ -68,7 +82,14 @@ SbluParams<T, IO> params(const SbluCall& call) {
     p.x_stride[axis] = call.x.stride[axis];
     p.state_stride[axis] = call.decay.stride[axis];
   }
-  for (int axis = 0; axis < 5; ++axis) p.y_stride[axis] = call.y.stride[axis];
+  p.grad = reinterpret_cast<const IO*>(call.grad_y.data);
+  p.grad_decay = reinterpret_cast<T*>(call.grad_decay.data);
+  p.grad_frequency = reinterpret_cast<T*>(call.grad_frequency.data);
+  for (int axis = 0; axis < 4; ++axis) p.grad_state_stride[axis] = call.grad_decay.stride[axis];
+  for (int axis = 0; axis < 5; ++axis) {
+    p.y_stride[axis] = call.y.stride[axis];
+    p.grad_stride[axis] = call.grad_y.stride[axis];
+  }
   return p;
 }
 

@@ -7,7 +7,7 @@ namespace aape {
 namespace cuda {
 
 template <class T, class IO, bool kQuadrature, bool kEven>
-__global__ void __launch_bounds__(kThreads) sblu_forward_kernel(SbluParams<T, IO> p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sblu_forward_kernel(SbluParams<T, IO> p) {
   AAPE_DYN_SHARED(memory);
   T* u = reinterpret_cast<T*>(memory);
   T* xs = u + p.columns * kLanes;
