@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from aape_kernels.backends import Call, reasons
 
-__all__ = ["PINNED", "allocator", "allocator_environment", "cpu_model", "describe"]
+__all__ = ["PINNED", "allocator", "allocator_environment", "cpu_model", "describe", "describe_gpu"]
 
 # Freed memory is kept and every size comes from the heap: what glibc does by default, returning a block of 12 MB to
 # the system and taking the page faults again at the next call, costs as much as the operations measured here.
@@ -67,6 +69,22 @@ def _load() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _said(*command: str) -> str | None:
+    """The first line that a command prints, None if it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What the table's heading and a reader of the JSON need to know; call it before anything is timed."""
     missing = {
@@ -84,8 +102,31 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
-        "aape_kernels": version("aape-kernels"),
-        "pytest_benchmark": version("pytest-benchmark"),
+        "aape_kernels": _version("aape-kernels"),
+        "pytest_benchmark": _version("pytest-benchmark"),
         "platform": sys.platform,
         "missing_backends": missing,
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, Any]:
+    """The same with the GPU's own numbers, and what pytest-benchmark would add: commit and date."""
+    commit = _said("git", "rev-parse", "--short=10", "HEAD")
+    if commit is not None and _said("git", "status", "--porcelain") is not None:
+        commit += ", modified"
+    about = describe(device) | {
+        "driver": None,
+        "triton": _version("triton"),
+        "commit": commit or "unversioned",
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    if device.type != "cuda":
+        return about
+    properties = torch.cuda.get_device_properties(device)
+    return about | {
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": getattr(properties, "L2_cache_size", None),
+        "memory_bytes": properties.total_memory,
     }

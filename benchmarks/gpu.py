@@ -10,75 +10,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from aape_kernels.backends import BACKENDS, Call, reasons
+from aape_kernels.backends import BACKENDS
 
 from .cases import Problem, Sizes, Truth, truth
 from .check import BOUNDS, DIRECTIONS, WrongOutput, check, runner
-from .environment import cpu_model
+from .environment import describe_gpu
+from .gpu_cases import BATCHES, MODES, QUICK, floor_bytes, problem_of, work_of
 from .gpu_clock import Clock, graph_of, kernel_times
-from .gpu_table import COMPILED, figures, render
+from .gpu_search import SEARCHED, compile_ahead, searching
+from .gpu_table import figures, render
 from .measure import spread
 from .memory import held_bytes, peak_bytes
-from .peers import CONV2D, Peer, Work, compile_static, peers
+from .peers import CONV2D, Peer, peers
 
 __all__ = ["main"]
 
-ROOT = Path(__file__).parents[1]
-# What a stem is timed in: all float32, all bfloat16, or float32 under bfloat16 autocast.
-MODES = {"sblu": ("float32", "bfloat16"), "stem": ("float32", "bfloat16", "autocast bfloat16")}
-BATCHES = (8, 64)
-QUICK = Sizes(mel_bins=32, frames=64, dim=32, states=4, hidden=8)
-WARMING = 80  # seconds that compiling ahead in other processes may take
-SEARCHED = (("sblu", "float32"), ("sblu", "bfloat16"), ("stem", "float32"), ("stem", "bfloat16"))
 
-
-def problem_of(op: str, mode: str, sizes: Sizes, batch: int, device: torch.device) -> Problem:
-    """16 bits mean x, weights and output; decay and frequency of `sblu` stay float32, as the stem's are."""
-    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
-    problem = Problem.make(op, sizes, batch, device, dtype)
-    if op == "sblu":
-        wide = {name: problem.parameters[name].float() for name in ("decay", "frequency")}
-        problem = replace(problem, parameters=problem.parameters | wide)
-    if mode.startswith("autocast"):
-        problem = replace(problem, cotangent=problem.cotangent.bfloat16())
-    return problem
-
-
-def work_of(peer: Peer, problem: Problem, mode: str) -> Work:
-    """The peer's work, under autocast if the mode says so."""
-    work = peer.make(problem, compile_static)
-    if not mode.startswith("autocast"):
-        return work
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(problem.x.device.type, dtype=torch.bfloat16):
-            return work.forward()
-
-    return replace(work, forward=forward)
-
-
-def floor_bytes(problem: Problem) -> int:
-    """Bytes that `sblu` cannot do without: every input read once, y written once (it is like the cotangent)."""
-    given = [problem.x, *problem.parameters.values(), problem.cotangent]
-    return sum(value.numel() * value.element_size() for value in given)
+def _brief(error: Exception) -> str:
+    """Its type and first line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class Run:
@@ -90,11 +51,11 @@ class Run:
         self.started = time.monotonic()
         self.sizes, self.batches = (QUICK, (2,)) if quick else (Sizes(), BATCHES)
         self.clock = Clock(device, seconds=0.0, min_rounds=3) if quick else Clock(device)
-        offered = reasons(Call("embed", device, torch.float32))
-        self.backends = [name for name, why in offered.items() if why is None and BACKENDS[name].device == device.type]
+        machine = describe_gpu(device)
+        missing = machine["missing_backends"]["embed"]
+        self.backends = [name for name, one in BACKENDS.items() if name not in missing and one.device == device.type]
         self.data: dict[str, Any] = {
-            "machine": describe(device), "sizes": str(self.sizes), "batches": list(self.batches),
-            "backends": self.backends, "missing_backends": {k: why for k, why in offered.items() if why is not None},
+            "machine": machine, "sizes": str(self.sizes), "batches": list(self.batches), "backends": self.backends,
             "copy_bytes_per_second": None, "rows": [], "tuned": [], "configurations": [], "precision": [],
             "kernels": [], "figures": [], "faults": [],
         }  # fmt: skip
@@ -122,7 +83,7 @@ class Run:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.fault(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            self.fault(f"{name}: {_brief(error)}")
         self.save()
 
     def problem(self, op: str, mode: str, batch: int) -> Problem:
@@ -190,7 +151,7 @@ class Run:
             return spread(times), None
         except Exception as error:  # PyTorch raises whatever the call met
             torch.cuda.synchronize()
-            return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return None, _brief(error)
 
     def rows(self, into: str, op: str, mode: str, batch: int, chosen: list[Peer]) -> None:
         """The rows of one case, both directions."""
@@ -204,8 +165,7 @@ class Run:
                            "refused": str(error)}  # fmt: skip
                 except Exception as error:
                     traceback.print_exc()
-                    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    self.fault(f"{peer.name}, {op}, {mode}, {direction}, batch {batch}: {text}")
+                    self.fault(f"{peer.name}, {op}, {mode}, {direction}, batch {batch}: {_brief(error)}")
                     continue
                 self.data[into].append(row)
                 if "ms" in row:
@@ -233,10 +193,10 @@ class Run:
             self.say(f"  {self.data['copy_bytes_per_second'] / 1e9:.0f} GB/s")
         if self.device.type == "cuda":
             if not self.backends:
-                self.fault(f"no GPU backend can run here: {self.data['missing_backends']}")
+                self.fault(f"no GPU backend can run here: {self.data['machine']['missing_backends']['embed']}")
             if not self.quick:
                 with self.part("compiling ahead"):
-                    compile_ahead(self)
+                    self.say(f"  {compile_ahead(self.device, largest, 'triton' in self.backends)}")
         cases = [
             (op, mode, batch) for batch in sorted(self.batches, reverse=True) for op in MODES for mode in MODES[op]
         ]
@@ -307,135 +267,6 @@ class Run:
                 self.data["configurations"].append({"kernel": kernel, "rows": rows, "of": f"{op}, {mode}", **sizes})
 
 
-@contextlib.contextmanager
-def searching(file: Path) -> Iterator[dict[tuple[str, int, str], Any]]:
-    """AAPE_AUTOTUNE=1 with its cache in `file`; what was chosen, by kernel, tokens and key.
-
-    A choice also holds while a graph is captured, when nothing can be searched.
-    """
-    from aape_kernels.backends.triton import configurations, launch
-
-    chosen: dict[tuple[str, int, str], Any] = {}
-    plain = launch.configuration
-
-    def choose(kernel: str, rows: int, key: str, *rest: Any) -> Any:
-        where = kernel, rows, key
-        if where not in chosen:
-            chosen[where] = plain(kernel, rows, key, *rest)
-        return chosen[where]
-
-    configurations._kept.cache_clear()
-    try:
-        with (
-            mock.patch.dict(os.environ, AAPE_AUTOTUNE="1", AAPE_AUTOTUNE_CACHE=str(file)),
-            mock.patch.object(launch, "configuration", choose),
-        ):
-            yield chosen
-    finally:
-        configurations._kept.cache_clear()
-
-
-def compile_ahead(run: Run) -> None:
-    """Compile in other processes what would otherwise be compiled one after the other: the compiled peers, and every
-    configuration that a search tries. Their caches on disk serve the rows; what is not there in time is compiled later.
-    """
-    largest = max(run.batches)
-    # Horner's forward is the same graph in both directions
-    jobs = [*((COMPILED[0], direction) for direction in DIRECTIONS), (COMPILED[1], DIRECTIONS[1])]
-    commands = [
-        [sys.executable, "-m", "benchmarks.warm", str(run.device), str(torch.get_num_threads()),
-         json.dumps([["sblu", peer, direction, largest]])]
-        for peer, direction in jobs
-    ]  # fmt: skip
-    if "triton" in run.backends:
-        parts = max(1, min(12, (os.cpu_count() or 1) - len(commands)))
-        commands += [
-            [sys.executable, "-m", "benchmarks.gpu", "--device", str(run.device), "--search-part", f"{k}/{parts}"]
-            for k in range(parts)
-        ]
-    with tempfile.TemporaryFile() as log:
-        workers = [subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT) for command in commands]
-        until = time.monotonic() + WARMING
-        late = failed = 0
-        for worker in workers:
-            try:
-                failed += worker.wait(max(0.0, until - time.monotonic())) != 0
-            except subprocess.TimeoutExpired:
-                late += 1
-                worker.kill()
-                worker.wait()
-        run.say(f"  {len(workers)} processes, {late} not in time, {failed} failed")
-        if failed:
-            log.seek(0)
-            print(log.read()[-2000:].decode(errors="replace"), flush=True)
-
-
-def search_part(device: torch.device, part: int, parts: int) -> None:
-    """Compile every `parts`th configuration that a search tries, from the `part`th on, by one launch of each."""
-    import triton
-
-    from aape_kernels.backends.triton import configurations
-
-    def once(launch: Callable[[], object], **_: Any) -> float:
-        launch()
-        torch.cuda.synchronize()
-        return 1.0
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(configurations, "CANDIDATES", configurations.CANDIDATES[part::parts]),
-        mock.patch.object(triton.testing, "do_bench", once),
-    ):
-        for op, mode in SEARCHED:
-            problem = problem_of(op, mode, Sizes(), max(BATCHES), device)
-            name = "AaPE, triton" if op == "stem" else "sblu, triton"
-            (peer,) = (peer for peer in peers(op, device) if peer.name == name)
-            # a part may hold no configuration that fits: what it has compiled by then serves all the same
-            with contextlib.suppress(ValueError), searching(Path(folder) / f"{op}-{mode}.json"):
-                runner(work_of(peer, problem, mode), DIRECTIONS[1], problem.cotangent)()
-
-
-def _said(*command: str) -> str | None:
-    """The first line that a command prints, None if it cannot."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions and commit."""
-    cuda = device.type == "cuda"
-    commit = _said("git", "rev-parse", "--short=10", "HEAD")
-    if commit is not None and _said("git", "status", "--porcelain") is not None:
-        commit += ", modified"
-    properties = torch.cuda.get_device_properties(device) if cuda else None
-    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
-    return {
-        "device": properties.name if properties else cpu_model(),
-        "capability": f"{properties.major}.{properties.minor}" if properties else None,
-        "multiprocessors": properties.multi_processor_count if properties else None,
-        "l2_bytes": getattr(properties, "L2_cache_size", None) if properties else None,
-        "memory_bytes": properties.total_memory if properties else None,
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "aape_kernels": _version("aape-kernels"),
-        "commit": commit or "unversioned",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
 def refusal(name: str) -> str | None:
     """Why there is no device of that name; None if there is."""
     try:
@@ -460,7 +291,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", type=float, default=180, metavar="SECONDS", help="no part starts later (default: %(default)s)"
     )
-    parser.add_argument("--search-part", metavar="K/N", help=argparse.SUPPRESS)  # its own child process
     options = parser.parse_args(arguments)
     why = refusal(options.device)
     if why is not None:
@@ -471,10 +301,6 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    if options.search_part:
-        part, _, parts = options.search_part.partition("/")
-        search_part(device, int(part), int(parts))
-        return 0
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -105,8 +105,8 @@ def render(data: dict[str, Any]) -> str:
     """The whole report."""
     machine = data["machine"]
     lines = [
-        f"{machine['device']}, driver {machine['driver']}; torch {machine['torch']} (CUDA {machine['cuda']}), "
-        f"Triton {machine['triton']}, Python {machine['python']}",
+        f"{machine['device']}, driver {machine['driver']}; {machine['cpu']}, {machine['cores']} cores",
+        f"torch {machine['torch']} (CUDA {machine['cuda']}), Triton {machine['triton']}, Python {machine['python']}",
         f"aape_kernels {machine['commit']}; {machine['date']}; {data['sizes']}, "
         f"backends: {', '.join(data['backends']) or 'none'}",
     ]

@@ -1,11 +1,16 @@
-"""Geometries and random inputs, shared by the tests of every backend."""
+"""Geometries, random inputs and golden cases, shared by the tests of every backend."""
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+GOLDEN = sorted((Path(__file__).parent / "data").glob("case-*.npz"))
+NAMES = ("x", "decay", "frequency", "weight")
 
 
 @dataclass(frozen=True)
@@ -79,3 +84,14 @@ SQUARE = Case(2, 1, 4, (4, 8), (4, 8), 8, (2, 3), (0, 0), "quadrature")
 
 AWKWARD = Case(2, 2, 3, (3, 5), (2, 4), 9, (3, 4), (1, 2), "quadrature")
 """Overlap on both axes, odd K > P_t, two channels, left-over bins and frames."""
+
+
+def golden(path: Path, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, dict[str, object], list[Tensor]]:
+    """Inputs and cotangent, options of `sblu`, and y and the gradients in float64; 16-bit as in `Case.inputs`."""
+    data = np.load(path)
+    rest = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    inputs = [torch.tensor(data[name], dtype=rest if name in ("decay", "frequency") else dtype) for name in NAMES]
+    options = {key: tuple(data[key].tolist()) for key in ("patch_size", "stride")}
+    options |= {"window": int(data["window"]), "kernel": str(data["kernel"])}
+    want = [torch.tensor(data[name]) for name in ("y", *(f"grad_{name}" for name in NAMES))]
+    return inputs, torch.tensor(data["cotangent"], dtype=dtype), options, want

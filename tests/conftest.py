@@ -1,7 +1,11 @@
 """Shared by all tests: fresh random input on every run, reported so that a failure can be repeated."""
 
+import gc
 import os
 import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,11 @@ from aape_kernels.backends import cpu, native
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# what they assert is said in full, as in a test
+pytest.register_assert_rewrite("checks", "on_gpu")
+
+from on_gpu import running  # noqa: E402  # it imports checks
+
 settings.register_profile("aape", deadline=None, print_blob=True)
 settings.load_profile("aape")
 
@@ -22,6 +31,13 @@ SEED = int(os.environ.get("AAPE_TEST_SEED", random.SystemRandom().randrange(2**3
 
 def pytest_report_header() -> str:
     return f"aape_kernels: AAPE_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
 INSTRUCTION_SETS = tuple(native.load().build_info()["instruction_sets"]) if cpu.NATIVE_BUILT else ()
@@ -34,6 +50,33 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AAPE_BACKEND", name)
     monkeypatch.setenv("AAPE_CPU_ISA", instruction_set)
     return name
+
+
+@pytest.fixture(params=running())
+def gpu(request: pytest.FixtureRequest) -> str:
+    """The name of a GPU backend that runs here."""
+    return request.param
+
+
+@pytest.fixture
+def much_memory() -> Iterator[None]:
+    """One test at a time takes many gigabytes, also where tests run side by side."""
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / "aape-gpu-memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _memory_goes_back() -> Iterator[None]:
+    """To the device, for tests that run side by side."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2**30:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

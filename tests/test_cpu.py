@@ -1,7 +1,6 @@
 """What is the CPU backend's own: threads, addressing, instruction sets, the ops it is registered under."""
 
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import pytest
 import torch
 from cases import AWKWARD, SQUARE, Case
+from checks import check_gain_and_z, far_apart, poisoned_memory, same_bits
 from oracle import bound, relative_error
 
 from aape_kernels import AaPE, ops, sblu
@@ -49,8 +49,7 @@ def test_sblu_gives_the_same_bits_on_any_number_of_threads(isa, threads, stride)
     for count in (1, 2, 3, 7):
         threads(count)
         results.append(gradients(lambda *v: sblu(*v, **case.options), inputs, cotangent))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(same_bits(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.parametrize("layout", ["FT", "TF"])
@@ -63,40 +62,21 @@ def test_embed_gives_the_same_bits_on_any_number_of_threads(isa, threads, layout
         threads(count)
         tokens = stem(x)
         results.append([tokens, *torch.autograd.grad(tokens, list(stem.parameters()), cotangent)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(same_bits(other, results[0]) for other in results[1:])
 
 
 def test_elements_beyond_2_to_the_31(isa):
-    """A view whose last batch lies 2³¹ elements behind its first; the memory between is never touched."""
     case = Case(2, 1, 3, (4, 8), (4, 8), 8, (2, 3), (0, 0), "quadrature")
-    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
-    far = 2**31 + 100
-    giant = torch.empty(far + x[0].numel())
-    view = giant.as_strided(x.shape, (far, *x.stride()[1:]))
-    view.copy_(x)
-    want = gradients(lambda *v: sblu(*v, **case.options), (x, decay, frequency, weight), cotangent)
-    got = gradients(lambda *v: sblu(*v, **case.options), (view, decay, frequency, weight), cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    (x, *rest), cotangent = case.inputs(torch.float32)
+    want = gradients(lambda *v: sblu(*v, **case.options), (x, *rest), cotangent)
+    got = gradients(lambda *v: sblu(*v, **case.options), (*far_apart(x), *rest), cotangent)
+    assert same_bits(got, want)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 def test_gain_and_z_hold_everywhere_in_the_range(isa, odd):
-    """An impulse at the innermost frame answers γ, one a frame further out γz: to a few ulp over all of §6's range."""
     window = 5 if odd else 4
-    alpha = torch.cat([torch.linspace(0, 0.5, 60), torch.linspace(0.5, 10, 60)])
-    omega = torch.cat([torch.linspace(0, 0.5, 60), torch.linspace(0.5, math.pi, 60)])
-    decay, frequency = (value.reshape(1, 1, 1, -1) for value in torch.meshgrid(alpha, omega, indexing="ij"))
-    weight = torch.ones(decay.shape[3], 1, 1)
-    for frame in range(window):
-        x = torch.zeros(1, 1, 1, window)
-        x[..., frame] = 1
-        options = {"patch_size": (1, window), "kernel": "bilateral"}
-        got = sblu(x, decay, frequency, weight, **options)[0, 0, 0].double()
-        wide = [value.double() for value in (x, decay, frequency, weight)]
-        want = sblu(*wide, **options, backend="reference")[0, 0, 0]
-        error = torch.hypot(*(got - want)) / torch.hypot(*want)
-        assert error.max() <= 2e-6
+    check_gain_and_z(window, points=60, frames=window)
 
 
 @pytest.mark.parametrize("rows", [1, 64])
@@ -117,8 +97,7 @@ def test_autocast_does_not_reach_into_the_op(isa, rows):
             assert relative_error(value, want) <= 1e-6
 
 
-def test_every_output_is_written(isa, monkeypatch):
-    """Whatever the allocator hands out: new memory is poisoned first."""
+def test_every_output_is_written(isa):
     case = AWKWARD
     inputs, cotangent = case.inputs()
     stem = AaPE(patch_size=4, in_chans=2, embed_dim=6, num_states=3, encoder_dim=5).double()
@@ -130,12 +109,9 @@ def test_every_output_is_written(isa, monkeypatch):
         return [*values, tokens, *torch.autograd.grad(tokens.square().sum(), list(stem.parameters()))]
 
     want = everything()
-    with monkeypatch.context() as patch:
-        plain = torch.Tensor.new_empty
-        patch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: plain(self, *a, **k).fill_(math.nan))
-        assert torch.zeros(1).new_empty(3).isnan().all()
+    with poisoned_memory():
         got = everything()
-    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert same_bits(got, want)
 
 
 def test_an_illegal_instruction_set_is_refused(monkeypatch):

@@ -1,44 +1,50 @@
 """`sblu` by every backend that runs here: golden cases, a second writing of the formula, finite differences."""
 
-from pathlib import Path
+import functools
 
-import numpy as np
 import oracle
 import pytest
 import torch
-from cases import AWKWARD, SQUARE, Case, cases
+from cases import AWKWARD, GOLDEN, SQUARE, Case, cases, golden
+from checks import check_strides, compare
 from hypothesis import given, settings
-from oracle import bound, relative_error
+from oracle import relative_error
 
 from aape_kernels import sblu
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-GOLDEN = sorted((Path(__file__).parent / "data").glob("case-*.npz"))
-NAMES = ("x", "decay", "frequency", "weight")
 
-
-def run(case: Case, inputs, cotangent):
+def run(options, inputs, cotangent):
+    """y and the gradients of the four inputs."""
     leaves = [value.detach().requires_grad_() for value in inputs]
-    y = sblu(*leaves, **case.options)
-    return y, torch.autograd.grad(y, leaves, cotangent)
+    y = sblu(*leaves, **options)
+    return [y, *torch.autograd.grad(y, leaves, cotangent)]
 
 
 def run_oracle(case: Case, inputs, cotangent):
     leaves = [value.detach().double().requires_grad_() for value in inputs]
     y = oracle.sblu(*leaves, case.patch, case.stride, case.window, case.kernel)
-    return y, torch.autograd.grad(y, leaves, cotangent.double())
+    return [y, *torch.autograd.grad(y, leaves, cotangent.double())]
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
     inputs, cotangent = case.inputs(dtype)
-    (y, gradients), (want, wanted) = run(case, inputs, cotangent), run_oracle(case, inputs, cotangent)
-    assert y.dtype == dtype
-    assert y.is_contiguous()
-    assert relative_error(y, want) <= bound(dtype)
-    for name, value, got, expected in zip(NAMES, inputs, gradients, wanted, strict=True):
-        assert got.dtype == value.dtype, name
-        assert relative_error(got, expected) <= bound(dtype, gradient=True), name
+    compare(run(case.options, inputs, cotangent), run_oracle(case, inputs, cotangent), inputs, dtype)
+
+
+def check_golden(path, dtype: torch.dtype) -> None:
+    inputs, cotangent, options, want = golden(path, dtype)
+    compare(run(options, inputs, cotangent), want, inputs, dtype)
+
+
+def check_range(case: Case, low: float, high: float) -> None:
+    """In float32, for decays from `low` to `high` and frequencies up to `high` of the band."""
+    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
+    inputs = [x, low + (high - low) * (decay - 0.1) / 2, frequency * min(high, 1.0), weight]
+    wide = [value.double() for value in inputs]
+    want = run(case.options | {"backend": "reference"}, wide, cotangent.double())
+    compare(run(case.options, inputs, cotangent), want, inputs, torch.float32)
 
 
 def test_golden_cases_are_there():
@@ -48,14 +54,7 @@ def test_golden_cases_are_there():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path, dtype):
-    data = np.load(path)
-    leaves = [torch.tensor(data[name], dtype=dtype, requires_grad=True) for name in NAMES]
-    sizes = {key: tuple(data[key].tolist()) for key in ("patch_size", "stride")}
-    y = sblu(*leaves, **sizes, window=int(data["window"]), kernel=str(data["kernel"]))
-    assert relative_error(y, torch.tensor(data["y"])) <= bound(dtype)
-    gradients = torch.autograd.grad(y, leaves, torch.tensor(data["cotangent"], dtype=dtype))
-    for name, got in zip(NAMES, gradients, strict=True):
-        assert relative_error(got, torch.tensor(data[f"grad_{name}"])) <= bound(dtype, gradient=True), name
+    check_golden(path, dtype)
 
 
 def test_any_geometry():
@@ -83,16 +82,7 @@ def test_dtype(dtype, patch, kernel):
 @pytest.mark.parametrize("window", [8, 7])
 @pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
 def test_float32_holds_at_the_ends_of_the_range(window, kernel, low, high):
-    case = Case(2, 1, 16, (4, window), (4, window), window, (2, 6), (0, 0), kernel)
-    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
-    inputs = [x, low + (high - low) * (decay - 0.1) / 2, frequency * min(high, 1.0), weight]
-    y, gradients = run(case, inputs, cotangent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AAPE_BACKEND", "reference")
-        want, wanted = run(case, [value.double() for value in inputs], cotangent.double())
-    assert relative_error(y, want) <= bound(torch.float32)
-    for name, got, expected in zip(NAMES, gradients, wanted, strict=True):
-        assert relative_error(got, expected) <= bound(torch.float32, gradient=True), name
+    check_range(Case(2, 1, 16, (4, window), (4, window), window, (2, 6), (0, 0), kernel), low, high)
 
 
 @pytest.mark.parametrize("window", [64, 65])
@@ -130,41 +120,20 @@ def test_zero_decay_and_frequency_is_a_plain_sum(window):
 def test_decay_far_beyond_the_range_stays_finite(window, decay):
     case = Case(1, 1, 2, (3, window), (3, window), window, (1, 3), (0, 0), "quadrature")
     (x, alpha, frequency, weight), cotangent = case.inputs(torch.float32)
-    y, gradients = run(case, [x, alpha * 0 + decay, frequency, weight], cotangent)
-    assert all(value.isfinite().all() for value in (y, *gradients))
+    values = run(case.options, [x, alpha * 0 + decay, frequency, weight], cotangent)
+    assert all(value.isfinite().all() for value in values)
 
 
 @pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
 def test_strided_and_expanded(case):
-    inputs, cotangent = case.inputs()
-    y, gradients = run(case, inputs, cotangent)
-
-    def spread(value):  # every second element of a bigger tensor, axes back to front
-        big = torch.randn(*(2 * n for n in reversed(value.shape)), dtype=value.dtype)
-        view = big[tuple(slice(None, None, 2) for _ in value.shape)].permute(*reversed(range(value.dim())))
-        view.copy_(value)
-        assert not view.is_contiguous()
-        return view
-
-    y2, gradients2 = run(case, [spread(value) for value in inputs], spread(cotangent))
-    assert relative_error(y2, y) <= 1e-14
-    for got, want in zip(gradients2, gradients, strict=True):
-        assert relative_error(got, want) <= 1e-13
-
-    x, decay, frequency, weight = inputs
-    same = [x[:1].expand_as(x), decay[:, :1, :1].expand_as(decay), frequency[:1].expand_as(frequency), weight]
-    expanded = torch.ones((), dtype=torch.float64).expand_as(y)
-    got = run(case, same, expanded)
-    want = run(case, [value.clone() for value in same], expanded.clone())
-    for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert relative_error(a, b) <= 1e-13
+    check_strides(functools.partial(run, case.options), *case.inputs(), output=1e-14, gradient=1e-13)
 
 
 def test_inputs_are_not_written_to():
     inputs, cotangent = AWKWARD.inputs()
     before = [value.clone() for value in (*inputs, cotangent)]
     versions = [value._version for value in (*inputs, cotangent)]
-    run(AWKWARD, inputs, cotangent)
+    run(AWKWARD.options, inputs, cotangent)
     assert [value._version for value in (*inputs, cotangent)] == versions
     assert all(torch.equal(a, b) for a, b in zip(before, (*inputs, cotangent), strict=True))
 

@@ -8,6 +8,7 @@ import pickle
 import oracle
 import pytest
 import torch
+from checks import compare
 from oracle import bound, relative_error
 from torch import nn
 
@@ -74,12 +75,7 @@ def check(stem: AaPE, x: torch.Tensor, dtype: torch.dtype) -> None:
         want = want.unflatten(1, (n_f, -1)).transpose(1, 2).flatten(1, 2)
     wanted = torch.autograd.grad(want, wide, cotangent.double())
 
-    assert tokens.dtype == dtype
-    assert tokens.is_contiguous()
-    assert relative_error(tokens, want) <= bound(dtype, whole_stem=True)
-    for name, value, gradient, expected in zip(("x", *names), (leaf, *values), got, wanted, strict=True):
-        assert gradient.dtype == value.dtype, name
-        assert relative_error(gradient, expected) <= bound(dtype, whole_stem=True, gradient=True), name
+    compare([tokens, *got], [want, *wanted], (leaf, *values), dtype, ("x", *names), whole_stem=True)
 
 
 @pytest.mark.parametrize("layout", ["FT", "TF"])

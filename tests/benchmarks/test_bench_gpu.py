@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, peers
-from benchmarks.cases import truth
+from benchmarks import gpu, gpu_search, peers
+from benchmarks.cases import Sizes, truth
 from benchmarks.check import DIRECTIONS, WrongOutput, check
+from benchmarks.gpu_cases import MODES, QUICK, floor_bytes, problem_of
 from benchmarks.gpu_table import COMPILED, EAGER, figures, render
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-QUICK = ["--device", "cpu", "--quick"]
+TRIAL = ["--device", "cpu", "--quick"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def _settings() -> Any:
 
 
 def test_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--out", str(tmp_path / "new" / "folder"), *QUICK]) == 0
+    assert gpu.main(["--out", str(tmp_path / "new" / "folder"), *TRIAL]) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "new" / "folder"
     assert sorted(path.name for path in folder.iterdir()) == ["gpu.json", "gpu.md"]
@@ -43,7 +44,7 @@ def test_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert data["copy_bytes_per_second"] > 0
     assert data["machine"]["torch"] == torch.__version__
     cases = {(row["op"], row["mode"]) for row in data["rows"]}
-    assert cases == {(op, mode) for op, modes in gpu.MODES.items() for mode in modes}
+    assert cases == {(op, mode) for op, modes in MODES.items() for mode in modes}
     for op, mode in cases:
         names = {row["peer"] for row in data["rows"] if (row["op"], row["mode"]) == (op, mode)}
         assert names >= ({"Conv2d", "rearrange + Linear", "AaPE, reference"} if op == "stem" else {EAGER})
@@ -71,7 +72,7 @@ def test_a_wrong_peer_has_no_figure_and_the_rest_runs(
 
     monkeypatch.setattr(peers, "linear_stem", wrong)
     monkeypatch.setattr(gpu, "MODES", {"stem": ("float32", "bfloat16")})
-    assert gpu.main(["--out", str(tmp_path), *QUICK]) == 1
+    assert gpu.main(["--out", str(tmp_path), *TRIAL]) == 1
     data = json.loads((tmp_path / "gpu.json").read_text())
     refused = [row for row in data["rows"] if "refused" in row]
     assert {row["peer"] for row in refused} == {"rearrange + Linear"}
@@ -90,7 +91,7 @@ def test_what_fails_costs_its_own_part_only(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(peers, "linear_stem", broken)
     monkeypatch.setattr(gpu, "MODES", {"stem": ("float32",)})
     monkeypatch.setattr(gpu.Clock, "copy_bandwidth", broken)
-    assert gpu.main(["--out", str(tmp_path), *QUICK]) == 1
+    assert gpu.main(["--out", str(tmp_path), *TRIAL]) == 1
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert len(data["faults"]) == 3
     assert data["faults"][0].startswith("copy bandwidth: TypeError")
@@ -99,7 +100,7 @@ def test_what_fails_costs_its_own_part_only(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_part_starts_late(tmp_path: Path) -> None:
-    assert gpu.main(["--out", str(tmp_path), "--budget", "0", *QUICK]) == 1
+    assert gpu.main(["--out", str(tmp_path), "--budget", "0", *TRIAL]) == 1
     data = json.loads((tmp_path / "gpu.json").read_text())
     assert data["rows"] == []
     assert "sblu, float32, batch 2: not run, the time for the benchmark was over" in data["faults"]
@@ -126,7 +127,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], device: st
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert gpu.main(["--out", str(tmp_path / "file"), *QUICK]) == 2
+    assert gpu.main(["--out", str(tmp_path / "file"), *TRIAL]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -141,8 +142,41 @@ def test_make_gpu_refuses_at_once_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_compiling_ahead_says_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\necho "$@"\n[ "$2" = benchmarks.warm ]\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert gpu_search.compile_ahead(CPU, 64, search=False) == "3 processes, 0 not in time, 0 failed"
+    assert not capsys.readouterr().out
+    assert gpu_search.compile_ahead(CPU, 64, search=True) == "5 processes, 0 not in time, 2 failed"
+    assert "-m benchmarks.gpu_search cpu 1 2\n" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_search, "SECONDS", 0)
+    stand_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert gpu_search.compile_ahead(CPU, 64, search=False) == "3 processes, 3 not in time, 0 failed"
+
+
+def test_a_search_is_recorded_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from aape_kernels.backends.triton import launch
+    from aape_kernels.backends.triton.configurations import DEFAULTS
+
+    monkeypatch.delenv("AAPE_AUTOTUNE", raising=False)
+    plain = launch.configuration
+    with gpu_search.searching(tmp_path / "autotune.json") as chosen:
+        assert (os.environ["AAPE_AUTOTUNE"], os.environ["AAPE_AUTOTUNE_CACHE"]) == ("1", f"{tmp_path}/autotune.json")
+        found = launch.configuration("stem_fwd", 100, "S=32", CPU, lambda candidate: None)
+    assert chosen == {("stem_fwd", 100, "S=32"): found}
+    assert found == DEFAULTS["stem_fwd", "small"]
+    assert launch.configuration is plain
+    assert "AAPE_AUTOTUNE" not in os.environ
+
+
 def test_16_bit_outputs_have_bounds_of_their_own() -> None:
-    problem = gpu.problem_of("sblu", "bfloat16", gpu.QUICK, 2, CPU)
+    problem = problem_of("sblu", "bfloat16", QUICK, 2, CPU)
     assert {name: value.dtype for name, value in problem.parameters.items()} == {
         "decay": torch.float32, "frequency": torch.float32, "weight": torch.bfloat16
     }  # fmt: skip
@@ -155,9 +189,9 @@ def test_16_bit_outputs_have_bounds_of_their_own() -> None:
 
 
 def test_floor_counts_inputs_and_output_once() -> None:
-    problem = gpu.problem_of("sblu", "float32", gpu.Sizes(), 1, CPU)
+    problem = problem_of("sblu", "float32", Sizes(), 1, CPU)
     x, states, y, weight = 128 * 1024, 8 * 64 * 32, 8 * 64 * 2 * 32, 32 * 16
-    assert gpu.floor_bytes(problem) == 4 * (x + 2 * states + y + weight)
+    assert floor_bytes(problem) == 4 * (x + 2 * states + y + weight)
 
 
 def _row(op: str, mode: str, direction: str, peer: str, ms: float, graph: float, **more: Any) -> dict[str, Any]:
@@ -174,8 +208,9 @@ def _row(op: str, mode: str, direction: str, peer: str, ms: float, graph: float,
 def test_figures() -> None:
     forward, both = DIRECTIONS
     ratio = {"ratio": {"p20": 0.9, "median": 0.95, "p80": 1.0}, "graph_ratio": 1.2}
+    about = ("device", "driver", "cpu", "cores", "torch", "cuda", "triton", "python", "commit", "date")
     data = {
-        "machine": dict.fromkeys(("device", "driver", "torch", "cuda", "triton", "python", "commit", "date"), "?"),
+        "machine": dict.fromkeys(about, "?"),
         "sizes": "?", "batches": [8, 64], "backends": ["triton"], "copy_bytes_per_second": 4e12,
         "rows": [
             _row("sblu", "float32", forward, "sblu, triton", 0.040, 0.016, floor_bytes=50_000_000),

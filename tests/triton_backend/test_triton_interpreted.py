@@ -4,16 +4,17 @@ bfloat16 is truncated, not rounded, when the interpreter stores it, and its prod
 there. Both are said in the tests that they concern.
 """
 
+import functools
 import math
 
-import numpy as np
 import pytest
 import torch
-from cases import AWKWARD, SQUARE, Case, cases
+from cases import AWKWARD, GOLDEN, SQUARE, Case, cases
+from checks import check_gain_and_z, check_strides, far_apart, poisoned_memory, same_bits
 from hypothesis import given, settings
 from oracle import bound, relative_error
-from test_sblu import GOLDEN, NAMES
 from test_sblu import check as check_sblu
+from test_sblu import check_golden, check_range
 from test_sblu import run as run_sblu
 from test_stem import OPTIONS, small
 from test_stem import check as check_stem
@@ -35,14 +36,7 @@ def triton(monkeypatch):
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden(path):
-    data = np.load(path)
-    leaves = [torch.tensor(data[name], dtype=torch.float32, requires_grad=True) for name in NAMES]
-    sizes = {key: tuple(data[key].tolist()) for key in ("patch_size", "stride")}
-    y = sblu(*leaves, **sizes, window=int(data["window"]), kernel=str(data["kernel"]))
-    assert relative_error(y, torch.tensor(data["y"])) <= bound(torch.float32)
-    gradients = torch.autograd.grad(y, leaves, torch.tensor(data["cotangent"], dtype=torch.float32))
-    for name, got in zip(NAMES, gradients, strict=True):
-        assert relative_error(got, torch.tensor(data[f"grad_{name}"])) <= bound(torch.float32, gradient=True), name
+    check_golden(path, torch.float32)
 
 
 def test_any_geometry():
@@ -71,36 +65,14 @@ def test_dtype_and_blocks(dtype, patch, states, kernel):
 
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 def test_gain_and_z_hold_everywhere_in_the_range(odd):
-    """An impulse at the innermost frame answers γ, one a frame further out γz."""
     window = 3 if odd else 4
-    alpha = torch.cat([torch.linspace(0, 0.5, 24), torch.linspace(0.5, 10, 24)])
-    omega = torch.cat([torch.linspace(0, 0.5, 24), torch.linspace(0.5, math.pi, 24)])
-    decay, frequency = (value.reshape(1, 1, 1, -1) for value in torch.meshgrid(alpha, omega, indexing="ij"))
-    weight = torch.ones(decay.shape[3], 1, 1)
-    options = {"patch_size": (1, window), "kernel": "bilateral"}
-    for frame in range(window // 2 + 1):
-        x = torch.zeros(1, 1, 1, window)
-        x[..., frame] = 1
-        got = sblu(x, decay, frequency, weight, **options)[0, 0, 0].double()
-        wide = [value.double() for value in (x, decay, frequency, weight)]
-        want = sblu(*wide, **options, backend="reference")[0, 0, 0]
-        error = torch.hypot(*(got - want)) / torch.hypot(*want)
-        assert error.max() <= 2e-6
+    check_gain_and_z(window, points=24, frames=window // 2 + 1)
 
 
 @pytest.mark.parametrize("window", [8, 7])
 @pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
 def test_gradients_at_the_ends_of_the_range(window, low, high):
-    case = Case(1, 1, 16, (4, window), (4, window), window, (2, 4), (0, 0), "quadrature")
-    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
-    inputs = [x, low + (high - low) * (decay - 0.1) / 2, frequency * min(high, 1.0), weight]
-    y, gradients = run_sblu(case, inputs, cotangent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AAPE_BACKEND", "reference")
-        want, wanted = run_sblu(case, [value.double() for value in inputs], cotangent.double())
-    assert relative_error(y, want) <= bound(torch.float32)
-    for name, got, expected in zip(NAMES, gradients, wanted, strict=True):
-        assert relative_error(got, expected) <= bound(torch.float32, gradient=True), name
+    check_range(Case(1, 1, 16, (4, window), (4, window), window, (2, 4), (0, 0), "quadrature"), low, high)
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, "time-major", "time-major-overlap"])
@@ -141,29 +113,12 @@ def test_autocast(dtype):
 @pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
 def test_strided_and_expanded(case):
     inputs, cotangent = case.inputs(torch.float32)
-
-    def spread(value):  # every second element of a bigger tensor, axes back to front
-        big = torch.randn(*(2 * n for n in reversed(value.shape)), dtype=value.dtype)
-        view = big[tuple(slice(None, None, 2) for _ in value.shape)].permute(*reversed(range(value.dim())))
-        view.copy_(value)
-        return view
-
-    y, gradients = run_sblu(case, inputs, cotangent)
-    y2, gradients2 = run_sblu(case, [spread(value) for value in inputs], spread(cotangent))
-    for got, want in zip((y2, *gradients2), (y, *gradients), strict=True):
-        assert relative_error(got, want) <= 1e-6
-
-    x, decay, frequency, weight = inputs
-    same = [x[:1].expand_as(x), decay[:, :1, :1].expand_as(decay), frequency[:1].expand_as(frequency), weight]
-    ones = torch.ones(()).expand_as(y)
-    got, want = run_sblu(case, same, ones), run_sblu(case, [value.clone() for value in same], ones.clone())
-    for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
-        assert relative_error(a, b) <= 1e-6
+    check_strides(functools.partial(run_sblu, case.options), inputs, cotangent, output=1e-6, gradient=1e-6)
 
 
 def test_only_the_gradients_asked_for():
     inputs, cotangent = AWKWARD.inputs(torch.float32)
-    _, wanted = run_sblu(AWKWARD, inputs, cotangent)
+    _, *wanted = run_sblu(AWKWARD.options, inputs, cotangent)
     for index, want in enumerate(wanted):
         leaves = [value.detach().requires_grad_(k == index) for k, value in enumerate(inputs)]
         (got,) = torch.autograd.grad(sblu(*leaves, **AWKWARD.options), leaves[index], cotangent)
@@ -178,29 +133,25 @@ def test_only_the_gradients_asked_for():
         assert relative_error(got, every[name]) <= 1e-6
 
 
-def test_every_output_is_written(monkeypatch):
-    """Whatever the allocator hands out: new memory is poisoned first."""
+def test_every_output_is_written():
     inputs, cotangent = AWKWARD.inputs(torch.float32)
     stem, x = small(torch.float32), torch.randn(1, 2, 13, 14)
 
     def everything():
         tokens = stem(x)
-        y, gradients = run_sblu(AWKWARD, inputs, cotangent)
-        return [y, *gradients, tokens, *torch.autograd.grad(tokens.square().sum(), list(stem.parameters()))]
+        values = run_sblu(AWKWARD.options, inputs, cotangent)
+        return [*values, tokens, *torch.autograd.grad(tokens.square().sum(), list(stem.parameters()))]
 
     want = everything()
-    with monkeypatch.context() as patch:
-        plain = torch.Tensor.new_empty
-        patch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: plain(self, *a, **k).fill_(math.nan))
-        assert torch.zeros(1).new_empty(3).isnan().all()
+    with poisoned_memory():
         got = everything()
-    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert same_bits(got, want)
 
 
 def test_inputs_are_not_written_to():
     inputs, cotangent = AWKWARD.inputs(torch.float32)
     before = [value.clone() for value in (*inputs, cotangent)]
-    run_sblu(AWKWARD, inputs, cotangent)
+    run_sblu(AWKWARD.options, inputs, cotangent)
     assert all(torch.equal(a, b) for a, b in zip(before, (*inputs, cotangent), strict=True))
 
 
@@ -221,15 +172,10 @@ def test_a_non_finite_pixel_makes_exactly_its_own_tokens_non_finite(value, windo
 
 
 def test_elements_beyond_2_to_the_31():
-    """A view whose last batch lies 2³¹ elements behind its first; the memory between is never touched."""
     case = Case(2, 1, 3, (4, 8), (4, 8), 8, (2, 3), (0, 0), "quadrature")
-    (x, decay, frequency, weight), cotangent = case.inputs(torch.float32)
-    far = 2**31 + 100
-    giant = torch.empty(far + x[0].numel())
-    view = giant.as_strided(x.shape, (far, *x.stride()[1:]))
-    view.copy_(x)
-    (y, gradients), (y2, gradients2) = (run_sblu(case, (v, decay, frequency, weight), cotangent) for v in (x, view))
-    assert all(torch.equal(a, b) for a, b in zip((y, *gradients), (y2, *gradients2), strict=True))
+    (x, *rest), cotangent = case.inputs(torch.float32)
+    want, got = (run_sblu(case.options, (value, *rest), cotangent) for value in (x, *far_apart(x)))
+    assert same_bits(got, want)
 
 
 def test_empty_batch():
@@ -273,8 +219,8 @@ def test_compiles_in_one_graph_forward_and_backward():
 
 def test_same_bits_on_every_run():
     inputs, cotangent = AWKWARD.inputs(torch.float32)
-    (y, gradients), (y2, gradients2) = (run_sblu(AWKWARD, inputs, cotangent) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip((y, *gradients), (y2, *gradients2), strict=True))
+    first, second = (run_sblu(AWKWARD.options, inputs, cotangent) for _ in range(2))
+    assert same_bits(second, first)
 
 
 def test_when_it_can_run(monkeypatch):
