@@ -1,6 +1,7 @@
 """Shared by all tests: fresh random input on every run, reported so that a failure can be repeated."""
 
 import gc
+import importlib
 import os
 import random
 import tempfile
@@ -11,12 +12,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-from aape_kernels.backends import cpu, native
+from aape_kernels.backends import cpu, native, triton
 
-# Triton decides when it is first imported whether it interprets kernels: here, unless there is a GPU to compile for.
-# Each test then starts without the variable, and those of the interpreter set it again.
-if not torch.cuda.is_available():
+# Triton decides when kernels are defined whether it interprets them: here, before any test can import them, unless
+# there is a GPU to compile for. Each test then starts without the variable, and those of the interpreter set it again.
+if triton.TRITON_INSTALLED and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("aape_kernels.backends.triton.launch")
 
 # what they assert is said in full, as in a test
 pytest.register_assert_rewrite("checks", "on_gpu")

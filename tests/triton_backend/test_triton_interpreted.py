@@ -5,6 +5,7 @@ there. Both are said in the tests that they concern.
 """
 
 import functools
+import importlib
 import math
 
 import pytest
@@ -221,6 +222,12 @@ def test_same_bits_on_every_run():
     inputs, cotangent = AWKWARD.inputs(torch.float32)
     first, second = (run_sblu(AWKWARD.options, inputs, cotangent) for _ in range(2))
     assert same_bits(second, first)
+
+
+def test_no_submodule_hides_an_operation():
+    importlib.import_module("aape_kernels.backends.triton.launch")  # and with it all of them
+    package = importlib.import_module("aape_kernels.backends.triton")
+    assert all(callable(getattr(package, name)) for name in ops.__all__)
 
 
 def test_when_it_can_run(monkeypatch):

@@ -41,6 +41,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# Asked only for names that the package does not have: no submodule may be called like one of these, as it would become
+# an attribute when it is imported.
 def __getattr__(name: str) -> Any:
     if name in ("embed", "embed_backward", "sblu", "sblu_backward"):
         from . import launch

@@ -20,8 +20,8 @@ from ...geometry import PatchGrid
 from . import interpreted
 from .configurations import Configuration, configuration
 from .overlap_add import overlap_add_kernel
-from .sblu import sblu_bwd_state_kernel, sblu_bwd_weight_kernel, sblu_bwd_window_kernel, sblu_fwd_kernel
-from .stem import gather_kernel, stem_fwd_kernel
+from .sblu_kernels import sblu_bwd_state_kernel, sblu_bwd_weight_kernel, sblu_bwd_window_kernel, sblu_fwd_kernel
+from .stem_kernels import gather_kernel, stem_fwd_kernel
 
 __all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
 

@@ -7,7 +7,7 @@ again for the backward.
 import triton
 import triton.language as tl
 
-from .sblu import STRIDES_OF_X, VARYING
+from .sblu_kernels import STRIDES_OF_X, VARYING
 from .state import gain
 from .window import from_logits, polynomials, product, responses, sigmoid, token_at
 
