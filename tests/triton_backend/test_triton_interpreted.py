@@ -7,6 +7,7 @@ there. Both are said in the tests that they concern.
 import functools
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,13 +42,15 @@ def test_golden(path):
 
 
 def test_any_geometry():
+    """In float32, at the bounds for float32: of enough numbers, as one alone may be a sum that cancels."""
     seen = []
 
     @settings(max_examples=20)
     @given(case=cases())
     def every(case):
+        grid = (max(2, case.grid[0]), max(2, case.grid[1]))
         seen.append(case)
-        check_sblu(case, torch.float32)
+        check_sblu(replace(case, batch=2, grid=grid, states=case.states + 4), torch.float32)
 
     every()
     assert len(seen) >= 20
