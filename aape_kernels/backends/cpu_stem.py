@@ -12,6 +12,7 @@ from torch import Tensor
 from ..geometry import PatchGrid
 from ..reference import working_dtype
 from . import native
+from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
 
@@ -152,22 +153,23 @@ def embed_backward(
     need: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of the nine inputs in their dtypes, contiguous; empty where not needed."""
-    names = ("x", "proj_w", "proj_b", "w1", "b1", "w2", "b2", "sblu_w", "fusion_w")
-    inputs = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
-    wanted = {name for name, value, wish in zip(names, inputs, need, strict=True) if wish and value is not None}
+    inputs = {
+        "x": x,
+        "proj_w": proj_w,
+        "proj_b": proj_b,
+        "w1": w1,
+        "b1": b1,
+        "w2": w2,
+        "b2": b2,
+        "sblu_w": sblu_w,
+        "fusion_w": fusion_w,
+    }
+    wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
     got: dict[str, Tensor] = {}
     if grad.numel():
         backward = _Backward(x, proj_w, w1, w2, sblu_w, fusion_w, r, hidden, grid, quadrature, time_major, wanted)
         got = backward.run(grad, _ranges(decay, band))
-    gradients = []
-    for name, value in zip(names, inputs, strict=True):
-        if name not in wanted or value is None:
-            gradients.append(x.new_empty(0))
-        elif name in got:
-            gradients.append(got[name].reshape(value.shape).to(value.dtype).contiguous())
-        else:  # an empty batch
-            gradients.append(torch.zeros_like(value, memory_format=torch.contiguous_format))
-    return tuple(gradients)
+    return like_inputs(inputs, wanted, got)
 
 
 class _Backward:

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from ...geometry import PatchGrid
+from ..gradients import like_inputs
 from . import interpreted
 from .configurations import Configuration, configuration
 from .overlap_add import overlap_add_kernel
@@ -68,7 +69,6 @@ class _Call:
         self.dot = self.projected >= 16
         self.block_states = _power_of_2(states, 16 if self.dot else 1, 64)
         self.block_rows = 1 if not self.dot else 32 if self.projected % 32 == 0 else 16
-        # a window no longer than its patch, and inside it, stays in the clip
         self.sizes: dict[str, Any] = {
             "S": states,
             "R": self.projected,
@@ -84,7 +84,7 @@ class _Call:
             "S_F": grid.stride[0],
             "S_T": grid.stride[1],
             "OFFSET": grid.offset,
-            "WITHIN": grid.offset >= 0,
+            "WITHIN": grid.offset >= 0,  # windows inside their patches need no check against the clip's ends
         }
         self.state_blocks = triton.cdiv(states, self.block_states)
         self.counts = (self.rows, self.n_f, self.n_t)
@@ -227,25 +227,22 @@ def sblu_backward(
     need: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
-    inputs = (x, decay, frequency, weight)
-    if not grad.numel():
-        return tuple(torch.zeros_like(v, memory_format=torch.contiguous_format) if wanted else x.new_empty(0)
-                     for v, wanted in zip(inputs, need, strict=True))  # fmt: skip
-    call = _Call(x, weight.shape[0], grid, quadrature, time_major=False)
-    states, rows = _alike(decay, frequency), _weight_rows(weight)
-    none = x.new_empty(0)
-    grad_x = grad_decay = grad_frequency = grad_weight = none
-    if need[0]:
-        grad_x = x.new_empty(x.shape)
-        _grad_x(call, grad, *states, rows, grad_x)
-    if need[1] or need[2]:
-        # one kernel gives both
-        out = decay.new_empty(decay.shape), frequency.new_empty(frequency.shape)
-        _grad_states(call, grad, *states, rows, out[0].view(call.rows, -1), out[1].view(call.rows, -1), None)
-        grad_decay, grad_frequency = (v if wanted else none for v, wanted in zip(out, need[1:3], strict=True))
-    if need[3]:
-        grad_weight = _grad_weight(call, grad, *states).view(weight.shape).to(weight.dtype)
-    return grad_x, grad_decay, grad_frequency, grad_weight
+    inputs = {"x": x, "decay": decay, "frequency": frequency, "weight": weight}
+    wanted = {name for name, wish in zip(inputs, need, strict=True) if wish}
+    got: dict[str, Tensor] = {}
+    if grad.numel():
+        call = _Call(x, weight.shape[0], grid, quadrature, time_major=False)
+        states, rows = _alike(decay, frequency), _weight_rows(weight)
+        if "x" in wanted:
+            got["x"] = x.new_empty(x.shape)
+            _grad_x(call, grad, *states, rows, got["x"])
+        if wanted & {"decay", "frequency"}:  # one kernel gives both
+            out = decay.new_empty(call.rows, call.states), frequency.new_empty(call.rows, call.states)
+            _grad_states(call, grad, *states, rows, *out, None)
+            got |= {"decay": out[0], "frequency": out[1]}
+        if "weight" in wanted:
+            got["weight"] = _grad_weight(call, grad, *states)
+    return like_inputs(inputs, wanted, got)
 
 
 def _ranges(decay: list[float], band: list[float]) -> Ranges:
@@ -292,15 +289,7 @@ def embed_backward(
     if grad.numel():
         call = _Call(x, sblu_w.shape[0], grid, quadrature, time_major)
         got = _stem_gradients(call, grad, inputs, r, hidden, _ranges(decay, band), wanted)
-    gradients = []
-    for name, value in inputs.items():
-        if value is None or name not in wanted:
-            gradients.append(x.new_empty(0))
-        elif name in got:
-            gradients.append(got[name].reshape(value.shape).to(value.dtype).contiguous())
-        else:  # an empty batch
-            gradients.append(torch.zeros_like(value, memory_format=torch.contiguous_format))
-    return tuple(gradients)
+    return like_inputs(inputs, wanted, got)
 
 
 def _stem_gradients(
