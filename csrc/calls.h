@@ -35,11 +35,33 @@ struct SbluCall {
   int threads = 1;  // of the CPU
 };
 
-// patches (B, N_f, N_t, C·P_f·P_t); fastest where one of the last two axes is contiguous
+// patches (B, N_f, N_t, C·P_f·P_t); fastest on the CPU where one of the last two axes is contiguous, on a GPU the last
 struct GatherCall {
   Grid grid;
   View x, patches;
   int threads = 1;  // of the CPU
+};
+
+// The stem's prologue, on a GPU: r = W2 · SiLU(hidden) + b2, hidden = W1 · vec(patch) + b1, and the operand [patch | y] of
+// the product that makes the tokens. Rows are tokens, in the order of the layout; hidden (rows, H) and r (rows, 2S) and
+// the weights are contiguous, in the arithmetic's type.
+struct StemCall {
+  Grid grid;
+  Ranges ranges;
+  int64_t hidden_units = 0;
+  bool time_major = false;
+  View x;                               // (B, C, F, T)
+  View w1, b1, w2, b2, weight;          // (H, C·P_f·P_t), (H), (2S, H), (2S), (S, C·P_f)
+  View operand, hidden, r;              // operand (rows, C·P_f·P_t + 2S): its rows' stride, and any type
+};
+
+// Sum windows into pixels, on a GPU: windows (B, N_f, tiles, C·P_f, length), the last two axes contiguous, in the
+// arithmetic's type; tile m of a subband begins at frame m · tile · S_t + offset. out (B, C, F, T), written or added to.
+struct OverlapAddCall {
+  Grid grid;
+  int64_t tile = 1, length = 0, offset = 0;
+  bool add = false;
+  View windows, out;
 };
 
 }  // namespace aape

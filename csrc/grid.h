@@ -6,11 +6,15 @@
 
 namespace aape {
 
-struct Grid {
-  int64_t batch, channels, mel_bins, frames;
-  int64_t patch_f, patch_t, stride_f, stride_t, window;
-  int64_t n_f, n_t, states;
+// I: the type that the sizes, and offsets made of them, are counted in.
+template <class I>
+struct GridOf {
+  I batch, channels, mel_bins, frames;
+  I patch_f, patch_t, stride_f, stride_t, window;
+  I n_f, n_t, states;
   bool quadrature;
 };
+
+using Grid = GridOf<int64_t>;
 
 }  // namespace aape

@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ if triton.TRITON_INSTALLED and not torch.cuda.is_available():
 # what they assert is said in full, as in a test
 pytest.register_assert_rewrite("checks", "on_gpu")
 
+import emulated  # noqa: E402
 from on_gpu import running  # noqa: E402  # it imports checks
 
 settings.register_profile("aape", deadline=None, print_blob=True)
@@ -58,6 +60,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def gpu(request: pytest.FixtureRequest) -> str:
     """The name of a GPU backend that runs here."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def emulated_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """csrc/cuda compiled for the CPU."""
+    if emulated.compiler() is None:
+        pytest.skip("no host compiler was found")
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def emulated_module(emulated_objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """Those objects as a module."""
+    return emulated.link(emulated_objects, tmp_path_factory.mktemp("module"), "emulated_module")
 
 
 @pytest.fixture

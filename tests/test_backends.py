@@ -17,8 +17,8 @@ def test_every_backend_says_why_it_cannot_run():
     assert why["reference"] is None
     assert why["cpu"] == "it runs on cpu tensors, not on meta"
     assert why["triton"] == "it runs on cuda tensors, not on meta"
-    # not the device: on another one it would not run either
-    assert why["cuda"] == reasons(CALL)["cuda"] == "this version has no CUDA kernels"
+    assert why["cuda"] == "it runs on cuda tensors, not on meta"
+    assert reasons(CALL)["cuda"] == "it runs on cuda tensors, not on cpu"
 
 
 def test_triton_on_a_gpu(monkeypatch):
@@ -51,12 +51,10 @@ def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     assert choose("reference", CALL) is reference
 
 
-@pytest.mark.parametrize(
-    ("name", "why"), [("cuda", "this version has no CUDA kernels"), ("triton", "it runs on cuda tensors, not on cpu")]
-)
-def test_naming_one_that_cannot_run_raises_with_the_reason(name, why, monkeypatch):
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_naming_one_that_cannot_run_raises_with_the_reason(name, monkeypatch):
     inputs, _ = SQUARE.inputs(torch.float32)
-    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: {why}"
+    words = rf"'{name}' cannot run sblu of torch\.float32 on cpu: it runs on cuda tensors, not on cpu"
     with pytest.raises(RuntimeError, match="backend: " + words):
         sblu(*inputs, **SQUARE.options, backend=name)
     monkeypatch.setenv("AAPE_BACKEND", name)

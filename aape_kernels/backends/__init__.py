@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, reference
-from . import cpu, triton
+from . import cpu, cuda, triton
 
 __all__ = ["BACKENDS", "Backend", "Call", "check_backend", "choose", "reasons"]
 
@@ -58,15 +58,14 @@ class Backend:
         device: the device type of the tensors it takes; None for any.
         anywhere: whether, when it is named, it takes tensors of other devices as well.
         excuse: why it cannot run a call on a device that it takes; None if it can.
-        run: `sblu` and `embed` in the signatures of `aape_kernels.reference`; None for a backend that this version
-            lacks, whose excuse holds for any device.
+        run: `sblu` and `embed` in the signatures of `aape_kernels.reference`.
     """
 
     name: str
     needs: str
     device: str | None
     excuse: Callable[[Call], str | None]
-    run: Implementation | None = None
+    run: Implementation
     anywhere: Callable[[], bool] = lambda: False
 
     def for_device(self, call: Call) -> bool:
@@ -75,20 +74,15 @@ class Backend:
 
     def reason(self, call: Call, named: bool = False) -> str | None:
         """Why it cannot run `call`, for which it was `named` or is only considered; None if it can."""
-        if self.run is not None and not self.for_device(call) and not (named and self.anywhere()):
+        if not self.for_device(call) and not (named and self.anywhere()):
             return f"it runs on {self.device} tensors, not on {call.device}"
         return self.excuse(call)
 
 
-def _not_in_this_version(kernels: str) -> Callable[[Call], str | None]:
-    return lambda call: f"this version has no {kernels} kernels"
-
-
-# Fastest first: the order in which "auto" asks.
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "an NVIDIA GPU; built with nvcc", "cuda", _not_in_this_version("CUDA")),
+        Backend("cuda", "an NVIDIA GPU; built with nvcc", "cuda", cuda.reason, autograd.bind("cuda")),
         Backend("triton", "a GPU; Triton", "cuda", triton.reason, autograd.bind("triton"), triton.interpreted),
         Backend("cpu", "built with a C++ compiler", "cpu", cpu.reason, autograd.bind("cpu")),
         Backend("reference", "nothing but PyTorch", None, lambda call: None, reference),
@@ -96,9 +90,20 @@ BACKENDS = {
 }
 
 
+# The order in which "auto" asks, by the dtype of x: the fastest first. Between the GPU backends it is counted, not yet
+# measured (`make gpu` measures it): the CUDA kernels' products are register tiles of float32 multiply-adds, Triton's
+# use the tensor cores where operands are 16-bit (benchmarks/NOTES.md).
+ORDER = {
+    torch.bfloat16: ("triton", "cuda", "cpu", "reference"),
+    torch.float16: ("triton", "cuda", "cpu", "reference"),
+    torch.float32: ("cuda", "triton", "cpu", "reference"),
+    torch.float64: ("cuda", "triton", "cpu", "reference"),
+}
+
+
 def reasons(call: Call) -> dict[str, str | None]:
-    """For every backend, fastest first: None if it can run `call`, else why not."""
-    return {name: backend.reason(call) for name, backend in BACKENDS.items()}
+    """For every backend, in the order in which "auto" asks: None if it can run `call`, else why not."""
+    return {name: BACKENDS[name].reason(call) for name in ORDER[call.dtype]}
 
 
 def check_backend(name: str, argument: str = "backend") -> str:
@@ -125,18 +130,19 @@ def choose(name: str, call: Call) -> Implementation:
         return _fastest(call)
     backend = BACKENDS[name]
     why = backend.reason(call, named=True)
-    if why is not None or backend.run is None:
+    if why is not None:
         raise RuntimeError(f"{source}: {name!r} cannot run {call}: {why}")
     return backend.run
 
 
 def _fastest(call: Call) -> Implementation:
-    for backend in BACKENDS.values():
+    for name in ORDER[call.dtype]:
+        backend = BACKENDS[name]
         why = backend.reason(call)
-        if why is None and backend.run is not None:
+        if why is None:
             return backend.run
         # what no version of this machine could change is not worth a line, and tracing has no place for one
-        if backend.run is not None and backend.for_device(call) and not torch.compiler.is_compiling():
+        if backend.for_device(call) and not torch.compiler.is_compiling():
             _log_fallback(backend.name, call.device.type, why)
     raise AssertionError("the reference runs every call")
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..geometry import PatchGrid
 
-__all__ = ["Ranges", "gather", "instruction_set", "load", "sblu", "sblu_backward"]
+__all__ = ["DTYPE_CODES", "Ranges", "gather", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
 
 # decay low, log(high/low), band low, band width: given where decay and frequency are the Lambda Encoder's logits
 Ranges = tuple[float, float, float, float]
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class DType of api.h
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class DType of calls.h
 
 
 @functools.cache
@@ -46,12 +46,12 @@ def instruction_set() -> str:
     return name
 
 
-def _sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
+def sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
     """The twelve sizes of `struct Grid` for x (B, C, F, T)."""
     return (*x.shape, *grid.patch, *grid.stride, grid.window, *grid.tokens(x.shape[2], x.shape[3]), states)
 
 
-def _view(tensor: Tensor | None) -> tuple[int, tuple[int, ...], int] | None:
+def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...], int] | None:
     """A tensor as pointer, element strides and dtype code."""
     return None if tensor is None else (tensor.data_ptr(), tensor.stride(), DTYPE_CODES[tensor.dtype])
 
@@ -69,10 +69,10 @@ def sblu(
     """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. All strides are taken."""
     load().sblu(
         instruction_set(),
-        _sizes(x, grid, weight.shape[0]),
+        sizes(x, grid, weight.shape[0]),
         quadrature,
         ranges,
-        *map(_view, (x, decay, frequency, weight, y)),
+        *map(view, (x, decay, frequency, weight, y)),
         torch.get_num_threads(),
     )
 
@@ -93,14 +93,14 @@ def sblu_backward(
     not needed. With those of decay and frequency y comes for nothing, if it is given."""
     load().sblu_backward(
         instruction_set(),
-        _sizes(x, grid, weight.shape[0]),
+        sizes(x, grid, weight.shape[0]),
         quadrature,
         ranges,
-        *map(_view, (grad, x, decay, frequency, weight, y, *gradients)),
+        *map(view, (grad, x, decay, frequency, weight, y, *gradients)),
         torch.get_num_threads(),
     )
 
 
 def gather(x: Tensor, patches: Tensor, grid: PatchGrid) -> None:
     """Write the patches of x, (B, N_f, N_t, C·P_f·P_t); fastest where one of the last two axes is contiguous."""
-    load().gather(instruction_set(), _sizes(x, grid, 0), _view(x), _view(patches), torch.get_num_threads())
+    load().gather(instruction_set(), sizes(x, grid, 0), view(x), view(patches), torch.get_num_threads())

@@ -1,27 +1,43 @@
-// The CUDA kernels as the host calls them: on the current device, on the stream given, without waiting for it.
+// The CUDA kernels as the host calls them: on the device last set, on the stream given, without waiting for it.
 // Errors: std::runtime_error naming the operation and what CUDA says, or the size that does not fit.
 
 #pragma once
+
+#include <string>
+#include <vector>
 
 #include "../calls.h"
 
 namespace aape {
 namespace cuda {
 
-// Memory of the caller for sums that are finished by another kernel, in the arithmetic's type; null where not needed.
-struct Scratch {
-  void* partial = nullptr;  // (programs, S, C·P_f): to be added up over the programs, the weight's gradient
-  int64_t programs = 0;
-  void* windows = nullptr;  // `windows_size` elements, for the gradient of x
-};
+void set_device(int index);
 
-// Elements of Scratch::windows.
-int64_t windows_size(const SbluCall& call);
-
+// y, and in `sblu_backward_states` grad_y, may have another type than x.
 void sblu(const SbluCall& call, void* stream);
-// grad_x has x's type, the gradients of decay and frequency the arithmetic's; they are asked for together, and y with
-// them where it is given.
-void sblu_backward(const SbluCall& call, const Scratch& scratch, void* stream);
+
+// The gradients of decay and frequency, of one set of strides, in the arithmetic's type; and y with them, if given.
+void sblu_backward_states(const SbluCall& call, void* stream);
+
+// partial (programs, S, C·P_f), contiguous, in the arithmetic's type: the sum over the programs is the weight's gradient.
+void sblu_backward_weight(const SbluCall& call, void* partial, int64_t programs, void* stream);
+
+// windows (B, N_f, tiles, C·P_f, (tile − 1) · S_t + K), contiguous, in the arithmetic's type, with `tile` tokens in each
+// of the ⌈N_t / tile⌉ tiles: what `overlap_add` sums into x's gradient.
+void sblu_backward_windows(const SbluCall& call, void* windows, void* stream);
+int64_t tile_tokens(const Grid& grid, DType x);
+
+void overlap_add(const OverlapAddCall& call, void* stream);
+void stem(const StemCall& call, void* stream);
+void gather(const GatherCall& call, void* stream);
+
+// What stands between this process and a GPU; without a driver `error` says so and the rest is empty.
+struct Devices {
+  std::string error;
+  int driver = 0, runtime = 0;           // CUDA versions, 1000 · major + 10 · minor
+  std::vector<int> capabilities;         // 10 · major + minor, for every device
+};
+Devices devices();
 
 }  // namespace cuda
 }  // namespace aape

@@ -1,9 +1,13 @@
-// What a kernel needs of the device: launching, shared memory and 16-byte loads. The kernels are CUDA C++ for nvcc; the
+// What a kernel needs of the device: launching, shared memory, 16-byte accesses. The kernels are CUDA C++ for nvcc; the
 // tests compile the same sources with a host compiler, behind tests/emulator/emulator.h, which stands in for all this.
 
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../calls.h"
 
 #if defined(__CUDACC__)
 
@@ -15,9 +19,6 @@
 
 // Shared memory of the size given at launch; one declaration a kernel.
 #define AAPE_DYN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-
-#include <stdexcept>
-#include <string>
 
 namespace aape {
 using BFloat16 = __nv_bfloat16;
@@ -91,6 +92,118 @@ AAPE_FN IO narrow(T value) {
 template <>
 AAPE_FN double narrow<double, double>(double value) {
   return value;
+}
+
+// N neighbours, moved in accesses of 16 bytes, or of their size where that is less.
+template <class T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T at[N];
+};
+template <class T>
+using Quad = Pack<T, 4>;
+
+template <class P, class T>
+AAPE_DEVICE bool aligned(const T* address) {
+  return reinterpret_cast<uintptr_t>(address) % alignof(P) == 0;
+}
+template <class P, class T>
+AAPE_DEVICE P load_pack(const T* from) {
+  return *reinterpret_cast<const P*>(from);
+}
+template <class P, class T>
+AAPE_DEVICE void store_pack(T* to, const P& value) {
+  *reinterpret_cast<P*>(to) = value;
+}
+
+// Numbers whose type is only known at run time: y, its cotangent, the operand. Every thread takes the same branch.
+struct Values {
+  void* data;
+  DType type;
+};
+
+template <class T, class I>
+AAPE_DEVICE T load(const Values& from, I at) {
+  if (sizeof(T) == 8) return T(static_cast<const double*>(from.data)[at]);
+  if (from.type == DType::kBFloat16) return T(float(static_cast<const BFloat16*>(from.data)[at]));
+  if (from.type == DType::kFloat16) return T(float(static_cast<const Float16*>(from.data)[at]));
+  return T(static_cast<const float*>(from.data)[at]);
+}
+
+template <class T, class I>
+AAPE_DEVICE void store(const Values& to, I at, T value) {
+  if (sizeof(T) == 8) static_cast<double*>(to.data)[at] = double(value);
+  else if (to.type == DType::kBFloat16) static_cast<BFloat16*>(to.data)[at] = BFloat16(float(value));
+  else if (to.type == DType::kFloat16) static_cast<Float16*>(to.data)[at] = Float16(float(value));
+  else static_cast<float*>(to.data)[at] = float(value);
+}
+
+// The first `count` of a quad, in one access where the address allows it.
+template <class O, class T>
+AAPE_DEVICE void store_quad_as(O* to, const Quad<T>& value, int count) {
+  if (count == 4 && aligned<Quad<O>>(to)) {
+    Quad<O> out;
+    for (int k = 0; k < 4; ++k) out.at[k] = narrow<O, T>(value.at[k]);
+    store_pack(to, out);
+  } else {
+    for (int k = 0; k < 4; ++k)
+      if (k < count) to[k] = narrow<O, T>(value.at[k]);
+  }
+}
+
+template <class I>
+AAPE_DEVICE void store_quad(const Values& to, I at, const Quad<double>& value, int count) {
+  store_quad_as(static_cast<double*>(to.data) + at, value, count);
+}
+template <class I>
+AAPE_DEVICE void store_quad(const Values& to, I at, const Quad<float>& value, int count) {
+  if (to.type == DType::kBFloat16) store_quad_as(static_cast<BFloat16*>(to.data) + at, value, count);
+  else if (to.type == DType::kFloat16) store_quad_as(static_cast<Float16*>(to.data) + at, value, count);
+  else store_quad_as(static_cast<float*>(to.data) + at, value, count);
+}
+
+// How a kernel is compiled: I counts sizes and offsets; a fixed one is for quadrature and an even window, which are
+// otherwise asked for at run time.
+template <class I, bool kFixed>
+struct Path {
+  using Index = I;
+  static AAPE_DEVICE bool quadrature(const GridOf<I>& g) { return kFixed || g.quadrature; }
+  static AAPE_DEVICE bool even(const GridOf<I>& g) { return kFixed || g.window % 2 == 0; }
+};
+using Usual = Path<int32_t, true>;
+using General = Path<int32_t, false>;
+using Wide = Path<int64_t, false>;
+
+template <class I>
+GridOf<I> narrowed(const Grid& g) {
+  return {I(g.batch), I(g.channels), I(g.mel_bins), I(g.frames), I(g.patch_f), I(g.patch_t), I(g.stride_f),
+          I(g.stride_t), I(g.window), I(g.n_f), I(g.n_t), I(g.states), g.quadrature};
+}
+
+// Whether offsets within a tensor of these extents fit into 32 bits.
+inline bool is_small(const View& view, std::initializer_list<int64_t> extents) {
+  int64_t last = 0;
+  const int64_t* stride = view.stride;
+  for (int64_t extent : extents) last += (extent > 0 ? extent - 1 : 0) * *stride++;
+  return last < INT32_MAX;
+}
+
+// run(path) for the narrowest path that the call allows. Only float32 and bfloat16 have the usual one compiled.
+template <bool kUsual, class Run>
+void choose_path(const Grid& g, bool small, Run run) {
+  if (!small) return run(Wide());
+  if constexpr (kUsual) {
+    if (g.quadrature && g.window % 2 == 0) return run(Usual());
+  }
+  run(General());
+}
+
+// The first axis of a launch; the others are blocks of states and rows, always few.
+inline unsigned blocks(int64_t count, const char* operation) {
+  if (count > INT32_MAX) {
+    throw std::runtime_error(std::string(operation) + ": x: expected at most 2147483647 blocks of tokens, got " +
+                             std::to_string(count));
+  }
+  return unsigned(count);
 }
 
 }  // namespace aape

@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include "../calls.h"
 #include "device.h"
 
 namespace aape {
@@ -15,9 +14,11 @@ namespace cuda {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
-constexpr int kBlocks = 2;  // of a multiprocessor at the least: 128 registers a thread, which nothing spills
-constexpr int kFrameBlock = 8;  // frames a thread projects at once
-constexpr int kRowBlock = 16;   // rows of x in shared memory at once
+// Blocks of a multiprocessor at the least: 128 registers a thread, or 255 for double's; nothing spills.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+constexpr int kRowBlock = 16;  // rows of x in shared memory at once
+constexpr int kFramePad = 8;   // frames are padded to a multiple of the longest pack
 
 // With logits, decay and frequency hold the Lambda Encoder's r, squashed here into the ranges.
 template <class T>
@@ -26,149 +27,229 @@ struct Squash {
   T decay_low, decay_log_ratio, band_low, band_width;
 };
 
-// Pointers, sizes and element strides of one call. decay, frequency and grad (B, N_f, N_t, …, S) by strides; weight
-// (S, C·P_f) contiguous, in the arithmetic's type.
-template <class T, class IO>
+// Pointers, sizes and element strides of one call. decay and frequency (B, N_f, N_t, S) of one set of strides; weight
+// (S, C·P_f) contiguous, in the arithmetic's type T. IO is x's type.
+template <class T, class IO, class I>
 struct SbluParams {
-  Grid grid;
+  GridOf<I> grid;
   Squash<T> squash;
-  int64_t tile;     // tokens of a block
-  int64_t columns;  // frames under them, padded to whole frame blocks of all warps
+  I tile;        // tokens of a block
+  int columns;   // frames under them, padded
   const IO* x;
-  int64_t x_stride[4];
+  I x_stride[4];
   const T* decay;
   const T* frequency;
-  int64_t state_stride[4];
+  I state_stride[4];
   const T* weight;
-  IO* y;
-  int64_t y_stride[5];
-  // backward: the cotangent of y, and what is asked for; null where it is not
-  const IO* grad;
-  int64_t grad_stride[5];
-  T* grad_decay;  // and of the frequency: (B, N_f, N_t, S) of one set of strides
+  Values y;
+  I y_stride[5];
+  // backward
+  Values grad;  // the cotangent of y
+  I grad_stride[5];
+  T* grad_decay;  // and of the frequency, of one set of strides
   T* grad_frequency;
-  int64_t grad_state_stride[4];
-  T* partial;  // (programs, S, C·P_f): sums over a program's tiles
-  int64_t programs;
-  T* windows;  // (tiles, C·P_f, frames of a tile): gradients of x, to be added where tiles overlap
+  I grad_state_stride[4];
+  T* partial;  // (programs, S, C·P_f)
+  T* windows;  // (B · N_f · tiles, C·P_f, frames of a tile)
+
+  // Between two rows of x in shared memory: four rows that are neighbours begin in different banks.
+  AAPE_DEVICE int pitch() const { return columns + 4; }
 };
 
 // Tokens whose windows a block projects together: as many as span about this many frames.
 constexpr int64_t kTileFrames = 128;
 
-inline int64_t tile_tokens(const Grid& g, int64_t bytes) {
+inline int64_t tile_of(const Grid& g, int64_t bytes) {
   const int64_t budget = kTileFrames * 4 / bytes;
   // windows with gaps between them share nothing, and their gaps would be projected for nothing
   const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
   return more + 1 < g.n_t ? more + 1 : g.n_t;
 }
 
-template <class T, class IO>
-SbluParams<T, IO> params(const SbluCall& call) {
-  SbluParams<T, IO> p = {};
-  const Grid& g = call.grid;
-  p.grid = g;
+inline int columns_of(const Grid& g, int64_t tile) {
+  const int64_t frames = (tile - 1) * g.stride_t + g.window;
+  return int((frames + kFramePad - 1) / kFramePad * kFramePad);
+}
+
+template <class I>
+void copy_strides(I* to, const View& view, int axes) {
+  for (int axis = 0; axis < axes; ++axis) to[axis] = I(view.stride[axis]);
+}
+
+template <class T, class IO, class I>
+SbluParams<T, IO, I> params(const SbluCall& call) {
+  SbluParams<T, IO, I> p = {};
+  p.grid = narrowed<I>(call.grid);
   p.squash = {call.ranges.logits, T(call.ranges.decay_low), T(call.ranges.decay_log_ratio), T(call.ranges.band_low),
               T(call.ranges.band_width)};
-  p.tile = tile_tokens(g, sizeof(T));
-  const int64_t frames = (p.tile - 1) * g.stride_t + g.window, step = kFrameBlock;
-  p.columns = (frames + step - 1) / step * step;
+  const int64_t tile = tile_of(call.grid, sizeof(T));
+  p.tile = I(tile);
+  p.columns = columns_of(call.grid, tile);
   p.x = reinterpret_cast<const IO*>(call.x.data);
   p.decay = reinterpret_cast<const T*>(call.decay.data);
   p.frequency = reinterpret_cast<const T*>(call.frequency.data);
   p.weight = reinterpret_cast<const T*>(call.weight.data);
-  p.y = reinterpret_cast<IO*>(call.y.data);
-  for (int axis = 0; axis < 4; ++axis) {
-    p.x_stride[axis] = call.x.stride[axis];
-    p.state_stride[axis] = call.decay.stride[axis];
-  }
-  p.grad = reinterpret_cast<const IO*>(call.grad_y.data);
+  p.y = {call.y.data, call.y.type};
+  p.grad = {call.grad_y.data, call.grad_y.type};
   p.grad_decay = reinterpret_cast<T*>(call.grad_decay.data);
   p.grad_frequency = reinterpret_cast<T*>(call.grad_frequency.data);
-  for (int axis = 0; axis < 4; ++axis) p.grad_state_stride[axis] = call.grad_decay.stride[axis];
-  for (int axis = 0; axis < 5; ++axis) {
-    p.y_stride[axis] = call.y.stride[axis];
-    p.grad_stride[axis] = call.grad_y.stride[axis];
-  }
+  copy_strides(p.x_stride, call.x, 4);
+  copy_strides(p.state_stride, call.decay, 4);
+  copy_strides(p.y_stride, call.y, 5);
+  copy_strides(p.grad_stride, call.grad_y, 5);
+  copy_strides(p.grad_state_stride, call.grad_decay, 4);
   return p;
 }
 
-// Blocks of tokens.
-template <class T, class IO>
-int64_t units(const SbluParams<T, IO>& p) {
-  return p.grid.batch * p.grid.n_f * ((p.grid.n_t + p.tile - 1) / p.tile);
+inline bool is_small(const SbluCall& call) {
+  const Grid& g = call.grid;
+  const std::initializer_list<int64_t> states = {g.batch, g.n_f, g.n_t, g.states};
+  const std::initializer_list<int64_t> responses = {g.batch, g.n_f, g.n_t, 2, g.states};
+  return is_small(call.x, {g.batch, g.channels, g.mel_bins, g.frames}) && is_small(call.decay, states) &&
+         is_small(call.y, responses) && is_small(call.grad_y, responses) && is_small(call.grad_decay, states) &&
+         g.states * g.channels * g.patch_f < INT32_MAX;
 }
 
-// u, xs and ws.
-template <class T, class IO>
-size_t shared_bytes(const SbluParams<T, IO>& p) {
-  return size_t(p.columns * (kLanes + kRowBlock) + kRowBlock * kLanes) * sizeof(T);
+// run(p, path) with the call's parameters and path; `small`: whether all its offsets fit into 32 bits.
+template <class Run>
+void dispatch(const SbluCall& call, bool small, Run run) {
+  switch (call.x.type) {
+    case DType::kFloat32:
+      return choose_path<true>(call.grid, small, [&](auto path) {
+        run(params<float, float, typename decltype(path)::Index>(call), path);
+      });
+    case DType::kBFloat16:
+      return choose_path<true>(call.grid, small, [&](auto path) {
+        run(params<float, BFloat16, typename decltype(path)::Index>(call), path);
+      });
+    case DType::kFloat16:
+      return choose_path<false>(call.grid, small, [&](auto path) {
+        run(params<float, Float16, typename decltype(path)::Index>(call), path);
+      });
+    case DType::kFloat64:
+      return choose_path<false>(call.grid, small, [&](auto path) {
+        run(params<double, double, typename decltype(path)::Index>(call), path);
+      });
+  }
+}
+
+// Blocks of tokens.
+inline int64_t units(const Grid& g, int64_t tile) { return g.batch * g.n_f * ((g.n_t + tile - 1) / tile); }
+
+inline unsigned state_blocks(const Grid& g) { return unsigned((g.states + kLanes - 1) / kLanes); }
+inline unsigned row_blocks(const Grid& g) { return unsigned((g.channels * g.patch_f + kRowBlock - 1) / kRowBlock); }
+
+// Shared memory of a projection: u, xs and ws.
+template <class T, class IO, class I>
+struct Tiles {
+  T *u, *xs, *ws;
+  AAPE_DEVICE Tiles(const SbluParams<T, IO, I>& p, unsigned char* memory)
+      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * kLanes), ws(xs + kRowBlock * p.pitch()) {}
+};
+
+inline size_t shared_bytes(int columns, size_t bytes) {
+  return (size_t(columns) * kLanes + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * kLanes) * bytes;
 }
 
 // Where a block is.
+template <class I>
 struct Tile {
-  int64_t b, i, first, count, frame, frames;
-  int state;  // first of its 32
+  I b, i, first, count, frame;
+  int frames;
+  I state;  // first of its 32
 };
 
-AAPE_DEVICE Tile tile_at(const Grid& g, int64_t tokens, int64_t unit, int state_block) {
-  Tile t;
-  int64_t tiles = (g.n_t + tokens - 1) / tokens, row = unit / tiles;
-  t.i = row % g.n_f;
-  t.b = row / g.n_f;
-  t.first = unit % tiles * tokens;
-  t.count = g.n_t - t.first < tokens ? g.n_t - t.first : tokens;
-  t.frame = t.first * g.stride_t + (g.patch_t - g.window) / 2;
-  t.frames = (t.count - 1) * g.stride_t + g.window;
+template <class I>
+AAPE_DEVICE Tile<I> tile_from(const GridOf<I>& g, I tokens, I b, I i, I first, I state_block) {
+  Tile<I> t;
+  t.b = b;
+  t.i = i;
+  t.first = first;
+  t.count = g.n_t - first < tokens ? g.n_t - first : tokens;
+  t.frame = first * g.stride_t + (g.patch_t - g.window) / 2;
+  t.frames = int((t.count - 1) * g.stride_t + g.window);
   t.state = state_block * kLanes;
   return t;
 }
 
-// Rows r … r + kRowBlock − 1 of x under the tile -> xs[row][columns], zero outside the clip; the weights of those rows and
-// the block's states -> ws[row][lane]. The caller synchronises.
-template <class T, class IO>
-AAPE_DEVICE void load_rows(const SbluParams<T, IO>& p, const Tile& t, int64_t r, T* xs, T* ws) {
-  const Grid& g = p.grid;
-  const int64_t rows = g.channels * g.patch_f, columns = p.columns;
-  const int thread = threadIdx.x;
-  for (int64_t k = thread; k < kRowBlock * columns; k += kThreads) {
-    int64_t row = r + k / columns, f = k % columns, at = t.frame + f;
-    T value = 0;
-    if (row < rows && f < t.frames && at >= 0 && at < g.frames) {
-      int64_t c = row / g.patch_f, q = row % g.patch_f;
-      value = widen<T>(p.x[t.b * p.x_stride[0] + c * p.x_stride[1] + (t.i * g.stride_f + q) * p.x_stride[2] +
-                           at * p.x_stride[3]]);
+// The launch counts units in 31 bits: dividing them is cheap whatever I is.
+template <class I>
+AAPE_DEVICE Tile<I> tile_at(const GridOf<I>& g, I tokens, unsigned unit, I state_block) {
+  const unsigned tiles = unsigned((g.n_t + tokens - 1) / tokens), row = unit / tiles, n_f = unsigned(g.n_f);
+  return tile_from(g, tokens, I(row / n_f), I(row % n_f), I(unit % tiles) * tokens, state_block);
+}
+
+// Rows r … r + kRowBlock − 1 of x under the tile -> xs[row][frame], zero outside the clip and behind the tile. The caller
+// synchronises.
+template <class T, class IO, class I>
+AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
+  constexpr int kPack = 16 / sizeof(IO);
+  const GridOf<I>& g = p.grid;
+  const int rows = int(g.channels * g.patch_f), patch_f = int(g.patch_f), packs = p.columns / kPack;
+  for (int k = threadIdx.x; k < kRowBlock * packs; k += kThreads) {
+    const int line = k / packs, f = k % packs * kPack;
+    const int row = r + line;
+    const I at = t.frame + f, c = row / patch_f, q = row % patch_f;
+    T* to = xs + line * p.pitch() + f;
+    const IO* from = p.x + t.b * p.x_stride[0] + c * p.x_stride[1] + (t.i * g.stride_f + q) * p.x_stride[2];
+    if (row < rows && f + kPack <= t.frames && at >= 0 && at + kPack <= g.frames && p.x_stride[3] == 1 &&
+        aligned<Pack<IO, kPack>>(from + at)) {
+      const auto pack = load_pack<Pack<IO, kPack>>(from + at);
+#pragma unroll
+      for (int n = 0; n < kPack; ++n) to[n] = widen<T>(pack.at[n]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < kPack; ++n) {
+        const bool inside = row < rows && f + n < t.frames && at + n >= 0 && at + n < g.frames;
+        to[n] = inside ? widen<T>(from[(at + n) * p.x_stride[3]]) : T(0);
+      }
     }
-    xs[k] = value;
-  }
-  for (int k = thread; k < kRowBlock * kLanes; k += kThreads) {
-    int64_t row = r + k / kLanes, s = t.state + k % kLanes;
-    ws[k] = row < rows && s < g.states ? p.weight[s * rows + row] : T(0);
   }
 }
 
-// u[frame][lane] = Σ_r x[r][frame] · weight[r][lane] for the tile's frames, all rows. xs and ws are scratch.
-template <class T, class IO>
-AAPE_DEVICE void project(const SbluParams<T, IO>& p, const Tile& t, T* xs, T* ws, T* u) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t rows = p.grid.channels * p.grid.patch_f;
-  for (int64_t r = 0; r < rows; r += kRowBlock) {
+// The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][lane],
+// lines `pitch` apart. The caller synchronises.
+template <class T, class IO, class I>
+AAPE_DEVICE void load_weights(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, int pitch, T* ws) {
+  const int rows = int(p.grid.channels * p.grid.patch_f);
+  for (int k = threadIdx.x; k < kRowBlock * kLanes; k += kThreads) {
+    const int row = r + k % kRowBlock, lane = k / kRowBlock;
+    const I s = t.state + lane;
+    ws[k % kRowBlock * pitch + lane] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
+  }
+}
+
+// u[frame][lane] = Σ_r x[r][frame] · weight[r][lane] for the tile's frames, all rows. A thread has four frames of four
+// states: two 16-byte reads for 16 multiply-adds.
+template <class T, class IO, class I>
+AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<T, IO, I>& m) {
+  constexpr int kGroups = kLanes / 4;                       // of states
+  constexpr int kFrames = kThreads / kGroups * 4;           // of the block at once
+  const int lane = threadIdx.x % kGroups * 4, first = threadIdx.x / kGroups * 4;
+  const int rows = int(p.grid.channels * p.grid.patch_f);
+  for (int r = 0; r < rows; r += kRowBlock) {
     if (r) __syncthreads();  // before xs is written again
-    load_rows(p, t, r, xs, ws);
+    load_rows(p, t, r, m.xs);
+    load_weights(p, t, r, kLanes, m.ws);
     __syncthreads();
-    for (int64_t f = warp * kFrameBlock; f < t.frames; f += kWarps * kFrameBlock) {
-      T sum[kFrameBlock];
+    for (int f = first; f < t.frames; f += kFrames) {
+      Quad<T> sum[4];
 #pragma unroll
-      for (int k = 0; k < kFrameBlock; ++k) sum[k] = r ? u[(f + k) * kLanes + lane] : T(0);
-#pragma unroll
-      for (int row = 0; row < kRowBlock; ++row) {
-        T w = ws[row * kLanes + lane];
-        const T* from = xs + row * p.columns + f;  // one address for all lanes
-#pragma unroll
-        for (int k = 0; k < kFrameBlock; ++k) sum[k] += from[k] * w;
+      for (int k = 0; k < 4; ++k) {
+        if (r) sum[k] = load_pack<Quad<T>>(m.u + (f + k) * kLanes + lane);
+        else sum[k] = Quad<T>{};
       }
 #pragma unroll
-      for (int k = 0; k < kFrameBlock; ++k) u[(f + k) * kLanes + lane] = sum[k];
+      for (int row = 0; row < kRowBlock; ++row) {
+        const auto x = load_pack<Quad<T>>(m.xs + row * p.pitch() + f);
+        const auto w = load_pack<Quad<T>>(m.ws + row * kLanes + lane);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int s = 0; s < 4; ++s) sum[k].at[s] += x.at[k] * w.at[s];
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) store_pack(m.u + (f + k) * kLanes + lane, sum[k]);
     }
   }
   __syncthreads();
@@ -180,9 +261,9 @@ struct State {
   T decay, frequency, decay_slope, frequency_slope;
 };
 
-template <class T, class IO>
-AAPE_DEVICE State<T> load_state(const SbluParams<T, IO>& p, const Tile& t, int64_t j, int64_t s) {
-  int64_t at = t.b * p.state_stride[0] + t.i * p.state_stride[1] + j * p.state_stride[2] + s * p.state_stride[3];
+template <class T, class IO, class I>
+AAPE_DEVICE State<T> load_state(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, I s) {
+  const I at = t.b * p.state_stride[0] + t.i * p.state_stride[1] + j * p.state_stride[2] + s * p.state_stride[3];
   State<T> state = {p.decay[at], p.frequency[at], T(1), T(1)};
   if (p.squash.logits) {
     T share = T(1) / (T(1) + exp<T>(-state.decay));
@@ -193,6 +274,55 @@ AAPE_DEVICE State<T> load_state(const SbluParams<T, IO>& p, const Tile& t, int64
     state.frequency_slope = p.squash.band_width * share * (T(1) - share);
   }
   return state;
+}
+
+// The parity as a constant on both ways, so that the series' terms are constants too.
+template <class T, bool kDerivative>
+AAPE_DEVICE Gain<T> gain_of(const State<T>& state, bool even) {
+  return even ? gain<T, kDerivative>(state.decay, state.frequency, true)
+              : gain<T, kDerivative>(state.decay, state.frequency, false);
+}
+
+// y from P±.
+template <class T>
+AAPE_DEVICE Complex<T> response(const Complex<T>& gamma, const Complex<T>& plus, const Complex<T>& minus,
+                                bool quadrature) {
+  Complex<T> y = gamma * plus;
+  if (quadrature) y.im = (gamma * minus).im;
+  return y;
+}
+
+template <class T, class IO, class I>
+AAPE_DEVICE void store_response(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, I s, const Complex<T>& y) {
+  const I to = t.b * p.y_stride[0] + t.i * p.y_stride[1] + j * p.y_stride[2] + s * p.y_stride[4];
+  store(p.y, to, y.re);
+  store(p.y, to + p.y_stride[3], y.im);
+}
+
+// Every thread folds the windows of its tokens and its state and runs Horner's rule on them.
+template <class Path, class T, class IO, class I>
+AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const T* u) {
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, window = int(p.grid.window);
+  const bool quadrature = Path::quadrature(p.grid), even = Path::even(p.grid);
+  const I s = t.state + lane;
+  if (s >= p.grid.states) return;
+  for (int n = warp; n < t.count; n += kWarps) {
+    const I j = t.first + n;
+    const State<T> state = load_state(p, t, j, s);
+    const Gain<T> g = gain_of<T, false>(state, even);
+    const T* left = u + n * int(p.grid.stride_t) * kLanes + lane;
+    const T* right = left + (window - 1) * kLanes;
+    Complex<T> plus = {0, 0}, minus = {0, 0};
+    for (int m = 0; m < window / 2; ++m, left += kLanes, right -= kLanes) {
+      plus = step<T>(plus, g.z, *right + *left);
+      if (quadrature) minus = step<T>(minus, g.z, *right - *left);
+    }
+    if (!even) {
+      plus = step<T>(plus, g.z, *left);
+      if (quadrature) minus = minus * g.z;
+    }
+    store_response(p, t, j, s, response(g.gamma, plus, minus, quadrature));
+  }
 }
 
 }  // namespace cuda

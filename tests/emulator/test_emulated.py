@@ -1,70 +1,49 @@
-"""The CUDA kernels run on the CPU: against the formula written a second time, in every order of a block's threads."""
+"""The CUDA kernels run on the CPU, in every order of a block's threads, through the backend that a user names.
 
-import math
+What they share with Triton's interpreted kernels is tested in tests/test_gpu_kernels_on_cpu.py.
+"""
+
 import shutil
 
-import numpy as np
-import oracle
 import pytest
 import torch
-from cases import AWKWARD, SQUARE, Case, cases
-from emulated import ORDERS, ROOT, Emulated, build, compiler
+from cases import AWKWARD, GOLDEN, Case, cases
+from emulated import ORDERS, ROOT, build_races, compile_sources, compiler, link, more_flags, run_races, use
 from hypothesis import given, settings
-from oracle import bound, relative_error
+from test_sblu import check as check_sblu
+from test_sblu import check_golden, check_range
+from test_stem import OPTIONS, small
+from test_stem import check as check_stem
 
-from aape_kernels.geometry import PatchGrid
+from aape_kernels import AaPE, sblu
+from aape_kernels.backends import Call, choose, cuda
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was found")
 
-GOLDEN = sorted((ROOT / "tests" / "data").glob("case-*.npz"))
 
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("emulated") / "emulated.so")
-
-
-NAMES = ("x", "decay", "frequency", "weight")
-
-
-def check(kernels: Emulated, case: Case, dtype: torch.dtype) -> None:
-    """Responses and every gradient."""
-    inputs, cotangent = case.inputs(dtype)
-    options = (PatchGrid(case.patch, case.stride, case.window), case.kernel == "quadrature")
-    wide = [value.double().requires_grad_() for value in inputs]
-    want = oracle.sblu(*wide, case.patch, case.stride, case.window, case.kernel)
-    wanted = torch.autograd.grad(want, wide, cotangent.double())
-    y = kernels.sblu(*inputs, *options)
-    assert y.dtype == dtype
-    assert relative_error(y, want) <= bound(dtype)
-    *gradients, again = kernels.sblu_backward(cotangent, *inputs, *options)
-    assert torch.equal(again, y)
-    for name, got, expected in zip(NAMES, gradients, wanted, strict=True):
-        assert relative_error(got, expected) <= bound(dtype, gradient=True), name
+@pytest.fixture(autouse=True)
+def emulated(emulated_module, monkeypatch):
+    use(monkeypatch, emulated_module)
+    emulated_module.set_order(0, 0)
+    return emulated_module
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_golden(library, path, order):
-    data = np.load(path)
-    inputs = [torch.tensor(data[name]) for name in NAMES]
-    grid = PatchGrid(tuple(data["patch_size"].tolist()), tuple(data["stride"].tolist()), int(data["window"]))
-    kernels, quadrature = Emulated(library, order, seed=1), str(data["kernel"]) == "quadrature"
-    y = kernels.sblu(*inputs, grid, quadrature)
-    assert relative_error(y, torch.tensor(data["y"])) <= bound(torch.float64)
-    gradients = kernels.sblu_backward(torch.tensor(data["cotangent"]), *inputs, grid, quadrature)
-    for name, got in zip(NAMES, gradients, strict=False):
-        assert relative_error(got, torch.tensor(data[f"grad_{name}"])) <= bound(torch.float64, gradient=True), name
+def test_golden(emulated, path, order):
+    emulated.set_order(ORDERS.index(order), 1)
+    check_golden(path, torch.float64)
 
 
-def test_any_geometry(library):
+def test_any_geometry(emulated):
     seen = []
 
     @settings(max_examples=100)
     @given(case=cases())
     def every(case):
         seen.append(case)
-        check(Emulated(library, ORDERS[len(seen) % 3], seed=len(seen)), case, torch.float64)
+        emulated.set_order(len(seen) % 3, len(seen))
+        check_sblu(case, torch.float64)
 
     every()
     assert len(seen) >= 100
@@ -73,98 +52,168 @@ def test_any_geometry(library):
 @pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("patch", "states"), [((16, 16), 32), ((5, 15), 33), ((80, 4), 70), ((3, 200), 5)], ids=str)
-def test_dtype_and_blocks(library, dtype, patch, states, kernel):
+def test_dtype_and_blocks(dtype, patch, states, kernel):
     """One block of states and three, half of one, more rows than fit at once, windows longer than a tile."""
-    check(Emulated(library), Case(1, 1, states, patch, patch, patch[1], (1, 9), (0, 1), kernel), dtype)
+    check_sblu(Case(1, 1, states, patch, patch, patch[1], (1, 9), (0, 1), kernel), dtype)
 
 
-@pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
-def test_strided_input(library, case):
-    (x, *states), cotangent = case.inputs(torch.float64)
-    options = (PatchGrid(case.patch, case.stride, case.window), True)
-    kernels = Emulated(library)
-
-    def spread(value):  # every second element of a bigger tensor, axes back to front
-        big = torch.full([2 * n for n in reversed(value.shape)], torch.nan, dtype=value.dtype)
-        view = big[tuple(slice(None, None, 2) for _ in value.shape)].permute(*reversed(range(value.dim())))
-        return view.copy_(value)
-
-    assert torch.equal(kernels.sblu(spread(x), *states, *options), kernels.sblu(x, *states, *options))
-    got = kernels.sblu_backward(spread(cotangent), spread(x), *states, *options)
-    want = kernels.sblu_backward(cotangent, x, *states, *options)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    expanded = torch.ones((), dtype=torch.float64).expand_as(cotangent)
-    got = kernels.sblu_backward(expanded, x, *states, *options)
-    want = kernels.sblu_backward(expanded.clone(), x, *states, *options)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("options", [*OPTIONS, "time-major", "time-major-overlap"])
+def test_stem(emulated, options, order):
+    emulated.set_order(ORDERS.index(order), 2)
+    more = {"time-major": {"layout": "TF"}, "time-major-overlap": {"layout": "TF", "stride": (3, 4)}}
+    stem = small(torch.float64, **(OPTIONS | more)[options])
+    check_stem(stem, torch.randn(2, 2, 14, 19).double(), torch.float64)
 
 
-@pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
-def test_logits(library, kernel):
-    """decay and frequency as the Lambda Encoder's logits, and the gradients of those."""
-    case = Case(1, 1, 33, (4, 8), (4, 8), 8, (2, 3), (0, 0), kernel)
-    (x, decay, frequency, weight), cotangent = case.inputs()
-    options = (PatchGrid(case.patch, case.stride, case.window), kernel == "quadrature")
-    low, high, band = 0.1, 2.0, (0.3, 3.0)
-    leaves = [value.requires_grad_() for value in (x, torch.randn_like(decay), torch.randn_like(frequency), weight)]
-    alpha = low * (high / low) ** torch.sigmoid(leaves[1])
-    omega = band[0] + (band[1] - band[0]) * torch.sigmoid(leaves[2])
-    want = oracle.sblu(x, alpha, omega, weight, case.patch, case.stride, case.window, kernel)
-    wanted = torch.autograd.grad(want, leaves, cotangent)
-    plain = [value.detach() for value in leaves]
-    ranges = (low, math.log(high / low), band[0], band[1] - band[0])
-    kernels = Emulated(library)
-    assert relative_error(kernels.sblu(*plain, *options, ranges), want) <= bound(torch.float64)
-    for name, got, expected in zip(
-        NAMES, kernels.sblu_backward(cotangent, *plain, *options, ranges), wanted, strict=False
-    ):
-        assert relative_error(got, expected) <= bound(torch.float64, gradient=True), name
+@pytest.mark.parametrize(
+    ("frames", "sizes"),
+    [(67 * 4, {}), (3 * 4, {"encoder_dim": 70, "num_states": 40}), (4, {"encoder_dim": 5, "num_states": 1})],
+    ids=["more tokens than a block's", "more units and logits than a product's", "one token a subband"],
+)
+def test_stem_blocks(frames, sizes):
+    """Blocks of one subband's tokens and of several subbands', whole and not."""
+    stem = AaPE(patch_size=(4, 4), embed_dim=6, decay=(0.1, 2.0), **sizes).double()
+    torch.nn.init.normal_(stem.fusion.weight)
+    check_stem(stem, torch.randn(2, 1, 4 * 9, frames).double(), torch.float64)
 
 
-@pytest.mark.parametrize("programs", [1, 2, 50])
-def test_partial_sums_of_any_number_of_programs(library, programs):
-    inputs, cotangent = AWKWARD.inputs()
-    options = (PatchGrid(AWKWARD.patch, AWKWARD.stride, AWKWARD.window), True)
-    want = Emulated(library).sblu_backward(cotangent, *inputs, *options)[3]
-    got = Emulated(library).sblu_backward(cotangent, *inputs, *options, programs=programs)[3]
-    assert relative_error(got, want) <= 1e-13
+@pytest.mark.parametrize("window", [8, 7])
+@pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
+def test_gradients_at_the_ends_of_the_range(window, low, high):
+    check_range(Case(1, 1, 16, (4, window), (4, window), window, (2, 4), (0, 0), "quadrature"), low, high)
+
+
+@pytest.mark.parametrize("most", [1, 2, 500])
+def test_partial_sums_of_any_number_of_programs(monkeypatch, most):
+    case = Case(3, 1, 5, (3, 4), (3, 4), 4, (2, 30), (0, 0), "quadrature")
+    monkeypatch.setattr(cuda, "PARTIAL_SUMS", most)
+    check_sblu(case, torch.float64)
+
+
+def test_errors_name_the_operation_and_the_sizes(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("sblu: out of memory")
+
+    inputs, _ = AWKWARD.inputs(torch.float32)
+    monkeypatch.setattr(cuda.kernels(), "sblu", refuse)
+    words = (
+        r"aape::sblu, backend 'cuda': sblu: out of memory \(x \(2, 2, 8, 19\) torch\.float32 on cpu, 3 states, .*patch"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        sblu(*inputs, **AWKWARD.options)
+
+
+def test_when_it_can_run(monkeypatch):
+    call = Call("sblu", torch.device("cpu"), torch.float32)
+    monkeypatch.delenv("AAPE_BACKEND")
+    assert choose("auto", call) is not choose("cuda", call)  # the emulator is for tests that name it
 
 
 # A copy of the sources with one thing wrong must be caught: else the emulator would be blind.
-LOAD = "load_rows(p, t, r, xs, ws);"
+LOAD = "load_weights(p, t, r, kLanes, m.ws);"
 BROKEN = {
     "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n// A state's", "}\n\n// A state's"),
     "no barrier after loading rows": ("sblu.cuh", f"{LOAD}\n    __syncthreads();", LOAD),
     "no barrier before rows are overwritten": ("sblu.cuh", "if (r) __syncthreads();", ""),
-    "no barrier after the turns of overlapping tokens": (
-        "sblu_backward.cu",
-        "        q = q * g.z;\n      }\n    }\n    __syncthreads();",
-        "        q = q * g.z;\n      }\n    }",
-    ),
     "no barrier before gu is written again": (
         "sblu_backward.cu",
         "    __syncthreads();  // before gu and xs are written again\n",
         "",
     ),
-    "an index off by one": ("sblu_forward.cu", "left + (window - 1) * kLanes", "left + window * kLanes"),
+    "no barrier before the warps' sums are added up": (
+        "sblu_backward.cu",
+        "sum[r]);\n  __syncthreads();",
+        "sum[r]);",
+    ),
+    "no barrier before the encoder's tiles are read": (
+        "stem.cu",
+        "    __syncthreads();\n#pragma unroll\n    for (int q",
+        "#pragma unroll\n    for (int q",
+    ),
+    "no barrier before hidden is read": (
+        "stem.cu",
+        "  __syncthreads();  // hidden, which this block reads again\n",
+        "",
+    ),
+    "an index off by one": ("sblu.cuh", "left + (window - 1) * kLanes", "left + window * kLanes"),
+    "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + lane / 8)", "as + (warp / 2 * 16 + lane / 8 + 1)"),
+}
+# Sums of overlapping tokens: fibers, which only change places at barriers, lose none of them.
+RACE = {
+    "no barrier between the turns of overlapping tokens": (
+        "sblu_backward.cu",
+        "        q = q * g.z;\n      }\n    }\n    __syncthreads();",
+        "        q = q * g.z;\n      }\n    }",
+    ),
+    "no barrier before reading u": BROKEN["no barrier before reading u"],
+    "no barrier before hidden is read": BROKEN["no barrier before hidden is read"],
 }
 
 
-@pytest.mark.parametrize("fault", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_kernel_is_caught(fault, tmp_path):
+def copy_with(fault, root):
+    """The sources under `root`, with one thing wrong."""
     name, right, wrong = fault
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT / "tests" / "emulator", tmp_path / "tests" / "emulator")
-    source = tmp_path / "csrc" / "cuda" / name
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copytree(ROOT / "tests" / "emulator", root / "tests" / "emulator")
+    source = root / "csrc" / "cuda" / name
     text = source.read_text()
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
-    broken = build(tmp_path / "broken.so", root=tmp_path)
+
+
+def affected(fault):
+    """The sources to compile anew."""
+    return [fault[0]] if fault[0].endswith(".cu") else ["sblu_forward.cu", "sblu_backward.cu", "stem.cu"]
+
+
+def with_changed(objects, changed):
+    names = {path.name for path in changed}
+    return [*changed, *(path for path in objects if path.name not in names)]
+
+
+@pytest.fixture
+def broken(request, tmp_path, emulated_objects):
+    """The kernels with one thing wrong."""
+    fault = request.param
+    copy_with(fault, tmp_path)
+    changed = compile_sources(tmp_path, tmp_path, affected(fault), *more_flags())
+    name = f"broken_{list(BROKEN.values()).index(fault)}"
+    return link(with_changed(emulated_objects, changed), tmp_path, name)
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys(), indirect=True)
+def test_a_broken_kernel_is_caught(broken, monkeypatch):
+    use(monkeypatch, broken)
     case = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "quadrature")
+    stem = AaPE(patch_size=(8, 4), embed_dim=6, num_states=4, encoder_dim=40, decay=(0.1, 2.0))
+    torch.nn.init.normal_(stem.fusion.weight)
     caught = []
-    for order in ORDERS:
+    for order in range(len(ORDERS)):
+        broken.set_order(order, 3)
         try:
-            check(Emulated(broken, order, seed=3), case, torch.float32)
-        except AssertionError:
+            check_sblu(case, torch.float32)
+            check_stem(stem, torch.randn(1, 1, 24, 24), torch.float32)
+        except (AssertionError, RuntimeError):
             caught.append(order)
     assert caught
+
+
+@pytest.fixture(scope="module")
+def race_objects(tmp_path_factory):
+    return build_races(ROOT, tmp_path_factory.mktemp("races"))
+
+
+def test_no_race(race_objects, tmp_path):
+    done = run_races(race_objects, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "no race\n"
+
+
+@pytest.mark.parametrize("fault", RACE.values(), ids=RACE.keys())
+def test_a_race_is_caught(fault, race_objects, tmp_path):
+    copy_with(fault, tmp_path)
+    done = run_races(with_changed(race_objects, build_races(tmp_path, tmp_path, affected(fault))), tmp_path)
+    assert done.returncode != 0
+    assert "data race" in done.stderr
+    assert fault[0] in done.stderr  # with the file, and the line

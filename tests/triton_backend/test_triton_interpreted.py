@@ -1,230 +1,15 @@
-"""The Triton backend under Triton's interpreter, on CPU tensors: what can be checked of it without a GPU.
+"""When Triton's interpreter runs a call. What the kernels compute in it is in tests/test_gpu_kernels_on_cpu.py."""
 
-bfloat16 is truncated, not rounded, when the interpreter stores it, and its products go wrong: the kernels take float32
-there. Both are said in the tests that they concern.
-"""
-
-import functools
 import importlib
-import math
-from dataclasses import replace
 
 import pytest
 import torch
-from cases import AWKWARD, GOLDEN, SQUARE, Case, cases
-from checks import check_gain_and_z, check_strides, far_apart, poisoned_memory, same_bits
-from hypothesis import given, settings
-from oracle import bound, relative_error
-from test_sblu import check as check_sblu
-from test_sblu import check_golden, check_range
-from test_sblu import run as run_sblu
-from test_stem import OPTIONS, small
-from test_stem import check as check_stem
+from cases import SQUARE
 
-from aape_kernels import AaPE, ops, sblu
+from aape_kernels import ops, sblu
 from aape_kernels.backends import Call, choose
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="kernels are compiled in this process: there is a GPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("AAPE_BACKEND", "triton")
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_golden(path):
-    check_golden(path, torch.float32)
-
-
-def test_any_geometry():
-    """In float32, at the bounds for float32: of enough numbers, as one alone may be a sum that cancels."""
-    seen = []
-
-    @settings(max_examples=20)
-    @given(case=cases())
-    def every(case):
-        grid = (max(2, case.grid[0]), max(2, case.grid[1]))
-        seen.append(case)
-        check_sblu(replace(case, batch=2, grid=grid, states=case.states + 4), torch.float32)
-
-    every()
-    assert len(seen) >= 20
-
-
-@pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("patch", "states"), [((16, 16), 32), ((16, 15), 3), ((80, 4), 32), ((16, 4), 70), ((3, 8), 70)], ids=str
-)
-def test_dtype_and_blocks(dtype, patch, states, kernel):
-    """With products and without, one block of states and two; 70 states and 3 rows leave blocks half empty."""
-    batch = 8 if states == 3 else 2  # truncation evens out over enough numbers
-    check_sblu(Case(batch, 1, states, patch, patch, patch[1], (1, 5), (0, 0), kernel), dtype)
-
-
-@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
-def test_gain_and_z_hold_everywhere_in_the_range(odd):
-    window = 3 if odd else 4
-    check_gain_and_z(window, points=24, frames=window // 2 + 1)
-
-
-@pytest.mark.parametrize("window", [8, 7])
-@pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
-def test_gradients_at_the_ends_of_the_range(window, low, high):
-    check_range(Case(1, 1, 16, (4, window), (4, window), window, (2, 4), (0, 0), "quadrature"), low, high)
-
-
-@pytest.mark.parametrize("options", [*OPTIONS, "time-major", "time-major-overlap"])
-def test_stem(options):
-    more = {"time-major": {"layout": "TF"}, "time-major-overlap": {"layout": "TF", "stride": (3, 4)}}
-    stem = small(torch.float32, **(OPTIONS | more)[options])
-    check_stem(stem, torch.randn(2, 2, 14, 19), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_stem_of_usual_sizes(dtype):
-    stem = AaPE(embed_dim=48)
-    stem.proj.to(dtype)
-    x = torch.randn(1, 1, 32, 64).to(dtype)
-    tokens = stem(x)
-    assert tokens.dtype == dtype
-    wide = AaPE(embed_dim=48, backend="reference").double()
-    wide.load_state_dict(stem.state_dict())
-    assert relative_error(tokens, wide(x.double())) <= bound(dtype, whole_stem=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    """Encoder and SBLU in float32 on the float32 input; product and tokens in autocast's dtype."""
-    stem, x = AaPE(embed_dim=24, num_states=8), torch.randn(1, 1, 32, 32)
-    options = ((16, 16), (16, 16), 16, True, stem.decay, stem.band, False, "triton")
-    values = [value.detach() for value in stem.parameters()]
-    _, r, hidden = ops.embed(x, *values, *options)
-    with torch.autocast("cpu", dtype=dtype):
-        tokens = stem(x)
-        narrow = [v.to(dtype) if k in (0, 1, 7) else v for k, v in enumerate(values)]
-        _, r_under, hidden_under = ops.embed(x, *narrow, *options)
-    assert tokens.dtype == dtype
-    assert torch.equal(r, r_under)
-    assert torch.equal(hidden, hidden_under)
-
-
-@pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
-def test_strided_and_expanded(case):
-    inputs, cotangent = case.inputs(torch.float32)
-    check_strides(functools.partial(run_sblu, case.options), inputs, cotangent, output=1e-6, gradient=1e-6)
-
-
-def test_only_the_gradients_asked_for():
-    inputs, cotangent = AWKWARD.inputs(torch.float32)
-    _, *wanted = run_sblu(AWKWARD.options, inputs, cotangent)
-    for index, want in enumerate(wanted):
-        leaves = [value.detach().requires_grad_(k == index) for k, value in enumerate(inputs)]
-        (got,) = torch.autograd.grad(sblu(*leaves, **AWKWARD.options), leaves[index], cotangent)
-        assert torch.equal(got, want)
-    stem, x = small(torch.float32), torch.randn(1, 2, 12, 12)
-    names, values = zip(*stem.named_parameters(), strict=True)
-    every = dict(zip(names, torch.autograd.grad(stem(x).square().sum(), values), strict=True))
-    for name in names:
-        for other, value in zip(names, values, strict=True):
-            value.requires_grad_(other == name)
-        (got,) = torch.autograd.grad(stem(x).square().sum(), dict(stem.named_parameters())[name])
-        assert relative_error(got, every[name]) <= 1e-6
-
-
-def test_every_output_is_written():
-    inputs, cotangent = AWKWARD.inputs(torch.float32)
-    stem, x = small(torch.float32), torch.randn(1, 2, 13, 14)
-
-    def everything():
-        tokens = stem(x)
-        values = run_sblu(AWKWARD.options, inputs, cotangent)
-        return [*values, tokens, *torch.autograd.grad(tokens.square().sum(), list(stem.parameters()))]
-
-    want = everything()
-    with poisoned_memory():
-        got = everything()
-    assert same_bits(got, want)
-
-
-def test_inputs_are_not_written_to():
-    inputs, cotangent = AWKWARD.inputs(torch.float32)
-    before = [value.clone() for value in (*inputs, cotangent)]
-    run_sblu(AWKWARD.options, inputs, cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(before, (*inputs, cotangent), strict=True))
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of inf − inf
-@pytest.mark.parametrize("window", [8, 5])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_pixel_makes_exactly_its_own_tokens_non_finite(value, window):
-    patch = (3, window)
-    case = Case(1, 1, 4, patch, (2, 3), window, (3, 5), (0, 0), "quadrature")
-    (x, decay, frequency, weight), _ = case.inputs(torch.float32)
-    x[0, 0, 4, 7] = value
-    y = sblu(x, decay, frequency, weight, **case.options)
-    hit = torch.zeros(3, 5, dtype=torch.bool)
-    for i in range(3):
-        for j in range(5):
-            hit[i, j] = 2 * i <= 4 < 2 * i + 3 and 3 * j <= 7 < 3 * j + window
-    assert torch.equal(~y.isfinite().flatten(3).any(-1)[0] | ~y.isfinite().flatten(3).all(-1)[0], hit)
-
-
-def test_elements_beyond_2_to_the_31():
-    case = Case(2, 1, 3, (4, 8), (4, 8), 8, (2, 3), (0, 0), "quadrature")
-    (x, *rest), cotangent = case.inputs(torch.float32)
-    want, got = (run_sblu(case.options, (value, *rest), cotangent) for value in (x, *far_apart(x)))
-    assert same_bits(got, want)
-
-
-def test_empty_batch():
-    (x, decay, frequency, weight), _ = SQUARE.inputs(torch.float32)
-    leaves = [x[:0].requires_grad_(), decay[:0], frequency[:0], weight.requires_grad_()]
-    y = sblu(*leaves, **SQUARE.options)
-    assert y.shape == (0, 2, 3, 2, 4)
-    y.sum().backward()
-    assert torch.equal(leaves[3].grad, torch.zeros_like(weight))
-    stem = AaPE(embed_dim=8)
-    tokens = stem(torch.randn(0, 1, 32, 64))
-    assert tokens.shape == (0, 8, 8)
-    tokens.sum().backward()
-    assert all(not parameter.grad.any() for parameter in stem.parameters())
-
-
-def test_opcheck():
-    inputs, cotangent = SQUARE.inputs(torch.float32)
-    sizes = (SQUARE.patch, SQUARE.stride, SQUARE.window, True)
-    torch.library.opcheck(ops.sblu, (*inputs, *sizes, "triton"))
-    torch.library.opcheck(ops.sblu_backward, (cotangent, *inputs, *sizes, (True, False, True, True), "triton"))
-    stem, x = small(torch.float32), torch.randn(1, 2, 12, 12)
-    values = [value.detach() for value in stem.parameters()]
-    options = ((6, 4), (6, 4), 4, True, stem.decay, stem.band, False)
-    tokens, r, hidden = ops.embed(x, *values, *options, "triton")
-    torch.library.opcheck(ops.embed, (x, *values, *options, "triton"))
-    need = (True, True, False, *[True] * 6)
-    torch.library.opcheck(
-        ops.embed_backward, (torch.ones_like(tokens), x, *values, r, hidden, *options, need, "triton")
-    )
-
-
-def test_compiles_in_one_graph_forward_and_backward():
-    stem, x = small(torch.float32), torch.randn(1, 2, 12, 12)
-    want = torch.autograd.grad(stem(x).square().sum(), list(stem.parameters()))
-    compiled = torch.compile(stem, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).square().sum(), list(stem.parameters()))
-    for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) <= 1e-6
-
-
-def test_same_bits_on_every_run():
-    inputs, cotangent = AWKWARD.inputs(torch.float32)
-    first, second = (run_sblu(AWKWARD.options, inputs, cotangent) for _ in range(2))
-    assert same_bits(second, first)
 
 
 def test_no_submodule_hides_an_operation():
@@ -234,6 +19,8 @@ def test_no_submodule_hides_an_operation():
 
 
 def test_when_it_can_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("AAPE_BACKEND", "triton")
     call = Call("sblu", torch.device("cpu"), torch.float32)
     assert choose("triton", call) is not choose("reference", call)
     with pytest.raises(RuntimeError, match=r"AAPE_BACKEND: 'triton' cannot run .*float32, and x is float64"):

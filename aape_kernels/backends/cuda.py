@@ -1,0 +1,189 @@
+"""The CUDA backend: the native module's kernels for NVIDIA GPUs, the matrix products by the library's GEMM.
+
+The native module has a CUDA runtime of its own and no libtorch: it is handed pointers, the device and its current
+stream. Every call is checked, with `CUDA_LAUNCH_BLOCKING=1` for what the kernel itself does, and can be captured in a
+graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cpu import NATIVE_BUILT
+from .fused import PARTIAL_SUMS, Kernels, Ranges, operations
+from .native import DTYPE_CODES, load, sizes, view
+
+if TYPE_CHECKING:
+    from . import Call
+
+__all__ = ["embed", "embed_backward", "kernels", "reason", "runs_on", "sblu", "sblu_backward"]
+
+REBUILD = "`AAPE_CUDA=require pip install …` shows why"
+
+
+def kernels() -> Any:
+    """The module that has the kernels."""
+    return load().cuda
+
+
+def reason(call: Call) -> str | None:
+    """Why this backend cannot run `call`, which is on a GPU: the build, the driver or the GPU's capability."""
+    if not NATIVE_BUILT:
+        return "the native module was not built; `AAPE_NATIVE=require pip install …` shows why"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs, and this PyTorch was built for AMD's"
+    properties = torch.cuda.get_device_properties(call.device)
+    return _refusal(properties.major, properties.minor)
+
+
+@functools.cache
+def _refusal(major: int, minor: int) -> str | None:
+    try:
+        info = load().build_info()
+    except ImportError as error:
+        return f"the native module cannot be loaded: {error}"
+    if "cuda" not in info["kernels"]:
+        return f"the native module was built without nvcc; {REBUILD}"
+    devices = kernels().devices()
+    if devices["error"]:
+        built, driver = _version(devices["runtime"]), _version(devices["driver"])
+        return f"the driver says: {devices['error']} (built with CUDA {built}, the driver is for {driver})"
+    architectures = info["cuda_architectures"]
+    if not runs_on(architectures, major, minor):
+        how = f"`AAPE_CUDA_ARCHS={major}{minor} pip install …` builds it for that"
+        return f"it was built for {architectures}, the GPU has compute capability {major}.{minor}; {how}"
+    return None
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of dynamo: tracing asks, and takes the answer.
+_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def runs_on(architectures: str, major: int, minor: int) -> bool:
+    """Whether code for one of CMake's `architectures`, "80-real;90", runs on a GPU of that compute capability.
+
+    Machine code runs on the same generation from its own minor version on, PTX on everything as new.
+    """
+    for entry in architectures.split(";"):
+        number, _, kind = entry.partition("-")
+        own = divmod(int(number.rstrip("af")), 10)
+        if kind != "virtual" and own[0] == major and own[1] <= minor:
+            return True
+        if kind != "real" and own <= (major, minor):
+            return True
+    return False
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """Index of the device and its current stream; (0, 0) for the CPU, where the tests emulate."""
+    if device.type != "cuda":
+        return 0, 0
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+class CudaKernels(Kernels):
+    """Every kernel of one call, through the native module."""
+
+    def _run(self, op: str, name: str, *arguments: Any) -> None:
+        """Call the module's `name` for the device's current stream, with tensors as pointers and strides."""
+        native, device = kernels(), self.x.device
+        given = [view(value) if isinstance(value, Tensor) else value for value in arguments]
+        with _on(device):
+            try:
+                getattr(native, name)(sizes(self.x, self.grid, self.states), *given, _place(device))
+            except RuntimeError as error:
+                call = f"x {tuple(self.x.shape)} {self.x.dtype} on {device}, {self.states} states, {self.grid}"
+                raise RuntimeError(f"aape::{op}, backend 'cuda': {error} ({call})") from error
+
+    def _states(self, decay: Tensor, frequency: Tensor) -> list[Tensor]:
+        """Both in the arithmetic's dtype and of one set of strides."""
+        wide = [decay.to(self.work), frequency.to(self.work)]
+        return wide if wide[0].stride() == wide[1].stride() else [value.contiguous() for value in wide]
+
+    def _planes(self, rows: Tensor) -> Tensor:
+        """Rows (tokens, 2S) as (B, N_f, N_t, 2, S)."""
+        return self.by_token(rows.unflatten(1, (2, self.states)))
+
+    def responses(
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, y: Tensor, ranges: Ranges | None = None
+    ) -> None:
+        """Write y into rows (tokens, 2S) that may lie apart."""
+        states, wide = self._states(decay, frequency), weight.to(self.work)
+        y = self._planes(y)
+        self._run("sblu", "sblu", self.quadrature, ranges, self.x, *states, wide, y)
+
+    def grad_states(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
+        grad_frequency: Tensor, y: Tensor | None, ranges: Ranges | None = None,
+    ) -> None:  # fmt: skip
+        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
+        states, wide = self._states(decay, frequency), weight.to(self.work)
+        out = self.by_token(grad_decay), self.by_token(grad_frequency)
+        planes = None if y is None else self._planes(y)
+        self._run(
+            "sblu_backward", "sblu_backward_states", self.quadrature, ranges, grad, self.x, *states, wide, planes, *out,
+        )  # fmt: skip
+
+    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
+        """The gradient of the projection, (S, C·P_f), in the arithmetic's dtype."""
+        programs = min(PARTIAL_SUMS, -(-self.rows // 16))
+        partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
+        states = self._states(decay, frequency)
+        self._run(
+            "sblu_backward", "sblu_backward_weight", self.quadrature, ranges, grad, self.x, *states, partial, programs,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    def grad_x(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
+        ranges: Ranges | None = None, add: bool = False,
+    ) -> None:  # fmt: skip
+        """Write, or add to, the gradient of x (B, C, F, T), contiguous, by way of the windows of tiles of tokens."""
+        batch = self.x.shape[0]
+        tile = kernels().tile_tokens(sizes(self.x, self.grid, self.states), DTYPE_CODES[self.x.dtype])
+        length, tiles = (tile - 1) * self.grid.stride[1] + self.grid.window, -(-self.n_t // tile)
+        windows = self.x.new_empty(batch, self.n_f, tiles, self.projected, length, dtype=self.work)
+        states, wide = self._states(decay, frequency), weight.to(self.work)
+        self._run(
+            "sblu_backward", "sblu_backward_windows", self.quadrature, ranges, grad, self.x, *states, wide, windows,
+        )  # fmt: skip
+        self._sum(windows, grad_x, tile, length, self.grid.offset, add)
+
+    def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
+        """Sum the patches' gradients, rows (tokens, C·P_f·P_t) in the arithmetic's dtype, into that of x."""
+        patches = self.by_token(windows.unflatten(1, (self.projected, -1)))
+        self._sum(patches, grad_x, 1, self.grid.patch[1], 0, add=False)
+
+    def _sum(self, windows: Tensor, grad_x: Tensor, tile: int, length: int, offset: int, add: bool) -> None:
+        self._run("overlap_add", "overlap_add", windows, grad_x, tile, length, offset, add)
+
+    def gather(self, out: Tensor) -> None:
+        """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
+        self._run("gather", "gather", self.x, self.by_token(out))
+
+    def prologue(
+        self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
+        r: Tensor, ranges: Ranges,
+    ) -> None:  # fmt: skip
+        """Write rows of the operand [patch | y], of hidden (tokens, H) and of r (tokens, 2S)."""
+        wide = [value.to(self.work) for value in (w1, b1, w2, b2, weight)]
+        self._run(
+            "embed", "stem", self.quadrature, self.time_major, ranges, self.x, *wide, operand, hidden, r, w1.shape[0],
+        )  # fmt: skip
+
+
+sblu, sblu_backward, embed, embed_backward = operations(CudaKernels)

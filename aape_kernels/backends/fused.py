@@ -1,0 +1,235 @@
+"""SBLU and the stem out of fused kernels: what the GPU backends share, each with kernels of its own.
+
+A backend derives from `Kernels` and gets the functions that the registered ops ask for by `operations`. Matrix products
+are PyTorch's; nothing here waits for the device. Rows are tokens (b, i, j), in the order of the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import PatchGrid
+from ..reference import working_dtype
+from .gradients import like_inputs
+
+__all__ = ["PARTIAL_SUMS", "Kernels", "Operations", "Ranges", "operations"]
+
+# Most programs whose partial sums of the weight's gradient are added up afterwards.
+PARTIAL_SUMS = 512
+
+# The decay's low end and log ratio, the band's low end and width: where decay and frequency are logits.
+Ranges = tuple[float, float, float, float]
+
+
+class Kernels:
+    """One backend's kernels for one call.
+
+    In all of them decay and frequency are (B, N_f, N_t, S) of one set of strides, or with `ranges` the Lambda Encoder's
+    logits; they are in the arithmetic's dtype or in x's. `weight` is (S, C·P_f), contiguous.
+    """
+
+    def __init__(self, x: Tensor, states: int, grid: PatchGrid, quadrature: bool, time_major: bool) -> None:
+        self.x, self.grid, self.states, self.quadrature, self.time_major = x, grid, states, quadrature, time_major
+        self.n_f, self.n_t = grid.tokens(x.shape[2], x.shape[3])
+        self.rows = x.shape[0] * self.n_f * self.n_t
+        self.projected = x.shape[1] * grid.patch[0]  # R: rows of x that a projection reads
+        self.patch = self.projected * grid.patch[1]
+        self.work = working_dtype(x.dtype)
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """Rows (tokens, …) as (B, N_f, N_t, …), a view."""
+        batch = self.x.shape[0]
+        rest = rows.shape[1:]
+        if self.time_major:
+            return rows.view(batch, self.n_t, self.n_f, *rest).transpose(1, 2)
+        return rows.view(batch, self.n_f, self.n_t, *rest)
+
+    def responses(
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, y: Tensor, ranges: Ranges | None = None
+    ) -> None:
+        """Write y into rows (tokens, 2S) that may lie apart."""
+        raise NotImplementedError
+
+    def grad_states(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
+        grad_frequency: Tensor, y: Tensor | None, ranges: Ranges | None = None,
+    ) -> None:  # fmt: skip
+        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
+        raise NotImplementedError
+
+    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
+        """The gradient of the projection, (S, C·P_f), in the arithmetic's dtype."""
+        raise NotImplementedError
+
+    def grad_x(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
+        ranges: Ranges | None = None, add: bool = False,
+    ) -> None:  # fmt: skip
+        """Write, or add to, the gradient of x (B, C, F, T), contiguous."""
+        raise NotImplementedError
+
+    def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
+        """Sum the patches' gradients, rows (tokens, C·P_f·P_t) in the arithmetic's dtype, into that of x."""
+        raise NotImplementedError
+
+    def gather(self, out: Tensor) -> None:
+        """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
+        raise NotImplementedError
+
+    def prologue(
+        self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
+        r: Tensor, ranges: Ranges,
+    ) -> None:  # fmt: skip
+        """Write rows of the operand [patch | y], of hidden (tokens, H) and of r (tokens, 2S); w1 is (H, C·P_f·P_t)."""
+        raise NotImplementedError
+
+
+class Operations(NamedTuple):
+    """A backend's functions, as the registered ops ask for them."""
+
+    sblu: Callable[..., Tensor]
+    sblu_backward: Callable[..., tuple[Tensor, ...]]
+    embed: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    embed_backward: Callable[..., tuple[Tensor, ...]]
+
+
+def operations(kernels: type[Kernels]) -> Operations:
+    """The four operations out of one backend's kernels."""
+
+    def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
+        """y (B, N_f, N_t, 2, S) in x's dtype; x is read through its strides."""
+        y = x.new_empty(*decay.shape[:3], 2, decay.shape[3])
+        if y.numel():
+            call = kernels(x, weight.shape[0], grid, quadrature, time_major=False)
+            call.responses(*_alike(decay, frequency), _weight_rows(weight), y.view(call.rows, -1))
+        return y
+
+    def sblu_backward(
+        grad: Tensor, x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool,
+        need: list[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
+        inputs = {"x": x, "decay": decay, "frequency": frequency, "weight": weight}
+        wanted = {name for name, wish in zip(inputs, need, strict=True) if wish}
+        got: dict[str, Tensor] = {}
+        if grad.numel():
+            call = kernels(x, weight.shape[0], grid, quadrature, time_major=False)
+            states, rows = _alike(decay, frequency), _weight_rows(weight)
+            if "x" in wanted:
+                got["x"] = x.new_empty(x.shape)
+                call.grad_x(grad, *states, rows, got["x"])
+            if wanted & {"decay", "frequency"}:  # one kernel gives both
+                got["decay"] = x.new_empty(call.rows, call.states, dtype=call.work)
+                got["frequency"] = torch.empty_like(got["decay"])
+                call.grad_states(grad, *states, rows, got["decay"], got["frequency"], None)
+            if "weight" in wanted:
+                got["weight"] = call.grad_weight(grad, *states)
+        return like_inputs(inputs, wanted, got)
+
+    def embed(
+        x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+        sblu_w: Tensor, fusion_w: Tensor, grid: PatchGrid, quadrature: bool, decay: list[float], band: list[float],
+        time_major: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
+        states = sblu_w.shape[0]
+        call = kernels(x, states, grid, quadrature, time_major)
+        operand = x.new_empty(call.rows, call.patch + 2 * states, dtype=proj_w.dtype)  # [patch | y]
+        r = x.new_empty(call.rows, 2 * states, dtype=call.work)
+        hidden = x.new_empty(call.rows, w1.shape[0], dtype=call.work)
+        if call.rows:
+            encoder = (_weight_rows(w1), b1.contiguous(), w2.contiguous(), b2.contiguous())
+            call.prologue(*encoder, _weight_rows(sblu_w), operand, hidden, r, _ranges(decay, band))
+        weight = torch.cat([proj_w.flatten(1), fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
+        tokens = F.linear(operand, weight, None if proj_b is None else proj_b.to(proj_w.dtype))
+        return tokens.view(x.shape[0], call.n_f * call.n_t, proj_w.shape[0]), r, hidden
+
+    def embed_backward(
+        grad: Tensor, x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
+        b2: Tensor, sblu_w: Tensor, fusion_w: Tensor, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
+        decay: list[float], band: list[float], time_major: bool, need: list[bool],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Gradients of the nine inputs in their dtypes, contiguous; empty where not needed."""
+        inputs = {"x": x, "proj_w": proj_w, "proj_b": proj_b, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
+                  "sblu_w": sblu_w, "fusion_w": fusion_w}  # fmt: skip
+        wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
+        got: dict[str, Tensor] = {}
+        if grad.numel():
+            call = kernels(x, sblu_w.shape[0], grid, quadrature, time_major)
+            got = _stem_gradients(call, grad, inputs, r, hidden, _ranges(decay, band), wanted)
+        return like_inputs(inputs, wanted, got)
+
+    return Operations(sblu, sblu_backward, embed, embed_backward)
+
+
+def _alike(decay: Tensor, frequency: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the same strides, as the kernels take them."""
+    return (decay, frequency) if decay.stride() == frequency.stride() else (decay.contiguous(), frequency.contiguous())
+
+
+def _weight_rows(weight: Tensor) -> Tensor:
+    return weight.flatten(1).contiguous()
+
+
+def _ranges(decay: list[float], band: list[float]) -> Ranges:
+    return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
+
+
+def _stem_gradients(
+    call: Kernels, grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, ranges: Ranges, wanted: set[str]
+) -> dict[str, Tensor]:
+    x, proj_w, sblu_w = inputs["x"], inputs["proj_w"], inputs["sblu_w"]
+    w1, w2 = inputs["w1"].to(call.work).flatten(1), inputs["w2"].to(call.work)
+    states, patch, out = call.states, call.patch, proj_w.dtype
+    flat = grad.reshape(call.rows, -1)
+    need_product = bool(wanted & {"proj_w", "fusion_w"})
+    need_hidden = bool(wanted & {"x", "w1", "b1"})
+    need_logits = need_hidden or bool(wanted & {"w2", "b2"})
+    got: dict[str, Tensor] = {}
+
+    decay, frequency = call.by_token(r).chunk(2, dim=-1)
+    weight = _weight_rows(sblu_w)
+    operand = x.new_empty(call.rows, patch + 2 * states, dtype=out) if need_product else None  # [patch | y]
+    y = None if operand is None else operand[:, patch:]
+    grad_y = grad_hidden = None
+    if need_logits or "sblu_w" in wanted:
+        rows = flat @ inputs["fusion_w"].to(out).flatten(1)
+        grad_y = call.by_token(rows.view(-1, 2, states))
+    if need_logits and grad_y is not None:
+        grad_r = torch.empty_like(r)
+        grad_logits = grad_r[:, :states], grad_r[:, states:]
+        call.grad_states(grad_y, decay, frequency, weight, *grad_logits, y, ranges)
+        got |= {"b2": grad_r.sum(0), "w2": grad_r.t() @ F.silu(hidden)}
+        if need_hidden:
+            grad_hidden = torch.ops.aten.silu_backward(grad_r @ w2, hidden)
+    elif y is not None:
+        call.responses(decay, frequency, weight, y, ranges)
+    if "sblu_w" in wanted and grad_y is not None:
+        got["sblu_w"] = call.grad_weight(grad_y, decay, frequency, ranges)
+
+    if operand is not None:
+        call.gather(operand[:, :patch])
+        product = flat.t() @ operand
+        got |= {"proj_w": product[:, :patch], "fusion_w": product[:, patch:]}
+    if "proj_b" in wanted:
+        got["proj_b"] = flat.sum(0)
+    if grad_hidden is not None:
+        got["b1"] = grad_hidden.sum(0)
+        if "w1" in wanted:
+            if operand is None or out != call.work:
+                operand = x.new_empty(call.rows, patch, dtype=call.work)
+                call.gather(operand)
+            got["w1"] = grad_hidden.t() @ operand[:, :patch]
+        if "x" in wanted and grad_y is not None:
+            windows = (flat @ proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)
+            grad_x = x.new_empty(x.shape, dtype=call.work)
+            call.overlap_add(windows, grad_x)
+            call.grad_x(grad_y, decay, frequency, weight, grad_x, ranges, add=True)
+            got["x"] = grad_x
+    return got

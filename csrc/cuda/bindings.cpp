@@ -1,0 +1,124 @@
+// The CUDA kernels for Python. No CUDA header is needed here: the tests build this file with the emulated kernels.
+
+#include "bindings.h"
+
+#include "../arguments.h"
+#include "api.h"
+
+namespace aape {
+namespace cuda {
+namespace {
+
+// The device and the stream to launch on come last: (index, cudaStream_t as a number).
+struct Place {
+  int device;
+  void* stream;
+  explicit Place(const py::tuple& given)
+      : device(given[0].cast<int>()), stream(reinterpret_cast<void*>(given[1].cast<uintptr_t>())) {}
+};
+
+// Run `launch(stream)` without the GIL.
+template <class Launch>
+void on(const Place& place, Launch launch) {
+  py::gil_scoped_release release;
+  set_device(place.device);
+  launch(place.stream);
+}
+
+void py_sblu(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& x,
+             const py::object& decay, const py::object& frequency, const py::object& weight, const py::object& y,
+             const py::tuple& place) {
+  const SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  on(Place(place), [&](void* stream) { sblu(call, stream); });
+}
+
+void py_states(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
+               const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
+               const py::object& y, const py::object& grad_decay, const py::object& grad_frequency,
+               const py::tuple& place) {
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  call.grad_y = view(grad_y);
+  call.grad_decay = view(grad_decay);
+  call.grad_frequency = view(grad_frequency);
+  on(Place(place), [&](void* stream) { sblu_backward_states(call, stream); });
+}
+
+void py_weight(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
+               const py::object& x, const py::object& decay, const py::object& frequency, const py::object& partial,
+               int64_t programs, const py::tuple& place) {
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, py::none(), py::none());
+  call.grad_y = view(grad_y);
+  void* sums = view(partial).data;
+  on(Place(place), [&](void* stream) { sblu_backward_weight(call, sums, programs, stream); });
+}
+
+void py_windows(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
+                const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
+                const py::object& windows, const py::tuple& place) {
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, py::none());
+  call.grad_y = view(grad_y);
+  void* to = view(windows).data;
+  on(Place(place), [&](void* stream) { sblu_backward_windows(call, to, stream); });
+}
+
+void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py::object& out, int64_t tile,
+                    int64_t length, int64_t offset, bool add, const py::tuple& place) {
+  OverlapAddCall call;
+  call.grid = grid(sizes, false);
+  call.windows = view(windows);
+  call.out = view(out);
+  call.tile = tile;
+  call.length = length;
+  call.offset = offset;
+  call.add = add;
+  on(Place(place), [&](void* stream) { overlap_add(call, stream); });
+}
+
+void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+             const py::object& x, const py::object& w1, const py::object& b1, const py::object& w2,
+             const py::object& b2, const py::object& weight, const py::object& operand, const py::object& hidden,
+             const py::object& r, int64_t hidden_units, const py::tuple& place) {
+  StemCall call;
+  call.grid = grid(sizes, quadrature);
+  call.time_major = time_major;
+  call.ranges = ranges(logit_ranges);
+  call.x = view(x);
+  call.w1 = view(w1);
+  call.b1 = view(b1);
+  call.w2 = view(w2);
+  call.b2 = view(b2);
+  call.weight = view(weight);
+  call.operand = view(operand);
+  call.hidden = view(hidden);
+  call.r = view(r);
+  call.hidden_units = hidden_units;
+  on(Place(place), [&](void* stream) { stem(call, stream); });
+}
+
+void py_gather(const py::tuple& sizes, const py::object& x, const py::object& patches, const py::tuple& place) {
+  GatherCall call;
+  call.grid = grid(sizes, false);
+  call.x = view(x);
+  call.patches = view(patches);
+  on(Place(place), [&](void* stream) { gather(call, stream); });
+}
+
+int64_t py_tile_tokens(const py::tuple& sizes, int type) {
+  return tile_tokens(grid(sizes, false), static_cast<DType>(type));
+}
+
+}  // namespace
+
+void bind(py::module_& module) {
+  module.def("sblu", &py_sblu);
+  module.def("sblu_backward_states", &py_states);
+  module.def("sblu_backward_weight", &py_weight);
+  module.def("sblu_backward_windows", &py_windows);
+  module.def("overlap_add", &py_overlap_add);
+  module.def("stem", &py_stem);
+  module.def("gather", &py_gather);
+  module.def("tile_tokens", &py_tile_tokens);
+}
+
+}  // namespace cuda
+}  // namespace aape

@@ -1,0 +1,251 @@
+// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | y], a block for up to kTokens tokens.
+//
+// The encoder's two layers are products of tiles in shared memory; the second reads back what the first wrote. The
+// patches that the first one reads go into the operand on the way; the SBLU reads its rows of x again, from the cache.
+
+#include "api.h"
+#include "patches.cuh"
+#include "sblu.cuh"
+
+namespace aape {
+namespace cuda {
+
+constexpr int kTokens = 64;
+constexpr int kColumns = 64;         // of a product at once: hidden units, or logits
+constexpr int kDepth = 32;           // of a product at once
+constexpr int kLine = kDepth + 4;    // between two lines in shared memory: eight lines' quads are in different banks
+
+template <class T, class IO, class I>
+struct StemParams {
+  SbluParams<T, IO, I> sblu;  // decay and frequency are r; y is the operand's tail
+  PatchParams<IO, I> patches;
+  int hidden_units;
+  I row_step;                 // elements between two rows of the operand
+  I tile, bands;              // a block's tokens: `tile` neighbours of `bands` subbands
+  const T *w1, *b1, *w2, *b2;
+  Values operand;
+  T *hidden, *r;
+};
+
+// Where a block's tokens are: a patch's first pixel, and the token's row, −1 where there is none.
+template <class I>
+struct Places {
+  I *corner, *row;
+};
+
+template <class I>
+struct Band {
+  I first, count, j;  // subbands b · N_f + i, and the first token
+};
+
+template <class T, class IO, class I>
+AAPE_DEVICE Band<I> band_at(const StemParams<T, IO, I>& p, unsigned unit) {
+  const GridOf<I>& g = p.sblu.grid;
+  const unsigned tiles = unsigned((g.n_t + p.tile - 1) / p.tile);
+  const I all = g.batch * g.n_f;
+  Band<I> band;
+  band.first = I(unit / tiles) * p.bands;
+  band.count = all - band.first < p.bands ? all - band.first : p.bands;
+  band.j = I(unit % tiles) * p.tile;
+  return band;
+}
+
+template <class T, class IO, class I>
+AAPE_DEVICE void find_places(const StemParams<T, IO, I>& p, const Band<I>& band, const Places<I>& at) {
+  const GridOf<I>& g = p.sblu.grid;
+  for (int m = threadIdx.x; m < kTokens; m += kThreads) {
+    const I n = m / p.tile, j = band.j + m % p.tile, b = (band.first + n) / g.n_f, i = (band.first + n) % g.n_f;
+    const bool there = n < band.count && j < g.n_t;
+    at.corner[m] = there ? corner(p.patches, b, i, j) : 0;
+    at.row[m] = there ? row_of(p.patches, b, i, j) : -1;
+  }
+  __syncthreads();
+}
+
+// A thread's part of a product: tokens and columns 4 and 8 apart.
+template <class T>
+struct Sum {
+  T at[4][4] = {};
+};
+
+// sum += Σ_k a[token][k] b[column][k] over `depth`, in steps of kDepth; load_a(token, k) and load_b(column, k) give four.
+template <class T, class A, class B>
+AAPE_DEVICE void multiply(int depth, T* as, T* bs, Sum<T>& sum, A load_a, B load_b) {
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const T* a = as + (warp / 2 * 16 + lane / 8) * kLine;
+  const T* b = bs + (warp % 2 * 32 + lane % 8) * kLine;
+  for (int k = 0; k < depth; k += kDepth) {
+    for (int n = threadIdx.x; n < kTokens * (kDepth / 4); n += kThreads) {
+      const int line = n / (kDepth / 4), q = n % (kDepth / 4) * 4;
+      store_pack(as + line * kLine + q, load_a(line, k + q));
+      store_pack(bs + line * kLine + q, load_b(line, k + q));
+    }
+    __syncthreads();
+#pragma unroll
+    for (int q = 0; q < kDepth; q += 4) {
+      Quad<T> left[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) left[m] = load_pack<Quad<T>>(a + 4 * m * kLine + q);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const auto right = load_pack<Quad<T>>(b + 8 * n * kLine + q);
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum.at[m][n] += left[m].at[e] * right.at[e];
+      }
+    }
+    __syncthreads();  // before as and bs are written again
+  }
+}
+static_assert(kTokens == kColumns && kThreads == 2 * 4 * kLanes, "warps share out 64 × 64");
+
+// to[row][column] = sum + bias, rows `width` apart; a last column may be missing
+template <class T, class I>
+AAPE_DEVICE void store_sum(const Sum<T>& sum, const Places<I>& at, int first, int width, const T* bias, T* to) {
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const I row = at.row[warp / 2 * 16 + lane / 8 + 4 * m];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int column = first + warp % 2 * 32 + lane % 8 + 8 * n;
+      if (row >= 0 && column < width) to[row * width + column] = sum.at[m][n] + bias[column];
+    }
+  }
+}
+
+// Elements k … k + 3 of row `row` of a contiguous matrix (rows, width), zero outside.
+template <class T, class I>
+AAPE_DEVICE Quad<T> load_row(const T* matrix, I row, I rows, int k, int width) {
+  const T* from = matrix + row * width + k;
+  if (row < rows && k + 4 <= width && aligned<Quad<T>>(from)) return load_pack<Quad<T>>(from);
+  Quad<T> out;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) out.at[n] = row < rows && k + n < width ? from[n] : T(0);
+  return out;
+}
+
+template <class T, class IO, class I>
+AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* as, T* bs) {
+  const int length = p.patches.length(), units = p.hidden_units, logits = 2 * int(p.sblu.grid.states);
+  for (int h = 0; h < units; h += kColumns) {
+    Sum<T> sum;
+    const auto patch = [&](int token, int e) {
+      if (at.row[token] < 0) return Quad<T>{};
+      const Quad<T> value = load_patch<T>(p.patches, at.corner[token], e);
+      if (h == 0 && e < length) {
+        store_quad(p.operand, at.row[token] * p.row_step + e, value, length - e < 4 ? length - e : 4);
+      }
+      return value;
+    };
+    const auto weight = [&](int unit, int e) { return load_row<T, I>(p.w1, h + unit, units, e, length); };
+    multiply(length, as, bs, sum, patch, weight);
+    store_sum(sum, at, h, units, p.b1, p.hidden);
+  }
+  __syncthreads();  // hidden, which this block reads again
+  for (int c = 0; c < logits; c += kColumns) {
+    Sum<T> sum;
+    const auto active = [&](int token, int h) {
+      if (at.row[token] < 0) return Quad<T>{};
+      Quad<T> value = load_row<T, I>(p.hidden, at.row[token], at.row[token] + 1, h, units);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) value.at[k] = value.at[k] / (T(1) + exp<T>(-value.at[k]));  // SiLU
+      return value;
+    };
+    const auto weight = [&](int column, int h) { return load_row<T, I>(p.w2, c + column, logits, h, units); };
+    multiply(units, as, bs, sum, active, weight);
+    store_sum(sum, at, c, logits, p.b2, p.r);
+  }
+  __syncthreads();  // r, likewise
+}
+
+template <class Path, class T, class IO, class I>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) stem_kernel(const StemParams<T, IO, I> p) {
+  AAPE_DYN_SHARED(memory);
+  Places<I> at = {reinterpret_cast<I*>(memory), reinterpret_cast<I*>(memory) + kTokens};
+  T* as = reinterpret_cast<T*>(at.row + kTokens);
+  const GridOf<I>& g = p.sblu.grid;
+  const Band<I> band = band_at(p, blockIdx.x);
+  find_places(p, band, at);
+  encode(p, at, as, as + kTokens * kLine);
+
+  const Tiles<T, IO, I> m(p.sblu, memory);
+  for (I n = 0; n < band.count; ++n) {
+    const I b = (band.first + n) / g.n_f, i = (band.first + n) % g.n_f;
+    for (I j = band.j; j < g.n_t && j < band.j + p.tile; j += p.sblu.tile) {
+      const I left = band.j + p.tile - j;
+      for (I block = 0; block * kLanes < g.states; ++block) {
+        const Tile<I> t = tile_from(g, left < p.sblu.tile ? left : p.sblu.tile, b, i, j, block);
+        project(p.sblu, t, m);
+        respond<Path>(p.sblu, t, m.u);
+      }
+    }
+  }
+}
+
+// The strides of (B, N_f, N_t, …) in a tensor of tokens whose rows are `row` elements apart.
+void by_token(const StemCall& call, int64_t row, int64_t* stride) {
+  const Grid& g = call.grid;
+  stride[0] = g.n_f * g.n_t * row;
+  stride[1] = call.time_major ? row : g.n_t * row;
+  stride[2] = call.time_major ? g.n_f * row : row;
+}
+
+// The SBLU's part of the call: r as logits, y as the operand's tail.
+SbluCall sblu_part(const StemCall& call) {
+  SbluCall part;
+  const Grid& g = call.grid;
+  const int64_t length = g.channels * g.patch_f * g.patch_t, bytes = call.r.type == DType::kFloat64 ? 8 : 4;
+  const int64_t width = call.operand.type == DType::kFloat64 ? 8 : call.operand.type == DType::kFloat32 ? 4 : 2;
+  part.grid = g;
+  part.ranges = call.ranges;
+  part.x = call.x;
+  part.weight = call.weight;
+  part.decay = part.frequency = call.r;
+  part.frequency.data += g.states * bytes;
+  by_token(call, 2 * g.states, part.decay.stride);
+  part.decay.stride[3] = 1;
+  part.y = call.operand;
+  part.y.data += length * width;
+  by_token(call, call.operand.stride[0], part.y.stride);
+  part.y.stride[3] = g.states;
+  part.y.stride[4] = 1;
+  return part;
+}
+
+template <class Path, class T, class IO, class I>
+void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* stream) {
+  StemParams<T, IO, I> p = {};
+  const Grid& g = call.grid;
+  p.sblu = sblu;
+  p.patches = patch_params<IO, I>(g, call.x, call.time_major);
+  p.hidden_units = int(call.hidden_units);
+  p.row_step = I(call.operand.stride[0]);
+  p.tile = I(g.n_t < kTokens ? g.n_t : kTokens);
+  p.bands = I(kTokens / p.tile);
+  p.w1 = reinterpret_cast<const T*>(call.w1.data);
+  p.b1 = reinterpret_cast<const T*>(call.b1.data);
+  p.w2 = reinterpret_cast<const T*>(call.w2.data);
+  p.b2 = reinterpret_cast<const T*>(call.b2.data);
+  p.operand = {call.operand.data, call.operand.type};
+  p.hidden = reinterpret_cast<T*>(call.hidden.data);
+  p.r = reinterpret_cast<T*>(call.r.data);
+  const int64_t bands = (g.batch * g.n_f + p.bands - 1) / p.bands, tiles = (g.n_t + p.tile - 1) / p.tile;
+  const size_t encoder = 2 * kTokens * (kLine * sizeof(T) + sizeof(I)), filters = shared_bytes(p.sblu.columns, sizeof(T));
+  AAPE_LAUNCH("embed", (stem_kernel<Path, T, IO, I>), dim3(blocks(bands * tiles, "embed")), dim3(kThreads),
+              encoder > filters ? encoder : filters, stream, p);
+}
+
+void stem(const StemCall& call, void* stream) {
+  const SbluCall part = sblu_part(call);
+  const Grid& g = call.grid;
+  const int64_t rows = g.batch * g.n_f * g.n_t, width = call.hidden_units;
+  const int64_t length = g.channels * g.patch_f * g.patch_t, most = 2 * g.states > length ? 2 * g.states : length;
+  const bool small = is_small(part) && rows * call.operand.stride[0] < INT32_MAX && rows * width < INT32_MAX &&
+                     width * most < INT32_MAX;
+  dispatch(part, small, [&](const auto& p, auto path) { launch_stem<decltype(path)>(call, p, stream); });
+}
+
+}  // namespace cuda
+}  // namespace aape

@@ -1,0 +1,51 @@
+// A block's threads as threads of the CPU, for ThreadSanitizer: two accesses to one address of shared or global memory
+// that no barrier orders are a race, whichever comes first. C++20, for std::barrier.
+
+#pragma once
+
+#include <barrier>
+#include <thread>
+
+namespace aape {
+namespace emulator {
+
+class Block;
+inline Block* running_block = nullptr;
+inline thread_local unsigned running_thread = 0;
+inline Block* current() { return running_block; }
+inline unsigned thread_number() { return running_thread; }
+
+class Block {
+ public:
+  dim3 grid, block, index;
+  size_t shared_bytes;
+  std::unique_ptr<unsigned char[]> shared;
+
+  Block(dim3 grid_, dim3 block_, size_t bytes)
+      : grid(grid_), block(block_), shared_bytes(bytes), shared(new unsigned char[bytes]) {}
+
+  void run(const std::function<void()>& body) {
+    const unsigned count = block.x * block.y * block.z;
+    std::barrier<> barrier(count);
+    barrier_ = &barrier;
+    running_block = this;
+    std::vector<std::thread> threads;
+    for (unsigned k = 0; k < count; ++k) {
+      threads.emplace_back([&, k] {
+        running_thread = k;
+        body();
+        barrier.arrive_and_drop();  // a thread that has ended is not waited for
+      });
+    }
+    for (auto& thread : threads) thread.join();
+    running_block = nullptr;
+  }
+
+  void barrier() { barrier_->arrive_and_wait(); }
+
+ private:
+  std::barrier<>* barrier_ = nullptr;
+};
+
+}  // namespace emulator
+}  // namespace aape
