@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from aape_kernels.backends import Call, reasons
+from aape_kernels.doctor import cpu_model
 
 __all__ = ["PINNED", "allocator", "allocator_environment", "cpu_model", "describe", "describe_gpu"]
 
@@ -50,19 +51,6 @@ def allocator(environment: Mapping[str, str]) -> str:
     setting = {name: environment[name] for name in PINNED if name in environment}
     kind = "default" if not setting else "pinned" if setting == PINNED else f"{setting}"
     return f"{kind} (glibc {release})"
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Hardware", "cpu model") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _load() -> float | None:

@@ -13,6 +13,8 @@ NOT_IMPORTED = (
     "transformers",
     "lightning",
     "aape_kernels._native",
+    "aape_kernels.doctor",
+    "aape_kernels.self_test",
     "aape_ssl",
     "matplotlib",
 )
