@@ -4,6 +4,9 @@ The environment variable AAPE_NATIVE says what a machine without a C++ compiler 
     auto      (unless set) leave the native module out, with one line saying so
     require   an error
     off       leave it out: a pure-Python wheel
+
+AAPE_CUDA says likewise what a machine without nvcc means for the module's CUDA kernels: auto, require or off.
+AAPE_CUDA_ARCHS names the GPU architectures to build for, "90" or "80-real;90", as CMAKE_CUDA_ARCHITECTURES does.
 """
 
 import os
@@ -17,9 +20,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
-MODE = os.environ.get("AAPE_NATIVE", "auto")
-if MODE not in ("auto", "require", "off"):
-    raise SetupError(f"AAPE_NATIVE: expected auto, require or off, got {MODE!r}")
+
+
+def mode(variable):
+    """auto, require or off."""
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "require", "off"):
+        raise SetupError(f"{variable}: expected auto, require or off, got {value!r}")
+    return value
+
+
+MODE, CUDA = mode("AAPE_NATIVE"), mode("AAPE_CUDA")
 
 
 def skip(why):
@@ -27,6 +38,20 @@ def skip(why):
     if MODE == "require":
         raise SetupError(f"aape_kernels: the native module cannot be built: {why} (AAPE_NATIVE=require)")
     print(f"aape_kernels: the native module is left out: {why}; the PyTorch backends work without it", file=sys.stderr)
+
+
+def skip_cuda(why):
+    """The same for its CUDA kernels."""
+    if CUDA == "require":
+        raise SetupError(f"aape_kernels: the CUDA kernels cannot be built: {why} (AAPE_CUDA=require)")
+    print(f"aape_kernels: the CUDA kernels are left out: {why}; Triton serves GPUs without them", file=sys.stderr)
+
+
+def find_nvcc():
+    """The CUDA compiler: CUDACXX, on the path, or of the toolkit that CUDA_HOME names; None if there is none."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    named = [os.environ.get("CUDACXX"), "nvcc", *(os.path.join(home, "bin", "nvcc") for home in homes if home)]
+    return next((found for found in map(shutil.which, filter(None, named)) if found), None)
 
 
 def missing_tool():
@@ -44,10 +69,32 @@ def missing_tool():
     return None
 
 
+def architectures():
+    """AAPE_CUDA_ARCHS as an option of CMake's."""
+    named = os.environ.get("AAPE_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
+    return [f"-DAAPE_CUDA_ARCHS={named}"] if named else []
+
+
 class CMakeBuild(build_ext):
     """Hands the one extension to CMake; without a working compiler it is left out or an error, as AAPE_NATIVE says."""
 
     def build_extension(self, ext):
+        """With the CUDA kernels where nvcc is found and works, without them elsewhere."""
+        if CUDA != "off":
+            nvcc = find_nvcc()
+            if nvcc is None:
+                skip_cuda('no nvcc was found (set CUDACXX, or `pip install "cuda-toolkit[nvcc,cudart,cccl]"`)')
+            else:
+                try:
+                    return self.run_cmake(ext, "-DAAPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", *architectures())
+                except subprocess.CalledProcessError as error:
+                    skip_cuda(f"{error.cmd[0]} failed with {nvcc}, see its output above")
+        try:
+            self.run_cmake(ext)
+        except subprocess.CalledProcessError as error:
+            skip(f"{error.cmd[0]} failed, see its output above")
+
+    def run_cmake(self, ext, *options):
         """Configure and build, into the place where setuptools expects the module."""
         import pybind11
 
@@ -64,12 +111,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DAAPE_VERSION={self.distribution.get_version()}",
+            *options,
         ]
-        try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build)], check=True)
-        except subprocess.CalledProcessError as error:
-            skip(f"{error.cmd[0]} failed, see its output above")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
 extensions = []

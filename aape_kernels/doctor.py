@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, self_test
-from .backends import BACKENDS, Backend, Call, choose, native, reasons
+from .backends import BACKENDS, Backend, Call, choose, cuda, native, reasons
 
 __all__ = ["cpu_model", "main"]
 
@@ -85,10 +85,11 @@ def _native_module() -> Rows:
         facts = native.load().build_info()
     except Exception as error:
         return [("cannot be loaded", _in_one_line(error))]
-    return [
+    rows = [
         (name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
         for name, value in facts.items()
     ]
+    return [*rows, ("CUDA kernels", cuda.unusable() or "a driver is there")]
 
 
 def cpu_model() -> str:

@@ -5,7 +5,8 @@ import torch
 from cases import SQUARE
 
 from aape_kernels import AaPE, reference, sblu
-from aape_kernels.backends import BACKENDS, Call, choose, cpu, reasons, triton
+from aape_kernels.backends import BACKENDS, ORDER, Call, choose, cpu, cuda, reasons, triton
+from aape_kernels.functional import DTYPES
 
 CALL = Call("sblu", torch.device("cpu"), torch.float32)
 META = Call("sblu", torch.device("meta"), torch.float32)
@@ -35,6 +36,87 @@ def test_triton_on_a_gpu(monkeypatch):
     assert why(dtype=torch.float64) == "it computes in float32, and x is float64"
     monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
     assert why() == 'Triton is not installed; `pip install "triton>=3.6"`'
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """What the native module says of its CUDA kernels, and of the driver."""
+    said = {"error": "", "driver": 13000, "runtime": 13000, "capabilities": [90]}
+    info = {"kernels": ("cpu", "cuda"), "cuda_architectures": "80-real,90-real,100-real,120"}
+    module = SimpleNamespace(build_info=lambda: info, cuda=SimpleNamespace(devices=lambda: said))
+    monkeypatch.setattr(cuda, "load", lambda: module)
+    monkeypatch.setattr(cuda, "NATIVE_BUILT", True)
+    return said, info
+
+
+def why_not_cuda(monkeypatch, major=9, minor=0, dtype=torch.float32):
+    properties = SimpleNamespace(major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    cuda.unusable.cache_clear()
+    try:
+        return reasons(Call("embed", torch.device("cuda", 1), dtype))["cuda"]
+    finally:
+        cuda.unusable.cache_clear()
+
+
+def test_cuda_on_a_gpu(driver, monkeypatch):
+    said, info = driver
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert why_not_cuda(monkeypatch, dtype=dtype) is None
+    assert why_not_cuda(monkeypatch, 7, 5) == (
+        "it was built for 80-real,90-real,100-real,120, the GPU has compute capability 7.5; "
+        "`AAPE_CUDA_ARCHS=75 pip install …` builds it for that"
+    )
+    said |= {"driver": 12040, "error": "CUDA driver version is insufficient for CUDA runtime version"}
+    assert why_not_cuda(monkeypatch) == (
+        "it was built with CUDA 13.0, and the driver, for CUDA 12.4, says: CUDA driver version is insufficient for "
+        "CUDA runtime version"
+    )
+    said["driver"] = 0
+    assert why_not_cuda(monkeypatch) == "no NVIDIA driver was found"
+    info["kernels"] = ("cpu",)
+    assert "built without nvcc; `AAPE_CUDA=require" in why_not_cuda(monkeypatch)
+
+    def unloadable():
+        raise ImportError("undefined symbol")
+
+    monkeypatch.setattr(cuda, "load", unloadable)
+    assert why_not_cuda(monkeypatch) == "the native module cannot be loaded: undefined symbol"
+    monkeypatch.setattr(cuda, "NATIVE_BUILT", False)
+    assert "was not built" in why_not_cuda(monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "built for AMD's" in why_not_cuda(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "not_on"),
+    [
+        ("80-real,90-real,100-real,120", [80, 86, 89, 90, 100, 103, 120, 121], [75, 70, 110]),
+        ("90", [90, 100, 120], [80, 89]),
+        ("90-virtual", [90, 100], [89]),
+        ("86-real", [86, 89], [80, 90]),
+    ],
+)
+def test_which_gpus_an_architecture_runs_on(architectures, runs, not_on):
+    assert all(cuda.runs_on(architectures, *divmod(capability, 10)) for capability in runs)
+    assert not any(cuda.runs_on(architectures, *divmod(capability, 10)) for capability in not_on)
+
+
+def test_tracing_takes_the_cuda_backends_answer(driver, monkeypatch):
+    """`reason` imports the native module and asks the driver: tracing must do that, not trace it."""
+    assert why_not_cuda(monkeypatch) is None
+
+    def chosen(x):
+        return x + (1 if cuda._refusal(9, 0) is None else 2) + (1 if cuda._refusal(7, 0) is None else 2)
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())) == 3
+    cuda.unusable.cache_clear()
+
+
+def test_the_order_of_auto_holds_every_backend_and_dtype():
+    assert all(sorted(order) == sorted(BACKENDS) for order in ORDER.values())
+    assert set(ORDER) == set(DTYPES)
 
 
 def test_cpu_needs_the_native_module(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 import aape_kernels
 from aape_kernels import doctor, reference, self_test
-from aape_kernels.backends import BACKENDS, Call, cpu, native, reasons
+from aape_kernels.backends import BACKENDS, Call, cpu, cuda, native, reasons
 
 CPU = torch.device("cpu")
 COMMAND = [sys.executable, "-m", "aape_kernels.doctor"]
@@ -199,7 +199,10 @@ def test_a_native_module_that_does_not_load_fails_the_self_test(block, monkeypat
 @pytest.mark.skipif(not cpu.NATIVE_BUILT, reason="the native module was not built")
 def test_the_native_module_speaks_for_itself(block):
     _, sections = block("--no-self-test")
-    facts = dict(line.split(maxsplit=1) for line in sections["native module"])
+    *lines, last = sections["native module"]
+    assert last.startswith("CUDA kernels")
+    assert last.endswith(cuda.unusable() or "a driver is there")
+    facts = dict(line.split(maxsplit=1) for line in lines)
     info = native.load().build_info()
     assert facts.keys() == info.keys()
     assert facts["compiler"] == info["compiler"]

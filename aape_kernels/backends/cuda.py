@@ -21,9 +21,7 @@ from .native import DTYPE_CODES, load, sizes, view
 if TYPE_CHECKING:
     from . import Call
 
-__all__ = ["embed", "embed_backward", "kernels", "reason", "runs_on", "sblu", "sblu_backward"]
-
-REBUILD = "`AAPE_CUDA=require pip install …` shows why"
+__all__ = ["embed", "embed_backward", "kernels", "reason", "runs_on", "sblu", "sblu_backward", "unusable"]
 
 
 def kernels() -> Any:
@@ -33,8 +31,6 @@ def kernels() -> Any:
 
 def reason(call: Call) -> str | None:
     """Why this backend cannot run `call`, which is on a GPU: the build, the driver or the GPU's capability."""
-    if not NATIVE_BUILT:
-        return "the native module was not built; `AAPE_NATIVE=require pip install …` shows why"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs, and this PyTorch was built for AMD's"
     properties = torch.cuda.get_device_properties(call.device)
@@ -42,22 +38,34 @@ def reason(call: Call) -> str | None:
 
 
 @functools.cache
-def _refusal(major: int, minor: int) -> str | None:
+def unusable() -> str | None:
+    """Why no GPU could be used from here, whatever its kind: the build or the driver; None if nothing is in the way."""
+    if not NATIVE_BUILT:
+        return "the native module was not built; `AAPE_NATIVE=require pip install …` shows why"
     try:
         info = load().build_info()
     except ImportError as error:
         return f"the native module cannot be loaded: {error}"
     if "cuda" not in info["kernels"]:
-        return f"the native module was built without nvcc; {REBUILD}"
-    devices = kernels().devices()
+        return "the native module was built without nvcc; `AAPE_CUDA=require pip install …` shows why"
+    devices = load().cuda.devices()
+    if not devices["driver"]:
+        return "no NVIDIA driver was found"
     if devices["error"]:
         built, driver = _version(devices["runtime"]), _version(devices["driver"])
-        return f"the driver says: {devices['error']} (built with CUDA {built}, the driver is for {driver})"
-    architectures = info["cuda_architectures"]
-    if not runs_on(architectures, major, minor):
-        how = f"`AAPE_CUDA_ARCHS={major}{minor} pip install …` builds it for that"
-        return f"it was built for {architectures}, the GPU has compute capability {major}.{minor}; {how}"
+        return f"it was built with CUDA {built}, and the driver, for CUDA {driver}, says: {devices['error']}"
     return None
+
+
+def _refusal(major: int, minor: int) -> str | None:
+    why = unusable()
+    if why is not None:
+        return why
+    architectures = load().build_info()["cuda_architectures"]
+    if runs_on(architectures, major, minor):
+        return None
+    how = f"`AAPE_CUDA_ARCHS={major}{minor} pip install …` builds it for that"
+    return f"it was built for {architectures}, the GPU has compute capability {major}.{minor}; {how}"
 
 
 # What torch.compiler.assume_constant_result sets, which would import all of dynamo: tracing asks, and takes the answer.
@@ -65,15 +73,16 @@ _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
+@functools.cache
 def runs_on(architectures: str, major: int, minor: int) -> bool:
-    """Whether code for one of CMake's `architectures`, "80-real;90", runs on a GPU of that compute capability.
+    """Whether code for one of the `architectures`, "80-real,90" as CMake has them, runs on a GPU of that capability.
 
     Machine code runs on the same generation from its own minor version on, PTX on everything as new.
     """
-    for entry in architectures.split(";"):
+    for entry in architectures.split(","):
         number, _, kind = entry.partition("-")
         own = divmod(int(number.rstrip("af")), 10)
         if kind != "virtual" and own[0] == major and own[1] <= minor:
