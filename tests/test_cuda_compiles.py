@@ -1,0 +1,111 @@
+"""What nvcc makes of csrc/cuda, without a GPU: every source by itself, for every architecture of the build.
+
+Nothing may spill or use local memory, registers must leave room for as many blocks as the kernels ask for, and the
+usual path must move 16 bytes at once. build/cuda-resources.txt has the registers of every kernel afterwards.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 100, 120)
+REGISTERS = 65536  # of a multiprocessor, on all of them
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc was found")
+
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """By architecture and source: what ptxas says, and the cubin."""
+    into = tmp_path_factory.mktemp("cubins")
+
+    def one(job):
+        architecture, source = job
+        cubin = into / f"{source}-{architecture}.cubin"
+        command = [NVCC, "-std=c++17", "--expt-relaxed-constexpr", "-Icsrc", "-Icsrc/cuda", "-Xptxas", "-v", "-O3"]
+        command += [f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), f"csrc/cuda/{source}.cu"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return done, cubin
+
+    jobs = [(architecture, source) for architecture in ARCHITECTURES for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    lines = [
+        f"sm_{architecture} {source}: {entry['registers']} registers, {entry['name']}"
+        for (architecture, source), (done, _) in results.items()
+        for entry in ENTRY.finditer(done.stderr)
+    ]
+    (ROOT / "build").mkdir(exist_ok=True)
+    (ROOT / "build" / "cuda-resources.txt").write_text("\n".join(lines) + "\n")
+    return results
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids="sm_{}".format)
+def test_nothing_spills(compiled, architecture, source):
+    done, _ = compiled[architecture, source]
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    entries = list(ENTRY.finditer(done.stderr))
+    assert len(entries) == done.stderr.count("Compiling entry function") == EXPECTED[source]
+    for entry in entries:
+        assert int(entry["stack"]) == int(entry["stores"]) == int(entry["loads"]) == 0, entry["name"]
+        # by __launch_bounds__: 256 threads, two blocks of them, or one where the arithmetic is double's
+        blocks = 1 if re.search(r"EEEdd[il]E", entry["name"]) else 2
+        assert int(entry["registers"]) * 256 * blocks <= REGISTERS, entry["name"]
+
+
+# Kernels of a source: ten of each that knows x's dtype and a path (float32 and bfloat16 have three paths, the others
+# two), eight of each that knows a dtype and the width of offsets.
+EXPECTED = {"devices": 0, "gather": 8, "overlap_add": 8, "sblu_backward": 30, "sblu_forward": 10, "stem": 10}
+
+
+def functions(cubin: Path) -> dict[str, list[str]]:
+    """Mangled name -> instructions, as Triton's copy of cuobjdump prints them."""
+    triton = pytest.importorskip("triton", reason="its wheel has cuobjdump")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    out = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\s*Function : (\w+)$", out, flags=re.MULTILINE)[1:]
+    names, bodies = parts[::2], parts[1::2]
+    return {
+        name: re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body)
+        for name, body in zip(names, bodies, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "kernel"),
+    [
+        ("sblu_forward", "sblu_forward_kernel"),
+        ("sblu_backward", "sblu_backward_states_kernel"),
+        ("sblu_backward", "sblu_backward_weight_kernel"),
+        ("sblu_backward", "sblu_backward_windows_kernel"),
+        ("stem", "stem_kernel"),
+    ],
+)
+def test_the_usual_path_of_an_h100(compiled, source, kernel):
+    """Float32, 32-bit offsets, quadrature, an even window: 16-byte accesses, multiply-adds, nothing of double's."""
+    _, cubin = compiled[90, source]
+    usual = [body for name, body in functions(cubin).items() if f"{kernel}INS_4PathIiLb1EEEffiE" in name]
+    assert len(usual) == 1
+    (instructions,) = usual
+    counted = Counter(each.partition(".")[0] for each in instructions)
+    assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
+    assert counted.most_common(1)[0][0] == "FFMA", counted
+    if kernel != "sblu_backward_windows_kernel":  # which reads no x
+        assert any(re.match(r"LDG\.E\.128", each) for each in instructions)
+    assert any(re.match(r"LDS\.128", each) for each in instructions)
