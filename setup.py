@@ -48,10 +48,11 @@ def skip_cuda(why):
 
 
 def find_nvcc():
-    """The CUDA compiler: CUDACXX, on the path, or of the toolkit that CUDA_HOME names; None if there is none."""
+    """The CUDA compiler: what CUDACXX names, else on the path or of the usual toolkit; None if there is none."""
+    named = os.environ.get("CUDACXX")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    named = [os.environ.get("CUDACXX"), "nvcc", *(os.path.join(home, "bin", "nvcc") for home in homes if home)]
-    return next((found for found in map(shutil.which, filter(None, named)) if found), None)
+    usual = ["nvcc", *(os.path.join(home, "bin", "nvcc") for home in homes if home)]
+    return next((found for found in map(shutil.which, [named] if named else usual) if found), None)
 
 
 def missing_tool():
@@ -123,6 +124,6 @@ if MODE != "off":
     if lacking:
         skip(lacking)
     else:
-        extensions = [Extension("aape_kernels._native", sources=[], optional=MODE != "require")]
+        extensions = [Extension("aape_kernels._native", sources=[], optional="require" not in (MODE, CUDA))]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -29,6 +29,8 @@ def tree(tmp_path_factory) -> Path:
 
 
 def build(kind: str, source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Without the CUDA kernels, which take longest, unless AAPE_CUDA is given."""
+    environment = {"AAPE_CUDA": "off"} | environment
     command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(source)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
@@ -111,6 +113,52 @@ def test_a_broken_compiler_leaves_it_out_or_is_an_error(tree, tmp_path):
     done = build("wheel", tree, tmp_path / "out", CXX=str(broken), AAPE_NATIVE="require")
     assert done.returncode != 0
     assert "the native module cannot be built: cmake failed" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc was found")
+def test_cuda_kernels_for_the_architectures_named(tree, tmp_path):
+    done = build("wheel", tree, tmp_path, AAPE_CUDA="require", AAPE_CUDA_ARCHS="86,90-real")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (module,) = (tmp_path / "site" / "aape_kernels").glob("_native*")
+    assert module.stat().st_size < 10e6
+    code = (
+        "import aape_kernels._native as n; info = n.build_info();"
+        "print(info['kernels'], info['cuda_architectures'], n.cuda.devices()['runtime'] > 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "('cpu', 'cuda') 86,90-real True\n"
+    # no libtorch, and the CUDA runtime within: only the driver is asked for, when it is needed
+    needed = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in needed.splitlines() if "NEEDED" in line and ("cuda" in line or "torch" in line)]
+
+
+def test_without_nvcc_the_cuda_kernels_are_left_out_with_one_line(tree, tmp_path):
+    nowhere = {"CUDACXX": str(tmp_path / "nvcc")}
+    done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="auto", **nowhere)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "the CUDA kernels" in line]
+    assert lines == [
+        "aape_kernels: the CUDA kernels are left out: no nvcc was found (set CUDACXX, or "
+        '`pip install "cuda-toolkit[nvcc,cudart,cccl]"`); Triton serves GPUs without them'
+    ]
+    done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="require", **nowhere)
+    assert done.returncode != 0
+    assert "the CUDA kernels cannot be built: no nvcc was found" in done.stdout + done.stderr
+
+
+def test_a_broken_nvcc_leaves_the_cuda_kernels_out(tree, tmp_path):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="auto", CUDACXX=str(broken))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"the CUDA kernels are left out: cmake failed with {broken}, see its" in done.stdout + done.stderr
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    assert any("_native" in name for name in zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize("mode", ["off", "maybe"])
