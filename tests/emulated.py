@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -71,19 +71,22 @@ def link(objects: Iterable[Path], into: Path, name: str) -> ModuleType:
     return module
 
 
+# To run a block's threads at the same time, or in turns.
 RACES = ("-std=c++20", "-DAAPE_EMULATOR_THREADS", "-fsanitize=thread")
+BOUNDS = ("-fsanitize=address",)
 
 
-def build_races(root: Path, into: Path, sources: Iterable[str] = (*SOURCES[:-1], "race.cpp")) -> list[Path]:
-    """Object files of the program that runs every kernel's threads at the same time, for ThreadSanitizer."""
-    return compile_sources(root, into, sources, *RACES)
+def build_program(root: Path, into: Path, flags: Sequence[str], sources: Iterable[str] = ()) -> list[Path]:
+    """Object files of the program that runs every kernel, or those of some `sources`, for one of the sanitizers."""
+    return compile_sources(root, into, sources or (*SOURCES[:-1], "every_kernel.cpp"), *flags)
 
 
-def run_races(objects: Iterable[Path], into: Path) -> subprocess.CompletedProcess[str]:
-    """Link and run that program: status 0 if there is no race."""
-    subprocess.run([compiler(), "-fsanitize=thread", *map(str, objects), "-o", str(into / "race")], check=True)
-    environment = {"TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([into / "race"], env=environment, capture_output=True, text=True)
+def run_program(objects: Iterable[Path], into: Path, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Link and run that program: status 0 and "clean" if the sanitizer has nothing to say."""
+    target = into / "every_kernel"
+    subprocess.run([compiler(), flags[-1], *map(str, objects), "-o", str(target)], check=True)
+    environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([target], env=environment, capture_output=True, text=True)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:

@@ -8,20 +8,6 @@
 #include "../../csrc/cuda/bindings.h"
 
 namespace aape {
-namespace emulator {
-
-Turns& turns() {
-  static Turns now;
-  return now;
-}
-
-Block*& current_block() {
-  static Block* now = nullptr;
-  return now;
-}
-
-}  // namespace emulator
-
 namespace cuda {
 void set_device(int) {}
 }  // namespace cuda

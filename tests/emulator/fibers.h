@@ -18,10 +18,16 @@ struct Turns {
   Order order = Order::kForward;
   unsigned seed = 0;
 };
-Turns& turns();
+inline Turns& turns() {
+  static Turns now;
+  return now;
+}
 
 class Block;
-Block*& current_block();
+inline Block*& current_block() {
+  static Block* now = nullptr;
+  return now;
+}
 inline Block* current() { return current_block(); }
 
 class Block {

@@ -3,12 +3,25 @@
 What they share with Triton's interpreted kernels is tested in tests/test_gpu_kernels_on_cpu.py.
 """
 
+import re
 import shutil
 
 import pytest
 import torch
 from cases import AWKWARD, GOLDEN, Case, cases
-from emulated import ORDERS, ROOT, build_races, compile_sources, compiler, link, more_flags, run_races, use
+from emulated import (
+    BOUNDS,
+    ORDERS,
+    RACES,
+    ROOT,
+    build_program,
+    compile_sources,
+    compiler,
+    link,
+    more_flags,
+    run_program,
+    use,
+)
 from hypothesis import given, settings
 from test_sblu import check as check_sblu
 from test_sblu import check_golden, check_range
@@ -139,16 +152,6 @@ BROKEN = {
     "an index off by one": ("sblu.cuh", "left + (window - 1) * kLanes", "left + window * kLanes"),
     "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + lane / 8)", "as + (warp / 2 * 16 + lane / 8 + 1)"),
 }
-# Sums of overlapping tokens: fibers, which only change places at barriers, lose none of them.
-RACE = {
-    "no barrier between the turns of overlapping tokens": (
-        "sblu_backward.cu",
-        "        q = q * g.z;\n      }\n    }\n    __syncthreads();",
-        "        q = q * g.z;\n      }\n    }",
-    ),
-    "no barrier before reading u": BROKEN["no barrier before reading u"],
-    "no barrier before hidden is read": BROKEN["no barrier before hidden is read"],
-}
 
 
 def copy_with(fault, root):
@@ -199,21 +202,43 @@ def test_a_broken_kernel_is_caught(broken, monkeypatch):
     assert caught
 
 
+# One kind of fault each, that fibers alone would not show.
+SANITIZED = {
+    "a race between the turns of overlapping tokens": (
+        RACES,
+        "data race",
+        (
+            "sblu_backward.cu",
+            "        q = q * g.z;\n      }\n    }\n    __syncthreads();",
+            "        q = q * g.z;\n      }\n    }",
+        ),
+    ),
+    "a race for u": (RACES, "data race", BROKEN["no barrier before reading u"]),
+    "a band of too many subbands": (
+        BOUNDS,
+        "heap-buffer-overflow",
+        ("stem.cu", "all - band.first < p.bands ? all - band.first", "all < 0 ? all"),
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def race_objects(tmp_path_factory):
-    return build_races(ROOT, tmp_path_factory.mktemp("races"))
+def programs(tmp_path_factory):
+    return {flags: build_program(ROOT, tmp_path_factory.mktemp("program"), flags) for flags in (RACES, BOUNDS)}
 
 
-def test_no_race(race_objects, tmp_path):
-    done = run_races(race_objects, tmp_path)
+@pytest.mark.parametrize("flags", [RACES, BOUNDS], ids=["races", "bounds"])
+def test_sanitizers_find_nothing(flags, programs, tmp_path):
+    done = run_program(programs[flags], tmp_path, flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "no race\n"
+    assert done.stdout == "clean\n"
 
 
-@pytest.mark.parametrize("fault", RACE.values(), ids=RACE.keys())
-def test_a_race_is_caught(fault, race_objects, tmp_path):
+@pytest.mark.parametrize(("flags", "words", "fault"), SANITIZED.values(), ids=SANITIZED.keys())
+def test_sanitizers_name_the_line(flags, words, fault, programs, tmp_path):
     copy_with(fault, tmp_path)
-    done = run_races(with_changed(race_objects, build_races(tmp_path, tmp_path, affected(fault))), tmp_path)
+    changed = build_program(tmp_path, tmp_path, flags, affected(fault))
+    done = run_program(with_changed(programs[flags], changed), tmp_path, flags)
     assert done.returncode != 0
-    assert "data race" in done.stderr
-    assert fault[0] in done.stderr  # with the file, and the line
+    assert words in done.stderr
+    assert re.search(r"csrc/cuda/\w+\.cuh?:\d+", done.stderr)
