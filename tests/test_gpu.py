@@ -39,6 +39,15 @@ def test_golden(path, dtype, gpu):
         check(inputs, cotangent, options, gpu)
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_in_float64(path, gpu):
+    if reasons(Call("sblu", DEVICE, torch.float64))[gpu] is not None:
+        pytest.skip(f"{gpu} does not compute in float64")
+    inputs, cotangent, options, want = golden(path, torch.float64)
+    *inputs, cotangent = on_device([*inputs, cotangent])
+    compare(run(inputs, cotangent, options, gpu), on_device(want), inputs, torch.float64)
+
+
 @pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_sblu_at_a_size_that_fills_the_chip(dtype, kernel, gpu):

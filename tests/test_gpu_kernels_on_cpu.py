@@ -69,7 +69,7 @@ def test_any_geometry():
 )
 def test_dtype_and_blocks(dtype, patch, states, kernel):
     """With products and without, one block of states and two; 70 states and 3 rows leave blocks half empty."""
-    batch = 8 if states == 3 else 2  # truncation evens out over enough numbers
+    batch = 8 if states == 3 or dtype == torch.bfloat16 else 2  # truncation evens out over enough numbers
     check_sblu(Case(batch, 1, states, patch, patch, patch[1], (1, 5), (0, 0), kernel), dtype)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import sanitized_on_gpu
 import torch
 from cases import AWKWARD, GOLDEN, Case, cases
 from emulated import (
@@ -115,6 +116,11 @@ def test_errors_name_the_operation_and_the_sizes(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=words):
         sblu(*inputs, **AWKWARD.options)
+
+
+def test_what_runs_under_compute_sanitizer(capsys):
+    sanitized_on_gpu.run(torch.device("cpu"))
+    assert capsys.readouterr().out == "15 golden cases\n"
 
 
 def test_when_it_can_run(monkeypatch):
