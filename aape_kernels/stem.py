@@ -220,7 +220,7 @@ class AaPE(SizedStem):
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone: the biases, `encoder.b2` among them, which holds where in
         the decay range and the band the filters sit."""
-        return {"proj.bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
+        return {"proj.bias", "bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, D) of a log-mel spectrogram (B, C, F, T), or (B, C, T, F) for layout "TF"; see `output_fmt`."""
@@ -265,6 +265,14 @@ class AaPE(SizedStem):
             band=self.band,
             layout=self.layout,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *context: Any) -> None:
+        # `replace_stem` leaves the branch beside the weight of the convolution: `proj.encoder.w1`, say
+        for name in self.state_dict():
+            beside = f"{prefix}proj.{name}"
+            if not name.startswith("proj.") and beside in state_dict:
+                state_dict[prefix + name] = state_dict.pop(beside)
+        super()._load_from_state_dict(state_dict, prefix, *context)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The arguments that settle what is computed, with the ranges in the units of the formulas."""

@@ -16,9 +16,9 @@ _schemas: list[torch.library.Library] = []  # a schema lives as long as its Libr
 
 
 def _import_torchvision() -> None:
-    """Its models are plain PyTorch, but importing it registers fakes for compiled operators, which must have schemas."""
+    """Its models are plain PyTorch, but it registers fakes for its compiled operators, which must have schemas."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except ModuleNotFoundError:
         pytest.skip("torchvision is not installed", allow_module_level=True)
     except RuntimeError:
