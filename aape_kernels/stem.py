@@ -272,7 +272,7 @@ class AaPE(SizedStem):
             beside = f"{prefix}proj.{name}"
             if not name.startswith("proj.") and beside in state_dict:
                 state_dict[prefix + name] = state_dict.pop(beside)
-        super()._load_from_state_dict(state_dict, prefix, *context)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *context)
 
     def extra_repr(self) -> str:
         """The arguments that settle what is computed, with the ranges in the units of the formulas."""

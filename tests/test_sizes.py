@@ -25,14 +25,9 @@ def noise(*size) -> torch.Tensor:
 def test_covering_grid(case):
     """Padding leaves nothing over but gaps, and adds no patch of padding alone."""
     grid = PatchGrid.make(case.patch, case.stride, case.window)
-    for size, patch, stride, count, end in zip(
-        case.size,
-        case.patch,
-        case.stride,
-        grid.covering(*case.size),
-        grid.extent(*grid.covering(*case.size)),
-        strict=True,
-    ):
+    counts = grid.covering(*case.size)
+    axes = zip(case.size, case.patch, case.stride, counts, grid.extent(*counts), strict=True)
+    for size, patch, stride, count, end in axes:
         assert end == (count - 1) * stride + patch
         covered = {frame for i in range(count) for frame in range(i * stride, i * stride + patch)}
         gaps = {frame for i in range(count) for frame in range(i * stride + patch, (i + 1) * stride)}
@@ -76,9 +71,8 @@ def test_padding_appends_zeros(size, stride, layout):
     stem.load_state_dict(plain.state_dict())
     x = noise(*size)
     grid = stem.dynamic_feat_size(size)
-    longer = x.new_zeros(
-        2, 1, *(max(n, (g - 1) * s + p) for n, g, s, p in zip(size, grid, stride, (8, 4), strict=True))
-    )
+    ends = [(count - 1) * step + patch for count, step, patch in zip(grid, stride, (8, 4), strict=True)]
+    longer = x.new_zeros(2, 1, *map(max, size, ends))
     longer[:, :, : size[0], : size[1]] = x
     assert torch.equal(stem(x), plain(longer).unflatten(1, grid))
     assert torch.equal(stem.analyse(x)[1], plain.analyse(longer)[1])
