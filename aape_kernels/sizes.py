@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -88,6 +89,43 @@ class SizedStem(nn.Module):
         """
         count = self._grid.covering if self.dynamic_img_pad else self._grid.tokens
         return self._mel_first(count(*self._mel_first((img_size[0], img_size[1]))))
+
+    def token_mask(self, lengths: Tensor | Sequence[int], img_size: Sequence[int]) -> Tensor:
+        """Which tokens of a batch of clips of unequal length, padded at their ends, are a clip's own.
+
+            N_t(length) = ⌊(length − P_t)/S_t⌋ + 1, the tokens that the clip would give by itself, are True
+
+        and as many as leave nothing over with `dynamic_img_pad`. With the default window (K = P_t) these tokens are
+        then exactly what the clip would give by itself; a longer one also sees the padding, so pad with zeros.
+
+        Args:
+            lengths: frames of each clip, (B); longer than the batch counts as the batch's length.
+            img_size: of the padded batch, in the input's order: `x.shape[2:]`.
+
+        Returns:
+            (B, N), bool, in the order of the tokens, on the device of `lengths`: for attention, pooling or a loss.
+
+        Errors: `TypeError` or `ValueError` naming the argument. Source: ours.
+
+        >>> AaPE().token_mask([32, 20], (16, 48))
+        tensor([[ True,  True, False],
+                [ True, False, False]])
+        """
+        frames = torch.as_tensor(lengths)
+        if frames.dtype.is_floating_point or frames.dtype.is_complex or frames.dtype == torch.bool:
+            raise TypeError(f"lengths: expected integers (frames), got {frames.dtype}")
+        if frames.dim() != 1:
+            raise ValueError(f"lengths: expected shape (batch), got {tuple(frames.shape)}")
+        n_f, n_t = self._mel_first(self.dynamic_feat_size(img_size))
+        patch, stride = self._grid.patch[1], self._grid.stride[1]
+        # a patch is the clip's if this frame of it is: its last, or for a padded clip its first not in the one before
+        first = torch.arange(n_t, device=frames.device) * stride
+        needed = first + patch - 1
+        if self.dynamic_img_pad:
+            needed = torch.where(first > 0, first + max(patch - stride, 0), 0)
+        own = needed < frames.unsqueeze(1)  # [B, N_t]
+        grid = own.unsqueeze(1).expand(-1, n_f, -1) if self.layout == "FT" else own.unsqueeze(2).expand(-1, -1, n_f)
+        return grid.flatten(1)
 
     def _fit(self, x: Tensor) -> Tensor:
         """x with its size checked, and padded where that is asked for; `embed` refuses what is no spectrogram."""

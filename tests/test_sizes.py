@@ -140,3 +140,39 @@ def test_one_graph_for_padded_lengths():
     for frames in (13, 17, 22, 40):
         x = noise(20, frames)
         assert relative_error(compiled(x), stem(x)) <= 1e-12
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("layout", ["FT", "TF"])
+@pytest.mark.parametrize("stride", GRIDS.values(), ids=GRIDS.keys())
+def test_token_mask(stride, layout, pad):
+    """What the mask keeps of a padded batch is what each clip gives by itself."""
+    stem = small(stride=stride, layout=layout, dynamic_img_pad=pad)
+    time = 2 if layout == "FT" else 1
+    lengths = [33, 20, 9, 40]
+    x = torch.randn(4, 1, 40, 40, dtype=torch.float64)
+    clips = [one.narrow(time, 0, length) for one, length in zip(x, lengths, strict=True)]
+    for one, length in zip(x, lengths, strict=True):
+        one.narrow(time, length, 40 - length).zero_()
+    mask = stem.token_mask(lengths, x.shape[2:])
+    tokens = stem(x)
+    assert mask.shape == tokens.shape[:2]
+    for clip, kept, own in zip(clips, tokens, mask, strict=True):
+        want = stem(clip[None])[0]
+        assert own.sum() == len(want)
+        assert relative_error(kept[own], want) <= 1e-12
+    assert torch.equal(stem.token_mask(torch.tensor(lengths), (40, 40)), mask)
+    assert stem.token_mask([0, 99], (40, 40)).sum(1).tolist() == [0, mask.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "words"),
+    [
+        ([1.5], TypeError, r"lengths: expected integers \(frames\), got torch\.float32"),
+        ([True], TypeError, r"lengths: expected integers \(frames\), got torch\.bool"),
+        (16, ValueError, r"lengths: expected shape \(batch\), got \(\)"),
+    ],
+)
+def test_bad_lengths(lengths, error, words):
+    with pytest.raises(error, match=words):
+        small().token_mask(lengths, (40, 40))
