@@ -8,10 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LambdaEncoder", "Weight"]
+__all__ = ["BranchModule", "LambdaEncoder", "Weight"]
 
 
-class LambdaEncoder(nn.Module):
+class BranchModule(nn.Module):
+    """What holds parameters of AaPE's own, and knows their initial values.
+
+    A library that allocates what a checkpoint lacks, as transformers' `from_pretrained` does, must call
+    `reset_parameters` on these (docs/models.md).
+    """
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters afresh."""
+        raise NotImplementedError
+
+
+class LambdaEncoder(BranchModule):
     """Estimates decay and frequency from each patch: r = W2 · SiLU(W1 · vec(patch) + b1) + b2.
 
     Source: the paper's Lambda Encoder; its layers, ranges and initial values are ours (docs/maths.md §3).
@@ -38,16 +50,25 @@ class LambdaEncoder(nn.Module):
         self.b2[states:] = torch.logit(share).to(self.b2)  # σ(r_ω) = (s + ½)/S
 
 
-class Weight(nn.Module):
-    """A module that holds one weight, for the names `sblu.weight` and `fusion.weight` in the state dict."""
+class Weight(BranchModule):
+    """A module that holds one weight, for the names `sblu.weight` and `fusion.weight` in the state dict.
+
+    Attributes:
+        starts_at_zero: of the fusion of a stem that must first compute what a convolution computes.
+    """
+
+    starts_at_zero = False
 
     def __init__(self, *shape: int, **factory: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(*shape, **factory))
 
     def reset_parameters(self) -> None:
-        """Uniform ±1/√fan_in."""
-        uniform_fan_in(self.weight)
+        """Uniform ±1/√fan_in, or zero."""
+        if self.starts_at_zero:
+            nn.init.zeros_(self.weight)
+        else:
+            uniform_fan_in(self.weight)
 
 
 @torch.no_grad()

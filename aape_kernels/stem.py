@@ -194,8 +194,9 @@ class AaPE(SizedStem):
             dtype=conv.weight.dtype,
             **options,
         )
+        stem.fusion.starts_at_zero = True
+        stem.fusion.reset_parameters()
         with torch.no_grad():
-            stem.fusion.weight.zero_()
             stem.proj.weight.copy_(conv.weight)
             stem.proj.weight.requires_grad_(conv.weight.requires_grad)
             if stem.proj.bias is not None and conv.bias is not None:
@@ -209,7 +210,7 @@ class AaPE(SizedStem):
         self.fusion.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter afresh, as the constructor does; after `to_empty` on a meta-device stem, say."""
+        """Initialise every parameter afresh, as the constructor or `from_conv` did; after `to_empty`, say."""
         self.proj.reset_parameters()
         self._reset_branch()
         for module in self.norm.modules():

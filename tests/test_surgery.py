@@ -188,13 +188,29 @@ def test_copies():
         assert isinstance(revert_stem(other).patch_embed.proj, nn.Conv2d)
 
 
-@pytest.mark.parametrize("name", ["timm", "hf-ast", "hf-vit"])
-def test_initial_values_survive(name):
-    """What the libraries initialise afresh, modules of torch's own types, is none of the branch's."""
+def by_type(module: nn.Module) -> None:
+    """How models without a method for it are initialised: `model.apply` on torch's own types."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+        module.weight.data.fill_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "initialise"),
+    [
+        ("timm", lambda model: model.init_weights()),
+        ("hf-ast", lambda model: model.init_weights()),
+        ("hf-vit", lambda model: model.init_weights()),
+        ("torchvision", lambda model: model.apply(by_type)),
+    ],
+    ids=["timm", "hf-ast", "hf-vit", "torchvision"],
+)
+def test_initial_values_survive(name, initialise):
+    """What is initialised afresh with a model is none of the branch's, or is what it was."""
     row = ROWS[name]
     model = replace_stem(row.build(), num_states=4)
     stem = model.get_submodule(row.conv)
-    model.init_weights()
+    initialise(model)
+    assert not stem.fusion.weight.any()
     share = (torch.arange(4) + 0.5) / 4
     torch.testing.assert_close(torch.sigmoid(stem.encoder.b2), torch.cat([torch.full((4,), 0.5), share]))
     assert stem.encoder.w1.abs().max() <= 1 / stem.encoder.w1[0].numel() ** 0.5

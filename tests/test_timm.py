@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from aape_kernels import AaPE
+from aape_kernels import AaPE, replace_stem
 
 TINY = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 
@@ -140,6 +140,19 @@ def test_checkpoint_filter():
     assert torch.equal(model.patch_embed.proj.weight, weight)
     assert torch.equal(model.patch_embed.proj.bias, state["patch_embed.proj.bias"])
     assert model.pos_embed.shape == (1, 13, 32)
+
+
+@torch.no_grad()
+def test_pretrained(tmp_path):
+    """timm's own loading, of a local file; replacing after it keeps the output."""
+    plain, x = randomised(vit(embed_layer=PatchEmbed)), torch.randn(2, 1, 32, 96)
+    torch.save(plain.state_dict(), tmp_path / "vit.pth")
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "vit.pth"), "num_classes": 5}}
+    model = replace_stem(vit(embed_layer=PatchEmbed, **options))
+    assert relative_error(model(x), plain(x)) <= 1e-5
+    built = vit(pretrained_strict=False, **options)
+    assert torch.equal(built.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+    check_initial_values(built.patch_embed)
 
 
 def test_options_go_through_a_partial():
