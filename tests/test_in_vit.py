@@ -29,12 +29,17 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
 
 
+# inductor itself calls the deprecated torch.jit.script
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("build", "graphs"),
-    [(lambda **o: timm_vit(embed_layer=AaPE, **o), 1), (lambda **o: trained(timm_vit(**o)), 3)],
+    ("build", "graphs", "backend"),
+    [
+        (lambda **options: timm_vit(embed_layer=AaPE, **options), 1, "inductor"),
+        (lambda **options: trained(timm_vit(**options)), 3, "aot_eager"),
+    ],
     ids=["built", "replaced"],
 )
-def test_fullgraph_with_dynamic_time(build, graphs):
+def test_fullgraph_with_dynamic_time(build, graphs, backend):
     """Forward and backward, batch and frames dynamic. timm's own stem, which a replaced one sits in, makes a graph for
     every length. Positions are resampled in the graph; they are frozen, as PyTorch has no backward of that (bicubic,
     antialiased) for symbolic sizes."""
@@ -42,7 +47,7 @@ def test_fullgraph_with_dynamic_time(build, graphs):
     counters.clear()
     model = build(dynamic_img_size=True)
     model.pos_embed.requires_grad_(False)
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend=backend)
     for batch, frames in ((2, 96), (3, 112), (4, 160)):
         x = torch.randn(batch, 1, 32, frames)
         for got, want in zip(gradients(compiled, x), gradients(model, x), strict=True):
