@@ -3,6 +3,7 @@
 from .functional import embed, sblu
 from .ranges import band_from_hz, decay_from_hz
 from .stem import AaPE
+from .surgery import replace_stem, revert_stem
 
-__all__ = ["AaPE", "band_from_hz", "decay_from_hz", "embed", "sblu"]
+__all__ = ["AaPE", "band_from_hz", "decay_from_hz", "embed", "replace_stem", "revert_stem", "sblu"]
 __version__ = "0.1.0"

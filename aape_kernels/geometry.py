@@ -71,3 +71,15 @@ class PatchGrid:
         """The token grid (N_f, N_t) on a spectrogram that holds at least one patch."""
         (p_f, p_t), (s_f, s_t) = self.patch, self.stride
         return (mel_bins - p_f) // s_f + 1, (frames - p_t) // s_t + 1
+
+    def covering(self, mel_bins: int, frames: int) -> tuple[int, int]:
+        """The token grid that leaves nothing over behind its last patch, where the spectrogram may be padded.
+
+        The last patch on an axis begins inside the spectrogram, with gaps too: none holds padding alone.
+        """
+        (p_f, p_t), (s_f, s_t) = self.patch, self.stride
+        return max(-((max(p_f, s_f) - mel_bins) // s_f), 0) + 1, max(-((max(p_t, s_t) - frames) // s_t), 0) + 1
+
+    def extent(self, n_f: int, n_t: int) -> tuple[int, int]:
+        """Mel bins and frames from the first patch's beginning to the end of the last one's."""
+        return (n_f - 1) * self.stride[0] + self.patch[0], (n_t - 1) * self.stride[1] + self.patch[1]

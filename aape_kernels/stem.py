@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backends import check_backend
+from .branch import LambdaEncoder, Weight
 from .functional import DTYPES, KERNELS, LAYOUTS, analyse, check_name, embed
 from .geometry import PatchGrid, pair
 from .ranges import check_band, check_decay
+from .sizes import SizedStem
 
 __all__ = ["AaPE"]
-
-
-class LambdaEncoder(nn.Module):
-    """Estimates decay and frequency from each patch: r = W2 · SiLU(W1 · vec(patch) + b1) + b2.
-
-    Source: the paper's Lambda Encoder; its layers, ranges and initial values are ours (docs/maths.md §3).
-
-    Parameters of its own rather than `nn.Linear` modules, because timm and transformers re-initialise those.
-    """
-
-    def __init__(self, channels: int, patch: tuple[int, int], hidden: int, states: int, **factory: Any) -> None:
-        super().__init__()
-        self.w1 = nn.Parameter(torch.empty(hidden, channels, *patch, **factory))
-        self.b1 = nn.Parameter(torch.empty(hidden, **factory))
-        self.w2 = nn.Parameter(torch.empty(2 * states, hidden, **factory))
-        self.b2 = nn.Parameter(torch.empty(2 * states, **factory))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """A fixed filter bank that learns to adapt: frequencies evenly over the band, decay at its range's middle."""
-        _uniform_fan_in(self.w1)
-        self.b1.zero_()
-        self.w2.normal_(std=0.02)
-        states = len(self.b2) // 2
-        share = (torch.arange(states, dtype=torch.float64) + 0.5) / states
-        self.b2[:states] = 0.0
-        self.b2[states:] = torch.logit(share).to(self.b2)  # σ(r_ω) = (s + ½)/S
-
-
-class _Weight(nn.Module):
-    """A module that holds one weight, for the names `sblu.weight` and `fusion.weight` in the state dict."""
-
-    def __init__(self, *shape: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(*shape, **factory))
-
-    def reset_parameters(self) -> None:
-        _uniform_fan_in(self.weight)
-
-
-@torch.no_grad()
-def _uniform_fan_in(weight: Tensor) -> None:
-    """Uniform ±1/√fan_in, the fan-in being all but the first axis."""
-    bound = 1 / math.sqrt(weight[0].numel())
-    weight.uniform_(-bound, bound)
 
 
 def _positive(value: object, name: str) -> int:
@@ -82,7 +38,7 @@ def _factory(device: object, dtype: object) -> dict[str, Any]:
     return {"device": device, "dtype": dtype}
 
 
-class AaPE(nn.Module):
+class AaPE(SizedStem):
     """Aliasing-aware Patch Embedding: a drop-in for the `nn.Conv2d` stem of an audio ViT.
 
         token = W_p · vec(patch) + b_p + W_y · [Re y ; Im y]
@@ -94,7 +50,7 @@ class AaPE(nn.Module):
         α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
 
     Args:
-        img_size: (F, T) of the input, checked strictly; None takes any size that holds at least one patch.
+        img_size: (F, T) of the input; None takes any size that holds at least one patch.
         patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
         in_chans: channels C of the spectrogram.
         embed_dim: size D of a token.
@@ -111,7 +67,16 @@ class AaPE(nn.Module):
         layout: "FT" for input (B, C, F, T); "TF" for (B, C, T, F). With "TF" `img_size`, `patch_size`, `stride`,
             `grid_size` and `proj.weight` follow the input's order (time, frequency) and tokens are time-major.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        norm_layer: what makes `norm` from D, the last thing the tokens go through; None for an identity.
+        flatten: False for tokens as the convolution lays them out, "NCHW".
+        output_fmt: "NCHW", "NHWC", "NCL" or "NLC", which takes precedence over `flatten`: N the batch, C the token's
+            D, H × W the token grid in the input's order and L its tokens. A view of contiguous "NLC".
+        strict_img_size: whether every input must have `img_size`; otherwise it only gives `grid_size`.
+        dynamic_img_pad: pad the ends of both axes with zeros until no frame or mel bin is left over behind the last
+            patch; otherwise what is left over is not used.
         device, dtype: of the parameters.
+
+    From `norm_layer` on these are the keywords of timm's stem: `timm.create_model(..., embed_layer=AaPE)`.
 
     Shapes: x (B, C, F, T) -> tokens (B, N_f·N_t, D), contiguous, frequency-major (i·N_t + j); for layout "TF"
     x (B, C, T, F) -> time-major tokens.
@@ -119,7 +84,7 @@ class AaPE(nn.Module):
     Precision: encoder and filters run in float32 (float64 for float64 input), their response is rounded once; the
     product and the tokens have the input's dtype, or autocast's. Without autocast x must have `proj.weight`'s dtype.
 
-    Attributes: `proj` (the `nn.Conv2d` this replaces: its checkpoints load), `encoder`, `sblu`, `fusion`;
+    Attributes: `proj` (the `nn.Conv2d` this replaces: its checkpoints load), `encoder`, `sblu`, `fusion`, `norm`;
     `img_size`, `patch_size`, `stride`, `grid_size` and `num_patches` (None without `img_size`), `window`, `band`,
     `decay`.
 
@@ -150,6 +115,11 @@ class AaPE(nn.Module):
         bias: bool = True,
         layout: str = "FT",
         backend: str = "auto",
+        norm_layer: Callable[..., nn.Module] | None = None,
+        flatten: bool = True,
+        output_fmt: str | None = None,
+        strict_img_size: bool = True,
+        dynamic_img_pad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -168,20 +138,18 @@ class AaPE(nn.Module):
         self.band = check_band(band, self._grid)
         self.decay = check_decay(decay, self._grid)
 
-        self.img_size = None if img_size is None else pair(img_size, "img_size")
-        self.grid_size: tuple[int, int] | None = None
-        self.num_patches: int | None = None
-        if self.img_size is not None:
-            if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
-                raise ValueError(f"img_size: expected at least one patch, {self.patch_size}, got {self.img_size}")
-            self.grid_size = self._mel_first(self._grid.tokens(*self._mel_first(self.img_size)))
-            self.num_patches = self.grid_size[0] * self.grid_size[1]
+        if norm_layer is not None and not callable(norm_layer):
+            raise TypeError(f"norm_layer: expected a module's class or another callable, or None, got {norm_layer!r}")
+        self._set_format(flatten, output_fmt)
+        self._set_sizes(img_size, strict_img_size, dynamic_img_pad)
 
         factory = _factory(device, dtype)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
         self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
-        self.sblu = _Weight(num_states, in_chans, self._grid.patch[0], **factory)
-        self.fusion = _Weight(embed_dim, 2, num_states, **factory)
+        self.sblu = Weight(num_states, in_chans, self._grid.patch[0], **factory)
+        self.fusion = Weight(embed_dim, 2, num_states, **factory)
+        given = {name: value for name, value in factory.items() if value is not None}
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **given)
         self._reset_branch()
 
     @classmethod
@@ -226,8 +194,9 @@ class AaPE(nn.Module):
             dtype=conv.weight.dtype,
             **options,
         )
+        stem.fusion.starts_at_zero = True
+        stem.fusion.reset_parameters()
         with torch.no_grad():
-            stem.fusion.weight.zero_()
             stem.proj.weight.copy_(conv.weight)
             stem.proj.weight.requires_grad_(conv.weight.requires_grad)
             if stem.proj.bias is not None and conv.bias is not None:
@@ -235,35 +204,29 @@ class AaPE(nn.Module):
                 stem.proj.bias.requires_grad_(conv.bias.requires_grad)
         return stem.train(conv.training)
 
-    def _mel_first(self, sizes: tuple[int, int]) -> tuple[int, int]:
-        """(mel, time) from the input's order, and back: it is its own inverse."""
-        return sizes if self.layout == "FT" else (sizes[1], sizes[0])
-
     def _reset_branch(self) -> None:
         self.encoder.reset_parameters()
         self.sblu.reset_parameters()
         self.fusion.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter afresh, as the constructor does; after `to_empty` on a meta-device stem, say."""
+        """Initialise every parameter afresh, as the constructor or `from_conv` did; after `to_empty`, say."""
         self.proj.reset_parameters()
         self._reset_branch()
+        for module in self.norm.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone: the biases, `encoder.b2` among them, which holds where in
         the decay range and the band the filters sit."""
-        return {"proj.bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
-
-    def _check_size(self, x: Tensor) -> None:
-        if self.img_size is not None and x.dim() == 4 and tuple(x.shape[2:]) != self.img_size:
-            axes = "mel bins, frames" if self.layout == "FT" else "frames, mel bins"
-            raise ValueError(f"x: expected img_size {self.img_size} ({axes}), got {tuple(x.shape[2:])}")
+        return {"proj.bias", "bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) of a log-mel spectrogram (B, C, F, T), or (B, C, T, F) for layout "TF"."""
-        if isinstance(x, Tensor):
-            self._check_size(x)
-        return embed(
+        """Tokens (B, N, D) of a log-mel spectrogram (B, C, F, T), or (B, C, T, F) for layout "TF"; see `output_fmt`."""
+        x = self._fit(x)
+        tokens = embed(
             x,
             self.proj.weight,
             self.proj.bias,
@@ -281,6 +244,7 @@ class AaPE(nn.Module):
             layout=self.layout,
             backend=self.backend,
         )
+        return self.norm(self._arrange(tokens, x.shape[2:]))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,11 +253,9 @@ class AaPE(nn.Module):
         x (B, C, F, T), or (B, C, T, F) for layout "TF" -> decay (1/frame) and frequency (rad/frame), each
         (B, N_f, N_t, S) whatever the layout, in float32 (float64 for float64 input).
         """
-        if isinstance(x, Tensor):
-            self._check_size(x)
         encoder = self.encoder
         return analyse(
-            x,
+            self._fit(x),
             encoder.w1,
             encoder.b1,
             encoder.w2,
@@ -304,6 +266,14 @@ class AaPE(nn.Module):
             band=self.band,
             layout=self.layout,
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *context: Any) -> None:
+        # `replace_stem` leaves the branch beside the weight of the convolution: `proj.encoder.w1`, say
+        for name in self.state_dict():
+            beside = f"{prefix}proj.{name}"
+            if not name.startswith("proj.") and beside in state_dict:
+                state_dict[prefix + name] = state_dict.pop(beside)
+        super()._load_from_state_dict(state_dict, prefix, *context)
 
     def extra_repr(self) -> str:
         """The arguments that settle what is computed, with the ranges in the units of the formulas."""

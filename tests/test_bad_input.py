@@ -207,6 +207,13 @@ TABLE = {
     "hidden": (make(encoder_dim=-3), ValueError, "encoder_dim: expected at least 1, got -3"),
     "embed-dim": (make(embed_dim=0), ValueError, "embed_dim: expected at least 1, got 0"),
     "in-chans": (make(in_chans="1"), TypeError, "in_chans: expected an int, got '1'"),
+    # timm's keywords
+    "output-fmt": (make(output_fmt="BCHW"), ValueError, "output_fmt: expected one of NCHW, NHWC.*got 'BCHW'"),
+    "flatten": (make(flatten=1), TypeError, "flatten: expected True or False, got 1"),
+    "strict": (make(strict_img_size=None), TypeError, "strict_img_size: expected True or False, got None"),
+    "pad": (make(dynamic_img_pad="yes"), TypeError, "dynamic_img_pad: expected True or False, got 'yes'"),
+    "norm": (make(norm_layer="ln"), TypeError, "norm_layer: expected a module's class .*got 'ln'"),
+    "padded-rank": (call_stem(X[0], dynamic_img_pad=True), ValueError, r"x: expected shape .*got \(1, 32, 64\)"),
     # from_conv
     "conv-padding": (convert(1, 8, 16, 16, padding=1), ValueError, r"conv: expected padding \(0, 0\), got \(1, 1\)"),
     "conv-same": (convert(1, 8, 3, padding="same"), ValueError, r"conv: expected padding \(0, 0\), got same"),

@@ -11,6 +11,8 @@ NOT_IMPORTED = (
     "torchaudio",
     "timm",
     "transformers",
+    "torchvision",
+    "huggingface_hub",
     "lightning",
     "aape_kernels._native",
     "aape_kernels.doctor",
@@ -34,7 +36,8 @@ def test_import_brings_no_optional_library():
 
 
 def test_public_names():
-    assert set(aape_kernels.__all__) == {"AaPE", "band_from_hz", "decay_from_hz", "embed", "sblu"}
+    names = {"AaPE", "band_from_hz", "decay_from_hz", "embed", "replace_stem", "revert_stem", "sblu"}
+    assert set(aape_kernels.__all__) == names
     assert all(getattr(aape_kernels, name).__doc__ for name in aape_kernels.__all__)
 
 

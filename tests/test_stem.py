@@ -291,6 +291,16 @@ def test_from_conv_moves_with_the_first_step():
     assert stem.fusion.weight.grad.abs().max() > 0
 
 
+def test_from_conv_starts_at_zero_again():
+    stem = AaPE.from_conv(nn.Conv2d(1, 16, 16, 16))
+    nn.init.ones_(stem.fusion.weight)
+    copy.deepcopy(stem).reset_parameters()
+    assert stem.fusion.weight.all()
+    stem.reset_parameters()
+    assert not stem.fusion.weight.any()
+    assert stem.sblu.weight.any()
+
+
 def test_from_conv_on_the_meta_device():
     stem = AaPE.from_conv(nn.Conv2d(1, 16, 16, 16, device="meta"))
     assert all(parameter.is_meta for parameter in stem.parameters())

@@ -1,0 +1,285 @@
+"""`replace_stem` and `revert_stem`: AaPE into a model that is there already, and out of it again.
+
+What is swapped is the `nn.Conv2d` of the model's patch embedding. All around it stays: the module that holds it, with
+its checks, attributes, hooks and output format, and the names under which checkpoints know its weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .functional import LAYOUTS, check_name
+from .stem import AaPE
+
+__all__ = ["KNOWN", "AaPEConv2d", "Known", "replace_stem", "revert_stem"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where the patch embedding of a model sits.
+
+    Attributes:
+        models: whose it is.
+        holder: names of the class that `path` starts from; those derived from it count too.
+        library: the package that class comes from; "" for code that people copy into their own tree.
+        path: from the holder to the `nn.Conv2d`.
+        layout: of that convolution's input: "FT" (B, C, F, T), "TF" (B, C, T, F). Tokens are frequency-major with
+            the former, time-major with the latter.
+    """
+
+    models: str
+    holder: tuple[str, ...]
+    library: str
+    path: str
+    layout: str
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is of the holder's class."""
+        return any(
+            base.__name__ in self.holder and self.library in ("", base.__module__.partition(".")[0])
+            for base in type(module).__mro__
+        )
+
+    def __str__(self) -> str:
+        return f"{self.path!r} of {' or '.join(self.holder)} ({self.models})"
+
+
+# The more particular before the more general: a convolution that two rows find has the layout of the first. Patch and
+# stride are the convolution's own; the holder's code decides what becomes of its output.
+KNOWN = (
+    Known("AudioMAE, EAT", ("PatchEmbed_new", "PatchEmbed_org"), "", "proj", "TF"),
+    Known("EAT in fairseq", ("ImageEncoder",), "", "local_encoder.proj", "TF"),
+    Known("BEATs", ("BEATs",), "", "patch_embedding", "TF"),
+    Known("AST and SSAST, the authors'", ("ASTModel",), "", "v.patch_embed.proj", "FT"),
+    Known("M2D", ("M2DViT", "LocalViT"), "", "patch_embed.proj", "FT"),
+    Known("PaSST", ("PaSST",), "", "patch_embed.proj", "FT"),
+    Known("transformers AST", ("ASTPatchEmbeddings",), "transformers", "projection", "FT"),
+    Known("transformers ViT", ("ViTPatchEmbeddings",), "transformers", "projection", "FT"),
+    Known("torchvision ViT", ("VisionTransformer",), "torchvision", "conv_proj", "FT"),
+    Known("timm", ("PatchEmbed",), "timm", "proj", "FT"),
+)
+
+
+class AaPEConv2d(AaPE):
+    """AaPE in the place of the `nn.Conv2d` of a patch embedding, as `replace_stem` puts it there.
+
+    Called like the convolution, x (B, C, F, T) -> (B, D, N_f, N_t), or (B, C, T, F) -> (B, D, N_t, N_f) for layout
+    "TF", and with its attributes: `weight`, `bias`, `in_channels`, `out_channels`, `kernel_size`, `stride`. The
+    output is laid out in memory as channels-last convolutions have it, so that `flatten(2).transpose(1, 2)` is a view.
+
+    Everything else is as in `AaPE`, `analyse` included; `proj` is the module itself. Source: ours.
+    """
+
+    padding = (0, 0)
+    dilation = (1, 1)
+    groups = 1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, flatten=False)
+        # one level up: the names that the convolution's parameters have in the model's checkpoints
+        proj = self._modules.pop("proj")
+        assert isinstance(proj, nn.Conv2d)
+        self.weight, self.bias = proj.weight, proj.bias
+
+    @property
+    def proj(self) -> AaPEConv2d:  # type: ignore[override]
+        """The module itself, which has the weight and bias that `AaPE` keeps in `proj`."""
+        return self
+
+    @property
+    def in_channels(self) -> int:
+        """Channels C of the spectrogram."""
+        return self.in_chans
+
+    @property
+    def out_channels(self) -> int:
+        """Size D of a token."""
+        return self.embed_dim
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """The patch size, in the input's order."""
+        return self.patch_size
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter afresh, weight and bias as `nn.Conv2d` does."""
+        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
+        self._reset_branch()
+
+
+def replace_stem(model: Model, *, path: str | None = None, layout: str | None = None, **options: Any) -> Model:
+    """Swap the patch embedding of a ViT for AaPE, in place. The model computes what it computed, until it is trained.
+
+    The convolution's weight and bias stay the very parameters they are (with their `requires_grad`, and in optimisers
+    that hold them), under the same names in the state dict; AaPE's own parameters come beside them, and are trained
+    unless you freeze them: an optimiser must be given them. Device, dtype and training mode are kept, and hooks on the
+    convolution move to what replaces it.
+
+    Args:
+        model: one that holds a stem of `aape_kernels.surgery.KNOWN`, at any depth; or any other, with `path`.
+        path: of the stem in `model`: an `nn.Conv2d`, or a module that holds just one. Needed where `model` holds no
+            known stem, or several.
+        layout: of the input of that convolution: "FT" (B, C, F, T), "TF" (B, C, T, F). Known for the known stems,
+            for which it may be given too, if the model is fed otherwise; needed for others.
+        options: keywords of `AaPE`: num_states, encoder_dim, window, kernel, band, decay, backend.
+
+    Returns:
+        `model` itself.
+
+    Errors: `TypeError` or `ValueError` naming what was looked for and what came; `RuntimeError` if the new stem's
+    output has another shape than the old one's. In each case the model is left as it was.
+    Source: ours.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 192, 16, 16), nn.Flatten(2))
+    >>> replace_stem(model, path="0", layout="FT")(torch.zeros(2, 1, 128, 256)).shape
+    torch.Size([2, 192, 128])
+    """
+    _check_model(model)
+    settled = {"img_size", "flatten", "output_fmt", "norm_layer", "strict_img_size", "dynamic_img_pad"} & options.keys()
+    if settled:
+        raise TypeError(f"{', '.join(sorted(settled))}: expected to be left out, as the model's own code settles it")
+    if layout is not None:
+        check_name(layout, "layout", LAYOUTS)
+    known = dict(_known_stems(model))
+    where = _only(model, list(known)) if path is None else _resolve(model, path)
+    if layout is None and where not in known:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, as {where!r} is no known stem, got None")
+    conv = model.get_submodule(where)
+    assert isinstance(conv, nn.Conv2d)
+    _check_plain(conv, where)
+
+    stem = AaPEConv2d.from_conv(conv, layout or known[where].layout, **options)
+    assert isinstance(stem, AaPEConv2d)
+    _check_shape(conv, stem)
+    stem.weight, stem.bias = conv.weight, conv.bias
+    _put(model, conv, stem)
+    return model
+
+
+def revert_stem(model: Model) -> Model:
+    """Put an `nn.Conv2d` back wherever `replace_stem` put AaPE, in place, and drop AaPE's own parameters.
+
+    Weight and bias are the parameters that the model has now: right after `replace_stem` it is again what it was, and
+    after training it is what training made of it, without the branch.
+
+    Returns:
+        `model` itself.
+
+    Errors: `TypeError`, or `ValueError` if `replace_stem` has replaced nothing in `model`. Source: ours.
+    """
+    _check_model(model)
+    stems = [module for module in model.modules() if isinstance(module, AaPEConv2d) and module is not model]
+    if not stems:
+        raise ValueError(f"model: expected one with a stem that replace_stem put there, got {type(model).__name__}")
+    for stem in stems:
+        conv = nn.Conv2d(
+            stem.in_channels,
+            stem.out_channels,
+            stem.kernel_size,
+            stem.stride,
+            bias=stem.bias is not None,
+            device="meta",
+        )
+        conv.weight, conv.bias = stem.weight, stem.bias
+        _put(model, stem, conv.train(stem.training))
+    return model
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("model: expected one that DistributedDataParallel does not wrap yet: swap the stem, then wrap")
+
+
+def _known_stems(model: nn.Module) -> Iterator[tuple[str, Known]]:
+    """The path of every convolution that a row of the table finds, once, with the first such row."""
+    seen = set()
+    for row in KNOWN:
+        for name, module in model.named_modules():
+            path = f"{name}.{row.path}" if name else row.path
+            conv = _get(model, path) if row.holds(module) else None
+            if isinstance(conv, nn.Conv2d) and conv not in seen:
+                seen.add(conv)
+                yield path, row
+
+
+def _get(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _convolutions(model: nn.Module) -> str:
+    paths = [repr(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return ", ".join(paths[:8] + ["…"] * (len(paths) > 8)) or "none"
+
+
+def _only(model: nn.Module, found: list[str]) -> str:
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"path: expected one of {', '.join(map(repr, found))}, the known stems in {type(model).__name__}, got None"
+        )
+    if any(isinstance(module, AaPE) for module in model.modules()):
+        raise ValueError(f"model: expected one whose stem is an nn.Conv2d, got {type(model).__name__} with AaPE in it")
+    raise ValueError(
+        f"model: expected one that holds {'; '.join(map(str, KNOWN))}; got {type(model).__name__}. For any other, name "
+        f'its patch embedding and its input\'s order: replace_stem(model, path="...", layout="FT" or "TF"); the '
+        f"nn.Conv2d in it: {_convolutions(model)}"
+    )
+
+
+def _resolve(model: nn.Module, path: str) -> str:
+    """The path of the one convolution at or below `path`."""
+    if not isinstance(path, str):
+        raise TypeError(f"path: expected a str such as 'patch_embed.proj', got {path!r}")
+    module = _get(model, path)
+    inside = [] if module is None else [name for name, m in module.named_modules() if isinstance(m, nn.Conv2d)]
+    if len(inside) != 1 or not (path or inside[0]):
+        what = "no module" if module is None else f"{type(module).__name__} with {len(inside)} of them"
+        raise ValueError(
+            f"path: expected that of an nn.Conv2d in {type(model).__name__}, or of a module that holds just one, got "
+            f"{path!r} ({what}); there are: {_convolutions(model)}"
+        )
+    return ".".join(filter(None, (path, inside[0])))
+
+
+def _check_plain(conv: nn.Conv2d, path: str) -> None:
+    """Refuse what only looks like a convolution of its weight: its forward would be lost."""
+    own = type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    if not own or type(conv._parameters.get("weight")) is not nn.Parameter:
+        raise ValueError(
+            f"model: expected {path!r} to be an nn.Conv2d with a weight of its own (not parametrised, sharded, "
+            f"quantised or lazy, and no forward but nn.Conv2d's), got {type(conv).__name__}"
+        )
+
+
+@torch.no_grad()
+def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
+    """One small input through both, past their hooks."""
+    height, width = (patch + n * step for patch, step, n in zip(stem.patch_size, stem.stride, (1, 2), strict=True))
+    x = conv.weight.new_zeros(1, conv.in_channels, height, width)
+    old, new = conv.forward(x).shape, stem.forward(x).shape
+    if old != new:
+        raise RuntimeError(f"replace_stem: expected output {tuple(old)}, the old stem's, got {tuple(new)}")
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """`new` wherever `old` is, with its hooks: the very dicts, so that the handles people hold still remove them."""
+    for name in vars(new):
+        if "hook" in name:
+            setattr(new, name, getattr(old, name))
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is old:
+                setattr(module, name, new)

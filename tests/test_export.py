@@ -1,0 +1,51 @@
+"""A ViT with AaPE for a stem, out of Python: ONNX by the reference, and a package compiled ahead of time."""
+
+import pytest
+import torch
+from known_models import hf_ast, randomised, timm_vit
+from oracle import relative_error
+from torch import nn
+from torch.export import Dim, export
+
+from aape_kernels import AaPE, replace_stem
+
+# what torch.onnx and inductor themselves call of torch is deprecated
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning"),
+]
+
+
+def vit(backend: str) -> nn.Module:
+    return randomised(replace_stem(timm_vit(), num_states=4, encoder_dim=8, backend=backend))
+
+
+@pytest.mark.parametrize("name", ["timm", "ast", "stem-tf"])
+def test_onnx(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = {"num_states": 4, "encoder_dim": 8, "backend": "reference"}
+    if name == "timm":
+        model, x = vit("reference"), torch.randn(2, 1, 32, 64)
+    elif name == "ast":
+        model, x = randomised(replace_stem(hf_ast(), **options)), torch.randn(2, 64, 32)
+    else:
+        stem = AaPE(patch_size=(4, 8), embed_dim=8, stride=(3, 5), window=10, layout="TF", **options)
+        model, x = randomised(stem), torch.randn(2, 1, 20, 24)
+    file = tmp_path / "model.onnx"
+    sizes = ({0: Dim("batch")},)
+    torch.onnx.export(model, (x,), file, dynamo=True, opset_version=18, dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    x = torch.randn(3, *x.shape[1:])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    want = model(x)
+    assert relative_error(torch.from_numpy(got), want if isinstance(want, torch.Tensor) else want.logits) <= 1e-5
+
+
+def test_compiled_ahead_of_time(tmp_path):
+    """AOTInductor's package; with a compiled backend it calls the registered op, so aape_kernels must be imported."""
+    model = vit("auto")
+    with torch.no_grad():
+        program = export(model, (torch.randn(2, 1, 32, 64),), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        x = torch.randn(5, 1, 32, 64)
+        assert relative_error(torch._inductor.aoti_load_package(package)(x), model(x)) <= 1e-5
