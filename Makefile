@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES = aape_kernels python tests benchmarks examples setup.py
-INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/*)
+INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 # A cleared environment for the tests, so that nothing installed by hand can hide a missing step.
 TEST_VENV = .venv-test
 
