@@ -186,6 +186,14 @@ def test_elements_beyond_2_to_the_31():
     (x, *rest), cotangent = case.inputs(torch.float32)
     want, got = (run_sblu(case.options, (value, *rest), cotangent) for value in (x, *far_apart(x)))
     assert same_bits(got, want)
+    stem, near = small(torch.float32), torch.randn(2, 2, 13, 14)
+
+    def gradients(x):
+        leaf = x.detach().requires_grad_()
+        tokens = stem(leaf)
+        return [tokens, *torch.autograd.grad(tokens.square().sum(), [leaf, *stem.parameters()])]
+
+    assert same_bits(gradients(*far_apart(near)), gradients(near))
 
 
 def test_empty_batch():
