@@ -6,7 +6,7 @@ INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildca
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint format clean
+.PHONY: help demo test bench gpu wheels lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,9 @@ bench: .venv/dev  ## throughput beside the peers, as one table (nothing else sho
 # In the environment of $(PYTHON): a GPU machine may have no network to fill one of its own.
 gpu:  ## on a machine with a GPU: install, all GPU tests, benchmark; results in build/gpu, or OUT
 	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+
+wheels: .venv/dev  ## sdist, pure-Python wheel and manylinux wheel with the CPU module, into dist/ (or OUT)
+	.ci/wheels .venv/bin/python "$(or $(OUT),dist)"
 
 lint: .venv/dev  ## ruff and mypy
 	.venv/bin/ruff check $(SOURCES)
