@@ -40,6 +40,11 @@ def build(kind: str, source: Path, out: Path, **environment: str) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
+def in_troubleshooting(line: str) -> bool:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    return " ".join(line.split()) in " ".join(page.split())
+
+
 def without_compiler(folder: Path) -> dict[str, str]:
     """An environment in which no C++ compiler is on the path, and everything else of the build is."""
     folder.mkdir()
@@ -175,6 +180,7 @@ def test_without_a_compiler_the_native_module_is_left_out_with_one_line(tree, tm
         "aape_kernels: the native module is left out: no C++ compiler was found (set CXX, or install g++ or clang++); "
         "the PyTorch backends work without it"
     }
+    assert in_troubleshooting(lines[0])
     (wheel,) = (tmp_path / "out").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_native" in name]
@@ -228,6 +234,7 @@ def test_without_nvcc_the_cuda_kernels_are_left_out_with_one_line(tree, tmp_path
         "aape_kernels: the CUDA kernels are left out: no nvcc was found (set CUDACXX, or "
         '`pip install "cuda-toolkit[nvcc,cudart,cccl]"`); Triton serves GPUs without them'
     ]
+    assert in_troubleshooting(lines[0])
     done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="require", **nowhere)
     assert done.returncode != 0
     assert "the CUDA kernels cannot be built: no nvcc was found" in done.stdout + done.stderr
