@@ -1,12 +1,12 @@
 PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
-SOURCES = aape_kernels python tests benchmarks examples setup.py
+SOURCES = aape_kernels python tests benchmarks docs examples setup.py
 INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 # A cleared environment for the tests, so that nothing installed by hand can hide a missing step.
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint format clean
+.PHONY: help demo test bench gpu wheels docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,12 @@ bench: .venv/dev  ## throughput beside the peers, as one table (nothing else sho
 # In the environment of $(PYTHON): a GPU machine may have no network to fill one of its own.
 gpu:  ## on a machine with a GPU: install, all GPU tests, benchmark; results in build/gpu, or OUT
 	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+
+wheels: .venv/dev  ## sdist, pure-Python wheel and manylinux wheel with the CPU module, into dist/ (or OUT)
+	.ci/wheels .venv/bin/python "$(or $(OUT),dist)"
+
+docs: .venv/dev  ## the site, into build/docs: open build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 lint: .venv/dev  ## ruff and mypy
 	.venv/bin/ruff check $(SOURCES)

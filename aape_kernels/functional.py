@@ -169,7 +169,10 @@ def embed(
         x: (B, C, F, T), or (B, C, T, F) for layout "TF"; any strides.
         proj_w: (D, C, P_f, P_t), for layout "TF" (D, C, P_t, P_f); it sets the patch size.
         proj_b: (D) or None.
-        w1, b1, w2, b2: the Lambda Encoder, (H, C, P_f, P_t), (H), (2S, H), (2S), whatever the layout.
+        w1: (H, C, P_f, P_t), whatever the layout: the Lambda Encoder's first layer.
+        b1: (H).
+        w2: (2S, H), its second.
+        b2: (2S).
         sblu_w: (S, C, P_f).
         fusion_w: (D, 2, S).
         stride: in the order of the input's axes; the patch size unless given.

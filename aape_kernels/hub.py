@@ -19,6 +19,7 @@ class AaPE(stem.AaPE, PyTorchModelHubMixin, library_name="aape_kernels", tags=["
     `from_pretrained(folder or name)` builds the stem from these, and `push_to_hub(name)` uploads them. What JSON cannot
     hold is not saved: give `norm_layer`, `device` and `dtype` to `from_pretrained` again.
 
-    >>> AaPE(embed_dim=192, num_states=8).save_pretrained("stem")  # doctest: +SKIP
-    >>> AaPE.from_pretrained("stem")  # doctest: +SKIP
+    Examples:
+        >>> AaPE(embed_dim=192, num_states=8).save_pretrained("stem")  # doctest: +SKIP
+        >>> AaPE.from_pretrained("stem")  # doctest: +SKIP
     """

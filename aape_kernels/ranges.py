@@ -65,8 +65,9 @@ def band_from_hz(hz: Sequence[float], hop: float = 0.01) -> tuple[float, float]:
 
     Errors: `TypeError` or `ValueError` naming the argument. Source: ours.
 
-    >>> band_from_hz((3.125, 50.0))
-    (0.19634954084936207, 3.141592653589793)
+    Examples:
+        >>> band_from_hz((3.125, 50.0))
+        (0.19634954084936207, 3.141592653589793)
     """
     low, high = _per_frame(hz, hop, "hz")
     nyquist = 1 / (2 * hop)

@@ -83,7 +83,9 @@ class SizedStem(nn.Module):
     def dynamic_feat_size(self, img_size: Sequence[int]) -> tuple[int, int]:
         """The token grid, in the input's order, of an input of `img_size`.
 
-            ⌊(size − P)/S⌋ + 1 on each axis; with `dynamic_img_pad` as many as leave nothing over
+            ⌊(size − P)/S⌋ + 1 on each axis
+
+        or, with `dynamic_img_pad`, as many as leave nothing over.
 
         Source: timm's; ours where stride and patch differ.
         """
@@ -93,9 +95,10 @@ class SizedStem(nn.Module):
     def token_mask(self, lengths: Tensor | Sequence[int], img_size: Sequence[int]) -> Tensor:
         """Which tokens of a batch of clips of unequal length, padded at their ends, are a clip's own.
 
-            N_t(length) = ⌊(length − P_t)/S_t⌋ + 1, the tokens that the clip would give by itself, are True
+            N_t(length) = ⌊(length − P_t)/S_t⌋ + 1
 
-        and as many as leave nothing over with `dynamic_img_pad`. With the default window (K = P_t) these tokens are
+        in every row of patches are True, those that the clip would give by itself; with `dynamic_img_pad` as many as
+        leave nothing over. With the default window (K = P_t) these tokens are
         then exactly what the clip would give by itself; a longer one also sees the padding, so pad with zeros.
 
         Args:
@@ -107,9 +110,10 @@ class SizedStem(nn.Module):
 
         Errors: `TypeError` or `ValueError` naming the argument. Source: ours.
 
-        >>> AaPE().token_mask([32, 20], (16, 48))
-        tensor([[ True,  True, False],
-                [ True, False, False]])
+        Examples:
+            >>> AaPE().token_mask([32, 20], (16, 48))
+            tensor([[ True,  True, False],
+                    [ True, False, False]])
         """
         frames = torch.as_tensor(lengths)
         if frames.dtype.is_floating_point or frames.dtype.is_complex or frames.dtype == torch.bool:

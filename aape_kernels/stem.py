@@ -74,7 +74,8 @@ class AaPE(SizedStem):
         strict_img_size: whether every input must have `img_size`; otherwise it only gives `grid_size`.
         dynamic_img_pad: pad the ends of both axes with zeros until no frame or mel bin is left over behind the last
             patch; otherwise what is left over is not used.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     From `norm_layer` on these are the keywords of timm's stem: `timm.create_model(..., embed_layer=AaPE)`.
 
@@ -91,9 +92,10 @@ class AaPE(SizedStem):
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
     Source: arXiv 2512.03637; layer sizes, ranges and initialisation are ours.
 
-    >>> stem = AaPE(embed_dim=192)
-    >>> stem(torch.zeros(2, 1, 128, 1024)).shape
-    torch.Size([2, 512, 192])
+    Examples:
+        >>> stem = AaPE(embed_dim=192)
+        >>> stem(torch.zeros(2, 1, 128, 1024)).shape
+        torch.Size([2, 512, 192])
     """
 
     _version = 1
@@ -165,10 +167,11 @@ class AaPE(SizedStem):
         Errors: `TypeError` if `conv` is no `nn.Conv2d`, `ValueError` naming the property that does not fit.
         Source: ours (docs/maths.md §4).
 
-        >>> conv = nn.Conv2d(1, 192, 16, 16)
-        >>> stem, x = AaPE.from_conv(conv), torch.randn(2, 1, 128, 256)
-        >>> torch.allclose(stem(x), conv(x).flatten(2).transpose(1, 2), atol=1e-5)
-        True
+        Examples:
+            >>> conv = nn.Conv2d(1, 192, 16, 16)
+            >>> stem, x = AaPE.from_conv(conv), torch.randn(2, 1, 128, 256)
+            >>> torch.allclose(stem(x), conv(x).flatten(2).transpose(1, 2), atol=1e-5)
+            True
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")

@@ -137,9 +137,10 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
     output has another shape than the old one's. In each case the model is left as it was.
     Source: ours.
 
-    >>> model = nn.Sequential(nn.Conv2d(1, 192, 16, 16), nn.Flatten(2))
-    >>> replace_stem(model, path="0", layout="FT")(torch.zeros(2, 1, 128, 256)).shape
-    torch.Size([2, 192, 128])
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(1, 192, 16, 16), nn.Flatten(2))
+        >>> replace_stem(model, path="0", layout="FT")(torch.zeros(2, 1, 128, 256)).shape
+        torch.Size([2, 192, 128])
     """
     _check_model(model)
     settled = {"img_size", "flatten", "output_fmt", "norm_layer", "strict_img_size", "dynamic_img_pad"} & options.keys()
