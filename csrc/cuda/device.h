@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../calls.h"
 
@@ -115,6 +117,17 @@ AAPE_DEVICE void store_pack(T* to, const P& value) {
   *reinterpret_cast<P*>(to) = value;
 }
 
+// In place of x's type, in a kernel that learns at run time which of float's it is. run(IO()) with the type itself.
+struct AnyFloat {};
+
+template <class IO, class Run>
+AAPE_DEVICE void with_type(DType type, Run run) {
+  if constexpr (!std::is_same_v<IO, AnyFloat>) run(IO());
+  else if (type == DType::kBFloat16) run(BFloat16());
+  else if (type == DType::kFloat16) run(Float16());
+  else run(float());
+}
+
 // Numbers whose type is only known at run time: y, its cotangent, the operand. Every thread takes the same branch.
 struct Values {
   void* data;
@@ -185,16 +198,6 @@ inline bool is_small(const View& view, std::initializer_list<int64_t> extents) {
   const int64_t* stride = view.stride;
   for (int64_t extent : extents) last += (extent > 0 ? extent - 1 : 0) * *stride++;
   return last < INT32_MAX;
-}
-
-// run(path) for the narrowest path that the call allows. Only float32 and bfloat16 have the usual one compiled.
-template <bool kUsual, class Run>
-void choose_path(const Grid& g, bool small, Run run) {
-  if (!small) return run(Wide());
-  if constexpr (kUsual) {
-    if (g.quadrature && g.window % 2 == 0) return run(Usual());
-  }
-  run(General());
 }
 
 // The first axis of a launch; the others are blocks of states and rows, always few.

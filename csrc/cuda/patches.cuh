@@ -11,7 +11,8 @@ template <class IO, class I>
 struct PatchParams {
   GridOf<I> grid;
   bool time_major;  // the order of tokens
-  const IO* x;
+  const void* x;
+  DType type;
   I x_stride[4];
 
   AAPE_DEVICE int length() const { return int(grid.channels * grid.patch_f * grid.patch_t); }
@@ -29,17 +30,17 @@ AAPE_DEVICE I row_of(const PatchParams<IO, I>& p, I b, I i, I j) {
   return b * g.n_f * g.n_t + (p.time_major ? j * g.n_f + i : i * g.n_t + j);
 }
 
-// Elements e … e + 3 of the patch at `corner`; zero behind its end.
-template <class T, class IO, class I>
-AAPE_DEVICE Quad<T> load_patch(const PatchParams<IO, I>& p, I corner, int e) {
+template <class T, class X, class IO, class I>
+AAPE_DEVICE Quad<T> load_patch_as(const PatchParams<IO, I>& p, I corner, int e) {
   const int length = p.length(), patch_f = int(p.grid.patch_f), patch_t = int(p.grid.patch_t);
+  const X* x = static_cast<const X*>(p.x) + corner;
   Quad<T> out;
   // e is a multiple of four: if P_t is one too, all four are in one line
   if (patch_t % 4 == 0 && p.x_stride[3] == 1 && e < length) {
     const int line = e / patch_t;
-    const IO* from = p.x + corner + line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] + e % patch_t;
-    if (aligned<Quad<IO>>(from)) {
-      const auto pack = load_pack<Quad<IO>>(from);
+    const X* from = x + line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] + e % patch_t;
+    if (aligned<Quad<X>>(from)) {
+      const auto pack = load_pack<Quad<X>>(from);
 #pragma unroll
       for (int k = 0; k < 4; ++k) out.at[k] = widen<T>(pack.at[k]);
       return out;
@@ -50,10 +51,18 @@ AAPE_DEVICE Quad<T> load_patch(const PatchParams<IO, I>& p, I corner, int e) {
     const int line = (e + k) / patch_t;
     out.at[k] = T(0);
     if (e + k < length) {
-      out.at[k] = widen<T>(p.x[corner + line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] +
-                               (e + k) % patch_t * p.x_stride[3]]);
+      out.at[k] = widen<T>(x[line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] +
+                             (e + k) % patch_t * p.x_stride[3]]);
     }
   }
+  return out;
+}
+
+// Elements e … e + 3 of the patch at `corner`; zero behind its end.
+template <class T, class IO, class I>
+AAPE_DEVICE Quad<T> load_patch(const PatchParams<IO, I>& p, I corner, int e) {
+  Quad<T> out;
+  with_type<IO>(p.type, [&](auto x) { out = load_patch_as<T, decltype(x)>(p, corner, e); });
   return out;
 }
 
@@ -62,7 +71,8 @@ PatchParams<IO, I> patch_params(const Grid& g, const View& x, bool time_major) {
   PatchParams<IO, I> p = {};
   p.grid = narrowed<I>(g);
   p.time_major = time_major;
-  p.x = reinterpret_cast<const IO*>(x.data);
+  p.x = x.data;
+  p.type = x.type;
   for (int axis = 0; axis < 4; ++axis) p.x_stride[axis] = I(x.stride[axis]);
   return p;
 }

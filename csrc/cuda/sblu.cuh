@@ -28,14 +28,15 @@ struct Squash {
 };
 
 // Pointers, sizes and element strides of one call. decay and frequency (B, N_f, N_t, S) of one set of strides; weight
-// (S, C·P_f) contiguous, in the arithmetic's type T. IO is x's type.
+// (S, C·P_f) contiguous, in the arithmetic's type T. IO is x's type, or AnyFloat.
 template <class T, class IO, class I>
 struct SbluParams {
   GridOf<I> grid;
   Squash<T> squash;
   I tile;        // tokens of a block
   int columns;   // frames under them, padded
-  const IO* x;
+  const void* x;
+  DType x_type;
   I x_stride[4];
   const T* decay;
   const T* frequency;
@@ -85,7 +86,8 @@ SbluParams<T, IO, I> params(const SbluCall& call) {
   const int64_t tile = tile_of(call.grid, sizeof(T));
   p.tile = I(tile);
   p.columns = columns_of(call.grid, tile);
-  p.x = reinterpret_cast<const IO*>(call.x.data);
+  p.x = call.x.data;
+  p.x_type = call.x.type;
   p.decay = reinterpret_cast<const T*>(call.decay.data);
   p.frequency = reinterpret_cast<const T*>(call.frequency.data);
   p.weight = reinterpret_cast<const T*>(call.weight.data);
@@ -110,26 +112,22 @@ inline bool is_small(const SbluCall& call) {
          g.states * g.channels * g.patch_f < INT32_MAX;
 }
 
-// run(p, path) with the call's parameters and path; `small`: whether all its offsets fit into 32 bits.
+// run(p, path) with the call's parameters and path; `small`: whether all its offsets fit into 32 bits. What is usual is
+// compiled for float32 and bfloat16 by themselves, all else asks at run time.
 template <class Run>
 void dispatch(const SbluCall& call, bool small, Run run) {
-  switch (call.x.type) {
-    case DType::kFloat32:
-      return choose_path<true>(call.grid, small, [&](auto path) {
-        run(params<float, float, typename decltype(path)::Index>(call), path);
-      });
-    case DType::kBFloat16:
-      return choose_path<true>(call.grid, small, [&](auto path) {
-        run(params<float, BFloat16, typename decltype(path)::Index>(call), path);
-      });
-    case DType::kFloat16:
-      return choose_path<false>(call.grid, small, [&](auto path) {
-        run(params<float, Float16, typename decltype(path)::Index>(call), path);
-      });
-    case DType::kFloat64:
-      return choose_path<false>(call.grid, small, [&](auto path) {
-        run(params<double, double, typename decltype(path)::Index>(call), path);
-      });
+  const bool usual = small && call.grid.quadrature && call.grid.window % 2 == 0;
+  if (call.x.type == DType::kFloat64) {
+    if (small) run(params<double, double, int32_t>(call), General());
+    else run(params<double, double, int64_t>(call), Wide());
+  } else if (usual && call.x.type == DType::kFloat32) {
+    run(params<float, float, int32_t>(call), Usual());
+  } else if (usual && call.x.type == DType::kBFloat16) {
+    run(params<float, BFloat16, int32_t>(call), Usual());
+  } else if (small) {
+    run(params<float, AnyFloat, int32_t>(call), General());
+  } else {
+    run(params<float, AnyFloat, int64_t>(call), Wide());
   }
 }
 
@@ -179,11 +177,9 @@ AAPE_DEVICE Tile<I> tile_at(const GridOf<I>& g, I tokens, unsigned unit, I state
   return tile_from(g, tokens, I(row / n_f), I(row % n_f), I(unit % tiles) * tokens, state_block);
 }
 
-// Rows r … r + kRowBlock − 1 of x under the tile -> xs[row][frame], zero outside the clip and behind the tile. The caller
-// synchronises.
-template <class T, class IO, class I>
-AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
-  constexpr int kPack = 16 / sizeof(IO);
+template <class T, class X, class IO, class I>
+AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
+  constexpr int kPack = 16 / sizeof(X);
   const GridOf<I>& g = p.grid;
   const int rows = int(g.channels * g.patch_f), patch_f = int(g.patch_f), packs = p.columns / kPack;
   for (int k = threadIdx.x; k < kRowBlock * packs; k += kThreads) {
@@ -191,10 +187,11 @@ AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int 
     const int row = r + line;
     const I at = t.frame + f, c = row / patch_f, q = row % patch_f;
     T* to = xs + line * p.pitch() + f;
-    const IO* from = p.x + t.b * p.x_stride[0] + c * p.x_stride[1] + (t.i * g.stride_f + q) * p.x_stride[2];
+    const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + c * p.x_stride[1] +
+                    (t.i * g.stride_f + q) * p.x_stride[2];
     if (row < rows && f + kPack <= t.frames && at >= 0 && at + kPack <= g.frames && p.x_stride[3] == 1 &&
-        aligned<Pack<IO, kPack>>(from + at)) {
-      const auto pack = load_pack<Pack<IO, kPack>>(from + at);
+        aligned<Pack<X, kPack>>(from + at)) {
+      const auto pack = load_pack<Pack<X, kPack>>(from + at);
 #pragma unroll
       for (int n = 0; n < kPack; ++n) to[n] = widen<T>(pack.at[n]);
     } else {
@@ -205,6 +202,13 @@ AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int 
       }
     }
   }
+}
+
+// Rows r … r + kRowBlock − 1 of x under the tile -> xs[row][frame], zero outside the clip and behind the tile. The caller
+// synchronises.
+template <class T, class IO, class I>
+AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
+  with_type<IO>(p.x_type, [&](auto x) { load_rows_as<T, decltype(x)>(p, t, r, xs); });
 }
 
 // The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][lane],
