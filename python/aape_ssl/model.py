@@ -158,7 +158,7 @@ class Encoder(nn.Module):
         dim, depth, heads = self.size
         if dim % heads or dim % 4:
             raise ValueError(f"size: expected a D divisible by 4 and by the heads, got {tuple(self.size)}")
-        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         self.stem = make_stem(stem, patch_size, dim, stem_options)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
