@@ -35,6 +35,9 @@ class Monitor(Callback):
 
     Args:
         every_n_steps: optimiser steps.
+
+    Attributes:
+        last: the values that were logged last.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -42,6 +45,7 @@ class Monitor(Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
+        self.last: dict[str, float] = {}
         self._values: dict[str, float] | None = None  # of a step that is due
 
     def on_before_optimizer_step(
@@ -88,6 +92,7 @@ class Monitor(Callback):
             board.add_image("clip and its first mask", picture(x[0, 0], outputs["masks"], student.patch_size), step)
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
+        self.last = values
 
 
 def picture(log_mel: Tensor, masks: Masks, patch: tuple[int, int]) -> Tensor:

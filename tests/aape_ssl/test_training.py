@@ -19,14 +19,6 @@ from aape_ssl import training
 from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_same_bits(got, expected, where: str = "checkpoint") -> None:
     assert type(got) is type(expected), where
     if isinstance(expected, torch.Tensor):
