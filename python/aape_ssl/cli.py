@@ -12,6 +12,16 @@ from pathlib import Path
 __all__ = ["main"]
 
 DEMO_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "matplotlib")
+PRETRAIN_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "lightning", "jsonargparse", "tensorboard")
+
+
+def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
+    """Whether a library is missing, said in one line."""
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        clone = f'pip install ".[{extra}]" in a clone of the repository'
+        print(f"aape-ssl: {command} needs {', '.join(missing)}: {clone}", file=sys.stderr)
+    return bool(missing)
 
 
 def _seconds(text: str) -> float:
@@ -65,18 +75,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="analyse the first S seconds of each clip (default: %(default)g)",
     )
+    commands.add_parser(
+        "pretrain",
+        add_help=False,  # LightningCLI parses its arguments
+        help="pre-train an audio ViT with the AaPE stem on a folder of sound",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names (`sys.argv` unless given) and return its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["pretrain"]:
+        if _lacks("pretrain", PRETRAIN_NEEDS, "ssl"):
+            return 2
+        from . import pretrain
+
+        return pretrain.main(argv[1:])
     args = _parser().parse_args(argv)
-    missing = [name for name in DEMO_NEEDS if find_spec(name) is None]
-    if missing:
-        print(
-            f'aape-ssl: the demo needs {", ".join(missing)}: pip install ".[demo]" in a clone of the repository',
-            file=sys.stderr,
-        )
+    if _lacks("the demo", DEMO_NEEDS, "demo"):
         return 2
     from . import demo
 

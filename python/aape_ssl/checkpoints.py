@@ -1,0 +1,115 @@
+"""Checkpoints that survive kill -9, a full disk and a damaged file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read; the message is one line that names the file and says why."""
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes to a temporary file beside the checkpoint, which it replaces only when all of it is on the disk.
+
+    Whatever happens, the name is that of a whole checkpoint: the one before, or the new one. Lightning's own waits for
+    no disk (`fsync`). Reads with `weights_only=True`.
+
+    Errors: `CheckpointError`.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """`torch.save` of `checkpoint` under `path`."""
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of a file's OSErrors
+            temporary.unlink(missing_ok=True)
+            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            kept = "; the one written before is kept, to resume from" if path.exists() else ""
+            raise CheckpointError(f"{path}: the checkpoint could not be written ({_line(why)}){kept}") from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """What `save_checkpoint` wrote."""
+        try:
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: no such checkpoint") from error
+        except Exception as error:  # readers of damaged files raise whatever they stumble over
+            raise CheckpointError(
+                f"{path}: the checkpoint cannot be read ({_line(error)}); it is left as is"
+            ) from error
+        if not isinstance(checkpoint, dict):
+            raise CheckpointError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove it, if there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `last.ckpt` in a folder: written anew every so many optimiser steps, and after the last one.
+
+    Only after a step, never between accumulated batches, whose gradients no checkpoint holds. Lightning's own callback
+    would call the file of a resumed run `last-v1.ckpt`.
+
+    Args:
+        folder: where.
+        every_n_steps: optimiser steps.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every_n_steps: int = 1000) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
+        self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
+        self._saved = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run has what it came from."""
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Write it when due."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps
+        if due and step != self._saved:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self._saved = step

@@ -1,0 +1,259 @@
+"""The encoder, a ViT over visible tokens, and the predictor of the masked ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aape_kernels import AaPE
+
+__all__ = ["SIZES", "ConvMLPStem", "ConvStem", "Encoder", "Predictor", "Size", "make_stem", "sincos_positions"]
+
+StemName = Literal["aape", "conv", "conv+mlp"]
+
+
+class Size(NamedTuple):
+    """Width D, layers and heads of a ViT; the hidden layer of its MLPs is 4 D wide."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+SIZES = {"tiny": Size(192, 12, 3), "small": Size(384, 12, 6), "base": Size(768, 12, 12)}
+
+
+def sincos_positions(grid: tuple[int, int], dim: int, device: torch.device | str | None = None) -> Tensor:
+    """2-D sin-cos position embedding (N_f·N_t, dim), frequency-major, of any token grid.
+
+        [sin(i ω_k), cos(i ω_k), sin(j ω_k), cos(j ω_k)],   ω_k = 10000^(−4k/dim),   k = 0 … dim/4 − 1
+
+    Errors: `ValueError` unless dim is a multiple of 4. Source: MAE's.
+    """
+    if dim % 4:
+        raise ValueError(f"dim: expected a multiple of 4, got {dim}")
+    rates = torch.exp(torch.arange(dim // 4, device=device) * (-4 * math.log(10_000) / dim))
+    axes = []
+    for count in grid:
+        angle = torch.arange(count, device=device)[:, None] * rates
+        axes.append(torch.cat([angle.sin(), angle.cos()], -1))  # [N, dim/2]
+    mel, time = axes
+    return torch.cat([mel.repeat_interleave(grid[1], 0), time.repeat(grid[0], 1)], -1)
+
+
+class ConvStem(nn.Module):
+    """The plain patch embedding: one `nn.Conv2d`. x (B, C, F, T) -> tokens (B, N_f·N_t, D)."""
+
+    def __init__(self, patch_size: int | tuple[int, int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of a log-mel spectrogram."""
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class ConvMLPStem(ConvStem):
+    """The control: the plain patch embedding, and beside it an MLP of the size of AaPE's branch instead of filters.
+
+        token = W_p · vec(patch) + b_p + W_y · SiLU(W2 · SiLU(W1 · vec(patch) + b1) + b2)
+
+    with the widths of AaPE's encoder and fusion; W1 is widened so that the parameters are as many as AaPE's, to within
+    half of a hidden unit's, as there is no projection B.
+
+    Source: ours; whether AaPE's gain is its filters', or that of any branch of its size.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        num_states: int = 32,
+        encoder_dim: int = 64,
+    ) -> None:
+        super().__init__(patch_size, in_chans, embed_dim)
+        pixels = in_chans * math.prod(self.proj.kernel_size)
+        projection = num_states * in_chans * self.proj.kernel_size[0]
+        hidden = encoder_dim + round(projection / (pixels + 1 + 2 * num_states))
+        self.branch = nn.Sequential(
+            nn.Conv2d(in_chans, hidden, patch_size, patch_size),
+            nn.SiLU(),
+            nn.Conv2d(hidden, 2 * num_states, 1),
+            nn.SiLU(),
+            nn.Conv2d(2 * num_states, embed_dim, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of a log-mel spectrogram."""
+        return super().forward(x) + self.branch(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def make_stem(
+    name: StemName, patch_size: int | tuple[int, int], embed_dim: int, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The stem called "aape", "conv" or "conv+mlp", whose tokens see their own patch and nothing else.
+
+    options: further keywords of `AaPE`, or `num_states` and `encoder_dim` of the control; "conv" has none.
+
+    Errors: `ValueError` for another name, and for an AaPE whose tokens see pixels of their neighbours' patches
+    (a window longer than the patch, a shorter stride), which would give masked pre-training's answer away, or not all
+    pixels (a longer stride).
+    """
+    options = dict(options or {})
+    if name == "aape":
+        stem = AaPE(patch_size=patch_size, embed_dim=embed_dim, **options)
+        if stem.window > stem.patch_size[1] or stem.stride != stem.patch_size:
+            raise ValueError(
+                f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
+                f"{stem.stride} and window {stem.window}"
+            )
+        return stem
+    if name == "conv+mlp":
+        return ConvMLPStem(patch_size, 1, embed_dim, **options)
+    if name != "conv":
+        raise ValueError(f"stem: expected one of {', '.join(get_args(StemName))}, got {name!r}")
+    if options:
+        raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
+    return ConvStem(patch_size, 1, embed_dim)
+
+
+def gather_tokens(tokens: Tensor, numbers: Tensor) -> Tensor:
+    """tokens (B, N, D) at `numbers` (B, M, n) -> (B, M, n, D)."""
+    batch = torch.arange(len(tokens), device=tokens.device)[:, None, None]
+    return tokens[batch, numbers]
+
+
+class Encoder(nn.Module):
+    """A ViT over the visible tokens of M masks a clip, or over all of them.
+
+    Stem, 2-D sin-cos positions, pre-norm transformer layers without dropout (`nn.TransformerEncoderLayer`, SDPA), a
+    last layer norm. The stem runs once a clip, whatever M is.
+
+    Args:
+        size: "tiny" (D 192, 12 layers, 3 heads), "small" (384, 12, 6), "base" (768, 12, 12), or (D, layers, heads).
+        stem: "aape", "conv" or "conv+mlp" (the control; `ConvMLPStem`).
+        patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
+        stem_options: further keywords of the stem (`make_stem`).
+
+    Errors: `ValueError` naming the argument. Source: ViT, MAE; sizes are DeiT's.
+    """
+
+    def __init__(
+        self,
+        size: str | tuple[int, int, int] = "base",
+        stem: StemName = "aape",
+        patch_size: int | tuple[int, int] = 16,
+        stem_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(size, str) and size not in SIZES:
+            raise ValueError(f"size: expected one of {', '.join(SIZES)} or (D, layers, heads), got {size!r}")
+        self.size = SIZES[size] if isinstance(size, str) else Size(*size)
+        dim, depth, heads = self.size
+        if dim % heads or dim % 4:
+            raise ValueError(f"size: expected a D divisible by 4 and by the heads, got {tuple(self.size)}")
+        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        self.stem = make_stem(stem, patch_size, dim, stem_options)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        """The token grid (N_f, N_t) of x (B, 1, F, T); bins and frames behind the last whole patch are not used."""
+        if x.dim() != 4 or x.shape[1] != 1:
+            raise ValueError(f"x: expected shape (batch, 1, mel bins, frames), got {tuple(x.shape)}")
+        n_f, n_t = x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]
+        if not (n_f and n_t):
+            raise ValueError(f"x: expected at least one patch, {self.patch_size}, got {tuple(x.shape[2:])}")
+        return n_f, n_t
+
+    def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """What the first layer gets: x (B, 1, F, T) -> (B, N, D), or (B·M, N_v, D) for `visible` (B, M, N_v)."""
+        positions = sincos_positions(self.grid(x), self.size.dim, x.device)
+        tokens: Tensor = self.stem(x)
+        tokens = tokens + positions.to(tokens)
+        return tokens if visible is None else gather_tokens(tokens, visible).flatten(0, 1)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """x (B, 1, F, T) -> tokens (B, N, D); with `visible` (B, M, N_v), token numbers, (B, M, N_v, D)."""
+        tokens = self.embed(x, visible)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        tokens = self.norm(tokens)
+        return tokens if visible is None else tokens.unflatten(0, visible.shape[:2])  # type: ignore[no-any-return]
+
+    def hidden(self, x: Tensor, top: int) -> list[Tensor]:
+        """Outputs (B, N, D) of the last `top` layers for the whole clip, the last one without the last norm."""
+        tokens, outputs = self.embed(x), []
+        for layer in self.layers:
+            tokens = layer(tokens)
+            outputs.append(tokens)
+        return outputs[-top:]
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone beside biases and norms: the stem's own."""
+        return {f"stem.{name}" for name in self.stem.no_weight_decay()} if isinstance(self.stem, AaPE) else set()
+
+
+class CrossAttention(nn.Module):
+    """One layer of the predictor: queries attend to the visible tokens, then an MLP; both pre-norm and residual."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """queries (B, N_q, D), context (B, N_v, D) -> (B, N_q, D)."""
+        attended, _ = self.attention(self.norm1(queries), context, context, need_weights=False)
+        queries = queries + attended
+        return queries + self.mlp(self.norm2(queries))  # type: ignore[no-any-return]
+
+
+class Predictor(nn.Module):
+    """Predicts the teacher's tokens at masked places, by cross-attention from mask queries to the visible tokens.
+
+        query = learned mask token + position;   context = W · visible token + position
+
+    Queries do not attend to one another: each prediction depends on the visible tokens and its own position alone.
+
+    Args:
+        encoder_dim: D of the tokens that come in and of the predictions.
+        dim: width of the predictor; D unless given.
+        depth, heads: of the predictor.
+
+    Source: the paper's second version has a cross-attention predictor; its layers and sizes are ours.
+    """
+
+    def __init__(self, encoder_dim: int, dim: int | None = None, depth: int = 2, heads: int = 6) -> None:
+        super().__init__()
+        self.dim = encoder_dim if dim is None else dim
+        if self.dim % heads or self.dim % 4:
+            raise ValueError(f"dim: expected a multiple of 4 and of the {heads} heads, got {self.dim}")
+        self.mask_token = nn.Parameter(torch.empty(self.dim).normal_(std=0.02))
+        self.context = nn.Linear(encoder_dim, self.dim)
+        self.layers = nn.ModuleList(CrossAttention(self.dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(self.dim)
+        self.head = nn.Linear(self.dim, encoder_dim)
+
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+        """tokens (B, M, N_v, D) at `visible` (B, M, N_v) -> predictions (B, M, N_m, D) at `masked` (B, M, N_m)."""
+        positions = sincos_positions(grid, self.dim, tokens.device).to(tokens)
+        context = (self.context(tokens) + F.embedding(visible, positions)).flatten(0, 1)
+        queries = (self.mask_token + F.embedding(masked, positions)).flatten(0, 1)
+        for layer in self.layers:
+            queries = layer(queries, context)
+        predictions: Tensor = self.head(self.norm(queries))
+        return predictions.unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]

@@ -1,0 +1,182 @@
+"""Pre-training as a LightningModule: optimiser, schedule, the teacher's steps, and what stops a run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from .masks import MaskSampler
+from .model import Encoder, Predictor, StemName
+from .objective import Pretraining, Terms
+
+__all__ = ["NonFiniteError", "PretrainingModule"]
+
+
+SCALARS = ("loss", "regression", "contrastive", "agreement", "top1")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
+
+
+class PretrainingModule(LightningModule):
+    """Pre-trains an `Encoder` by the objective `Pretraining`; batches are {"log_mel": (B, 1, F, T), "index": (B)}.
+
+        lr(s) = lr · (s + 1)/warmup_steps,   then   lr · ½(1 + cos(π (s − warmup_steps)/(max_steps − warmup_steps)))
+
+    AdamW; no decay of biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping,
+    precision and `max_steps`, which must be given, are the trainer's. Masks are drawn from (seed, optimiser step,
+    micro-batch, clip): nothing here draws from a global generator but the initial weights.
+
+    Args:
+        size, stem, patch_size, stem_options: of the `Encoder`.
+        predictor_dim, predictor_depth, predictor_heads: of the `Predictor`.
+        masks: `MaskSampler`.
+        top_layers, regression_weight, contrastive_weight, temperature, projection_dim, ema, ema_steps: of
+            `Pretraining`.
+        lr: the highest, for the batch as it is (not scaled by its size).
+        betas, weight_decay: of AdamW.
+        warmup_steps: optimiser steps.
+        compile: whether to run the objective through `torch.compile`.
+
+    Errors: `ValueError` naming the argument; `NonFiniteError` while training. Loading a checkpoint of other options is
+    a `ValueError` that names them.
+    Source: M2D's optimisation (AdamW (.9, .95), 3e-4 at batch 256, weight decay .05); the rest as `Pretraining` says.
+    """
+
+    def __init__(
+        self,
+        size: str | tuple[int, int, int] = "base",
+        stem: StemName = "aape",
+        patch_size: int | tuple[int, int] = 16,
+        stem_options: dict[str, Any] | None = None,
+        predictor_dim: int | None = None,
+        predictor_depth: int = 2,
+        predictor_heads: int = 6,
+        masks: MaskSampler = MaskSampler(),  # noqa: B008  # frozen
+        top_layers: int = 8,
+        regression_weight: float = 1.0,
+        contrastive_weight: float = 0.1,
+        temperature: float = 0.1,
+        projection_dim: int = 128,
+        ema: tuple[float, float] = (0.9998, 0.99999),
+        ema_steps: int = 100_000,
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+        warmup_steps: int = 1000,
+        compile: bool = False,  # noqa: A002  # torch's own name
+    ) -> None:
+        super().__init__()
+        self.options = {name: value for name, value in locals().items() if name in OPTIONS} | {"masks": asdict(masks)}
+        self.masks = masks
+        encoder = Encoder(size, stem, patch_size, stem_options)
+        predictor = Predictor(encoder.size.dim, predictor_dim, predictor_depth, predictor_heads)
+        self.objective = Pretraining(
+            encoder,
+            predictor,
+            top_layers=top_layers,
+            regression_weight=regression_weight,
+            contrastive_weight=contrastive_weight,
+            temperature=temperature,
+            projection_dim=projection_dim,
+            ema=ema,
+            ema_steps=ema_steps,
+        )
+        self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, betas, weight_decay, warmup_steps
+        if compile:
+            self.objective.compile()
+        self._micro_batches: list[tuple[Terms, Tensor]] = []
+
+    # --- a step ---
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """The loss of one micro-batch, with what callbacks look at: its `Terms` and `Masks`."""
+        x, index = batch["log_mel"], batch["index"]
+        grid = self.objective.student.grid(x)
+        masks = self.masks(index, grid, self.global_step, len(self._micro_batches)).to(x.device)
+        terms: Terms = self.objective(x, masks, index)
+        self._micro_batches.append((terms, index))
+        values = {f"train/{name}": getattr(terms, name).detach() for name in SCALARS}
+        self.log_dict(values, batch_size=len(x), sync_dist=True)
+        return {"loss": terms.loss, "terms": terms, "masks": masks}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a loss or gradient that is no number, before it reaches the weights."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        losses = [terms.loss.detach() for terms, _ in self._micro_batches]
+        if not torch.stack([norm, *losses]).isfinite().all():  # one synchronisation a step
+            raise NonFiniteError(self._which_is_not_finite(float(norm)))
+        group = optimizer.param_groups[0]
+        self.log_dict({"train/grad_norm": norm, "train/lr": group["lr"], "train/ema_decay": self.objective.decay})
+
+    def _which_is_not_finite(self, norm: float) -> str:
+        for i, (terms, index) in enumerate(self._micro_batches):
+            if not terms.loss.isfinite():
+                values = ", ".join(f"{name} {float(getattr(terms, name).detach()):.4g}" for name in SCALARS[:3])
+                clips = ", ".join(map(str, index.tolist()[:8])) + (", ..." if len(index) > 8 else "")
+                return f"optimiser step {self.global_step}, micro-batch {i}: {values}; clips {clips}"
+        return f"optimiser step {self.global_step}: the norm of the gradient is {norm}, with finite losses"
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One real step, once for all accumulated micro-batches, and the teacher's after it."""
+        super().optimizer_step(*args, **kwargs)
+        self.objective.update_teacher()
+        self._micro_batches.clear()
+
+    # --- optimiser and schedule ---
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, and warm-up and cosine over the trainer's `max_steps`."""
+        # not `estimated_stepping_batches`: for epochs it sets the loader up before a resumed run has its place
+        steps = self.trainer.max_steps
+        if steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, at whose end the learning rate is 0, got {steps}")
+
+        def share(step: int) -> float:
+            if step < self.warmup_steps:
+                return (step + 1) / self.warmup_steps
+            return 0.5 * (
+                1 + math.cos(math.pi * min((step - self.warmup_steps) / max(steps - self.warmup_steps, 1), 1))
+            )
+
+        exempt = {f"student.{name}" for name in self.objective.student.no_weight_decay()}
+        groups: dict[bool, list[Tensor]] = {True: [], False: []}
+        for name, parameter in self.objective.named_parameters():
+            if parameter.requires_grad:
+                groups[parameter.dim() > 1 and name not in exempt].append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": self.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=self.betas,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the options, so that a checkpoint says what it holds."""
+        checkpoint["options"] = self.options
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume as another run."""
+        theirs = checkpoint.get("options", {})
+        for name, here in self.options.items():
+            if theirs.get(name) != here:
+                raise ValueError(f"{name}: the checkpoint was made with {theirs.get(name)!r}, this run has {here!r}")
+
+
+OPTIONS = frozenset(inspect.signature(PretrainingModule).parameters) - {"compile"}
+"""What makes a run this one; compiling does not."""

@@ -1,0 +1,125 @@
+"""A tiny pre-training on tensors, for the tests; as a script, one that kills itself with SIGKILL."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+from aape_ssl import checkpoints
+from aape_ssl.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from aape_ssl.masks import MaskSampler
+from aape_ssl.training import PretrainingModule
+
+CLIPS, BATCH = 12, 4
+
+
+class Loader:
+    """Shuffled by epoch, with its place as its state."""
+
+    def __init__(self, batch: int = BATCH, rank: int = 0, world: int = 1) -> None:
+        self.x = torch.randn(CLIPS, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        self.batch, self.rank, self.world = batch, rank, world
+        self.epoch, self.given, self.resumed = -1, 0, False
+
+    def __len__(self) -> int:
+        return CLIPS // (self.batch * self.world)
+
+    def __iter__(self):
+        if not (self.resumed and self.given < len(self)):
+            self.epoch, self.given = self.epoch + 1, 0
+        self.resumed = False
+        order = torch.randperm(CLIPS, generator=torch.Generator().manual_seed(self.epoch))
+        while self.given < len(self):
+            index = order.split(self.batch * self.world)[self.given].chunk(self.world)[self.rank]
+            self.given += 1
+            yield {"log_mel": self.x[index], "index": index}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.given, self.resumed = state["epoch"], state["given"], True
+
+
+class Tensors(LightningDataModule):
+    def __init__(self, batch: int = BATCH) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self) -> Loader:
+        return Loader(self.batch, self.trainer.global_rank, self.trainer.world_size)
+
+
+def module(seed: int = 0, **options) -> PretrainingModule:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tiny = {"size": (16, 1, 2), "patch_size": 4, "predictor_depth": 1, "predictor_heads": 2, "projection_dim": 8}
+        tiny |= {"masks": MaskSampler(num_masks=2, kind="random"), "ema": (0.9, 0.99), "ema_steps": 10, "lr": 1e-2}
+        return PretrainingModule(**{**tiny, "warmup_steps": 2, **options})
+
+
+def trainer(folder: Path, steps: int = 9, accumulate: int = 1, every: int = 2, callbacks=(), **options) -> Trainer:
+    options = {"logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1, "accelerator": "cpu"} | options
+    return Trainer(
+        max_steps=steps,
+        accumulate_grad_batches=accumulate,
+        callbacks=[LastCheckpoint(folder, every), *callbacks],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def run(folder: Path, accumulate: int = 1, resume: bool = False, **options) -> dict:
+    """Train to the end, and what the last checkpoint then says of the run."""
+    last = str(folder / "last.ckpt") if resume else None
+    # other initial weights when resuming: they must not matter
+    model = module(seed=int(resume))
+    trainer(folder, accumulate=accumulate, **options).fit(model, Tensors(), ckpt_path=last, weights_only=True)
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    checkpoint["loader"] = checkpoint.pop("loops")["fit_loop"]["state_dict"]["combined_loader"]
+    return checkpoint
+
+
+def die_at(moment: str) -> None:
+    """SIGKILL in step 5, in the middle of writing the checkpoint of step 4, or before that replaces the one before."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    counted = {"torch.save": 0, "os.replace": 0}
+
+    def counting(name, original):
+        def call(*args, **kwargs):
+            counted[name] += 1
+            if counted[name] == 2:
+                if name == "torch.save":
+                    args[1].write(b"PK\x03\x04 half a checkpoint")
+                    args[1].flush()
+                die()
+            return original(*args, **kwargs)
+
+        return call
+
+    if moment == "in a step":
+        step = PretrainingModule.on_before_optimizer_step
+
+        def hook(self, optimizer):
+            return die() if self.global_step == 5 else step(self, optimizer)
+
+        PretrainingModule.on_before_optimizer_step = hook
+    elif moment == "while writing":
+        checkpoints.torch.save = counting("torch.save", torch.save)
+    else:
+        checkpoints.os.replace = counting("os.replace", os.replace)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    die_at(sys.argv[3])
+    run(Path(sys.argv[1]), int(sys.argv[2]))

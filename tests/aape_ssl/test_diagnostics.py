@@ -1,0 +1,176 @@
+"""What the diagnostics say of tokens that are known, and of runs that are broken on purpose."""
+
+import csv
+import math
+
+import pytest
+import ssl_case
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from aape_kernels import AaPE
+from aape_ssl import diagnostics
+from aape_ssl.masks import Masks
+from aape_ssl.model import make_stem
+from aape_ssl.monitor import CollapseWarning, Monitor, picture
+
+D = 64
+
+
+def spread(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, D)
+
+
+COLLAPSES = {
+    "none": spread(16, 20),
+    "constant": spread(1, 1).expand(16, 20, D) + 1e-6 * spread(16, 20),
+    "zero": torch.zeros(16, 20, D),
+    "rank 1": torch.randn(16, 20, 1) * spread(1, 1),
+    "places": spread(1, 20).expand(16, 20, D) + 1e-3 * spread(16, 20),
+}
+"""Tokens (clips, places, D)."""
+
+
+def values_of(tokens: torch.Tensor) -> dict[str, float]:
+    return {
+        "teacher_std": float(diagnostics.token_std(tokens)),
+        "teacher_content_std": float(diagnostics.content_std(tokens)),
+        "teacher_rankme": float(diagnostics.rankme(tokens)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [
+        ("none", set()),
+        ("constant", {"teacher_std", "teacher_content_std", "teacher_rankme"}),
+        ("zero", {"teacher_std", "teacher_content_std", "teacher_rankme"}),
+        ("rank 1", {"teacher_rankme"}),
+        ("places", {"teacher_content_std"}),
+    ],
+)
+def test_each_collapse_is_found_by_what_can_see_it(case, found):
+    values = values_of(COLLAPSES[case])
+    line = diagnostics.collapse(values, D)
+    assert {name for name in values if line and f"{name} " in line} == found
+    if case == "none":
+        assert values["teacher_std"] == pytest.approx(1 / math.sqrt(D), rel=0.05)
+        assert values["teacher_rankme"] > 0.8 * D
+
+
+def test_numbers_that_are_none_are_a_collapse():
+    assert "student_std nan" in diagnostics.collapse({"student_std": math.nan}, D)
+
+
+def test_rankme_of_known_spectra():
+    assert diagnostics.rankme(3 * torch.eye(5)) == pytest.approx(5)
+    assert diagnostics.rankme(torch.ones(7, 4)) == pytest.approx(1)
+    p = torch.tensor([0.5, 0.25, 0.25])
+    assert diagnostics.rankme(torch.diag(8 * p)) == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
+    many = torch.randn(3 * diagnostics.MAX_TOKENS, 4)
+    assert diagnostics.rankme(many) == pytest.approx(float(diagnostics.rankme(many[::3])))
+
+
+def test_filter_statistics():
+    stem, x = AaPE(patch_size=4, embed_dim=8, num_states=4), torch.randn(3, 1, 16, 16)
+    untouched = diagnostics.filter_statistics(stem, x)
+    assert untouched.decay_at_bounds == untouched.frequency_at_bounds == 0
+    decay, frequency = stem.analyse(x)
+    low, high = stem.decay
+    torch.testing.assert_close(untouched.decay.view_as(decay), torch.log(decay / low) / math.log(high / low))
+    assert len(untouched.frequency) == frequency.numel()
+    with torch.no_grad():
+        stem.encoder.b2[0], stem.encoder.b2[4], stem.encoder.b2[5] = -50, 50, -50
+    moved = diagnostics.filter_statistics(stem, x)
+    assert (moved.decay_at_bounds, moved.frequency_at_bounds) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("name", ["aape", "conv+mlp"])
+def test_branch_ratio(name):
+    """Doubles with the branch, and is that of its own output."""
+    stem, x = make_stem(name, 4, 8, {"num_states": 4}), torch.randn(3, 1, 16, 16)
+    last = stem.fusion.weight if name == "aape" else stem.branch[-1].weight
+    ratio = diagnostics.branch_ratio(stem, x)
+    with torch.no_grad():
+        whole = stem(x)
+        last.mul_(2)
+        assert diagnostics.branch_ratio(stem, x) == pytest.approx(2 * ratio, rel=1e-4)
+        branch = stem(x) - whole
+        last.zero_()
+        plain = stem(x) - stem.proj.bias
+    assert ratio == pytest.approx(float(branch.norm() / plain.norm()), rel=1e-4)
+
+
+def test_the_plain_stem_has_no_branch():
+    assert diagnostics.branch_ratio(make_stem("conv", 4, 8), torch.randn(1, 1, 8, 8)) is None
+
+
+# --- while training ---
+
+
+class NoStopGradient(Callback):
+    """The teacher is the student itself, and learns to be predicted."""
+
+    def on_fit_start(self, trainer, pl_module):
+        objective = pl_module.objective
+        objective.teacher_layers = lambda x: objective.student.hidden(x, objective.top_layers)
+
+
+class ConstantTeacher(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        for parameter in pl_module.objective.teacher.parameters():
+            parameter.data.zero_()
+        pl_module.objective.ema = (1.0, 1.0)
+
+
+def fit(folder, steps: int, *callbacks: Callback, **options) -> None:
+    loggers = options.pop("logger", False)
+    module = ssl_case.module(**options)
+    trainer = ssl_case.trainer(folder, steps=steps, every=steps, callbacks=[Monitor(10), *callbacks], logger=loggers)
+    trainer.fit(module, ssl_case.Tensors())
+
+
+@pytest.mark.parametrize(("broken", "steps"), [(ConstantTeacher(), 10), (NoStopGradient(), 300)])
+def test_a_broken_teacher_trips_the_warning(tmp_path, broken, steps):
+    with pytest.warns(CollapseWarning, match=r"optimiser step \d+0: the representation collapses: .*content_std"):
+        fit(tmp_path, steps, broken, contrastive_weight=0.0)
+
+
+def test_a_sound_run_does_not(tmp_path):
+    fit(tmp_path, 300)
+
+
+def test_what_is_logged(tmp_path):
+    loggers = [CSVLogger(tmp_path, "csv", 0), TensorBoardLogger(tmp_path, "board", 0)]
+    fit(tmp_path, 20, logger=loggers)
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = {int(row["step"]): row for row in rows if row["tokens/teacher_rankme"]}
+    assert steps.keys() == {10, 20}
+    expected = {"stem/branch_ratio", "stem/decay_at_bounds", "stem/frequency_at_bounds", "stem/encoder_grad_norm"}
+    expected |= {"tokens/agreement", "tokens/top1", "tokens/student_std", "tokens/teacher_content_std"}
+    assert all(math.isfinite(float(row[name])) for row in steps.values() for name in expected)
+    assert all(float(row["train/grad_norm"]) > 0 for row in rows if row["train/grad_norm"])
+
+    board = EventAccumulator(
+        str(tmp_path / "board" / "version_0"), {"images": 0, "histograms": 0, "scalars": 0}
+    ).Reload()
+    assert [event.step for event in board.Histograms("stem/decay")] == [10, 20]
+    assert [event.step for event in board.Histograms("stem/frequency")] == [10, 20]
+    image = board.Images("clip and its first mask")[0]
+    assert (image.width, image.height) == (16, 2 * 16 + 2)
+    assert {"train/loss", "train/lr", "train/ema_decay", "tokens/student_rankme"} <= set(board.Tags()["scalars"])
+
+
+def test_the_picture_hides_what_the_student_does_not_see():
+    """Bins and frames behind the last patch are hidden too."""
+    masks = Masks(torch.tensor([[[0, 3]]]), torch.tensor([[[1, 2]]]))  # of 2 × 2
+    x = torch.rand(9, 11)
+    got = picture(x, masks, (4, 5))[0]
+    x = (x - x.min()) / (x.max() - x.min())
+    torch.testing.assert_close(got[:9].flip(0), x)
+    hidden = torch.zeros(9, 11)
+    hidden[:4, :5], hidden[4:8, 5:10] = x[:4, :5], x[4:8, 5:10]
+    torch.testing.assert_close(got[11:].flip(0), hidden)

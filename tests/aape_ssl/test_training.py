@@ -1,0 +1,272 @@
+"""Pre-training under Lightning: the same bits after SIGKILL, the teacher's steps, and what stops a run."""
+
+import csv
+import errno
+import math
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ssl_case
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from aape_ssl import training
+from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError
+
+
+def assert_same_bits(got, expected, where: str = "checkpoint") -> None:
+    assert type(got) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), where
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys(), where
+        for key in expected:
+            assert_same_bits(got[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), where
+        for i, pair in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(*pair, f"{where}/{i}")
+    else:
+        assert got == expected, where
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Ends a run after a step, like an exception in it would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise StoppedError
+
+
+# --- the same bits ---
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "moment", "last"),
+    [(1, "in a step", 4), (2, "in a step", 4), (1, "while writing", 2), (2, "before it is replaced", 2)],
+)
+def test_killed_and_resumed_is_never_interrupted(tmp_path, accumulate, moment, last):
+    (tmp_path / "killed").mkdir()
+    command = [sys.executable, ssl_case.__file__, str(tmp_path / "killed"), str(accumulate), moment]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["global_step"] == last
+    resumed = ssl_case.run(tmp_path / "killed", accumulate, resume=True)
+    assert_same_bits(resumed, ssl_case.run(tmp_path / "whole", accumulate))
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_interrupted_after_every_step_is_never_interrupted(tmp_path, accumulate):
+    """Once, or before every step: at both ends of an epoch and in its middle."""
+    whole = ssl_case.run(tmp_path / "whole", accumulate)
+    for step in range(1, 9):
+        for folder in (tmp_path / str(step), tmp_path / "every step"):
+            with pytest.raises(StoppedError):
+                ssl_case.run(folder, accumulate, folder.is_dir(), every=1, callbacks=[StopAt(step)])
+            if folder.name != "every step" or step == 8:
+                assert_same_bits(ssl_case.run(folder, accumulate, resume=True), whole)
+
+
+def test_global_generators_do_not_matter(tmp_path):
+    whole = ssl_case.run(tmp_path / "one")
+    torch.manual_seed(1)
+    assert_same_bits(ssl_case.run(tmp_path / "other"), whole)
+
+
+def test_resuming_as_another_run_is_refused(tmp_path):
+    ssl_case.run(tmp_path)
+    with pytest.raises(ValueError, match=r"lr: the checkpoint was made with 0.01, this run has 0.1"):
+        ssl_case.trainer(tmp_path).fit(
+            ssl_case.module(lr=0.1), ssl_case.Tensors(), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True
+        )
+
+
+# --- steps ---
+
+
+class Record(Callback):
+    """Learning rate and teacher at every optimiser step."""
+
+    def __init__(self) -> None:
+        self.rates, self.students, self.micro_batches = [], [], 0
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.micro_batches += 1
+        if len(self.students) < trainer.global_step:
+            self.students.append([p.detach().clone() for p in pl_module.objective.student.parameters()])
+
+
+def test_the_teacher_moves_once_an_optimiser_step(tmp_path):
+    """With accumulation 2: 21 updates for 21 steps, each towards the student after its step."""
+    record, module = Record(), ssl_case.module()
+    teacher = [p.clone() for p in module.objective.teacher.parameters()]
+    ssl_case.trainer(tmp_path, steps=21, accumulate=2, callbacks=[record]).fit(module, ssl_case.Tensors())
+    assert record.micro_batches == 32  # 3 an epoch, the last of which is a step by itself
+    assert int(module.objective.updates) == len(record.students) == 21
+    for step, student in enumerate(record.students):
+        decay = 0.9 + 0.09 * min(step / 10, 1)
+        teacher = [decay * t + (1 - decay) * s for t, s in zip(teacher, student, strict=True)]
+    for got, expected in zip(module.objective.teacher.parameters(), teacher, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_learning_rate(tmp_path):
+    record = Record()
+    ssl_case.trainer(tmp_path, steps=6, accumulate=2, callbacks=[record]).fit(ssl_case.module(), ssl_case.Tensors())
+    cosine = [0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
+    assert record.rates == pytest.approx([0.01 * share for share in (0.5, 1.0, *cosine)])
+
+
+def test_what_decays(tmp_path):
+    module = ssl_case.module()
+    ssl_case.trainer(tmp_path, steps=1).fit(module, ssl_case.Tensors())
+    decayed, exempt = ({id(p) for p in group["params"]} for group in module.trainer.optimizers[0].param_groups)
+    for name, parameter in module.objective.named_parameters():
+        expected = (
+            set()
+            if name.startswith("teacher.")
+            else {"exempt"}
+            if name.endswith(("bias", "mask_token", "encoder.b1", "encoder.b2")) or ".norm" in name
+            else {"decayed"}
+        )
+        assert {kind for kind, of in (("decayed", decayed), ("exempt", exempt)) if id(parameter) in of} == expected, (
+            name
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"stem": "conv"}, {"stem": "conv+mlp"}, {"precision": "bf16-mixed"}])
+def test_it_learns(tmp_path, options):
+    """The prediction of the masked tokens of twelve clips gets better than their mean, which is 1."""
+    of_trainer = {name: options.pop(name) for name in ["precision"] if name in options}
+    module = ssl_case.module(**options, warmup_steps=20)
+    trainer = ssl_case.trainer(tmp_path, steps=300, every=300, **of_trainer)
+    trainer.fit(module, ssl_case.Tensors())
+    assert trainer.callback_metrics["train/regression"] < 0.9
+
+
+# --- what stops a run ---
+
+
+class Poison(Callback):
+    """A pixel of clip 7 that is no number, from optimiser step 5 on."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step >= 5:
+            batch["log_mel"] = torch.where(batch["index"].view(-1, 1, 1, 1) == 7, math.nan, batch["log_mel"])
+
+
+def test_a_loss_that_is_no_number_is_caught(tmp_path):
+    """Before the optimiser's step, and named; the last good checkpoint goes on as if nothing had been."""
+    module = ssl_case.module()
+    with pytest.raises(training.NonFiniteError) as caught:
+        ssl_case.trainer(tmp_path, callbacks=[Poison()]).fit(module, ssl_case.Tensors())
+    step, loss, clips = str(caught.value).replace("micro-batch 0: ", "").replace("; ", ", ", 1).split(", ", 2)
+    assert step in {"optimiser step 5", "optimiser step 6", "optimiser step 7"}, step  # whichever has clip 7
+    assert loss == "loss nan"
+    assert "7" in clips.split("clips ")[1].split(", ")
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+    assert_same_bits(ssl_case.run(tmp_path, resume=True), ssl_case.run(tmp_path / "whole"))
+
+
+def test_a_gradient_that_is_no_number_is_caught(tmp_path):
+    module = ssl_case.module()
+    module.objective.predictor.mask_token.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(training.NonFiniteError, match=r"optimiser step 0: the norm of the gradient is (inf|nan)"):
+        ssl_case.trainer(tmp_path).fit(module, ssl_case.Tensors())
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path):
+    """The one before is kept, whole, and nothing else is left."""
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"state_dict": {"w": torch.ones(2)}}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"last.ckpt: the checkpoint could not be written .*; the one written"
+        ):
+            io.save_checkpoint({"state_dict": {"w": torch.ones(2**16)}}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("aape_ssl.checkpoints.os.fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"last.ckpt: .*could not be written \(OSError: .*No space left on device\)$"
+    ):
+        ssl_case.run(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other", "missing"])
+def test_checkpoints_that_cannot_be_read(tmp_path, damage):
+    path = tmp_path / "last.ckpt"
+    if damage == "cut":
+        ssl_case.run(tmp_path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "other":
+        torch.save([torch.ones(2)], path)
+    content = path.read_bytes() if path.exists() else None
+    why = {"other": "expected a checkpoint, got a list", "missing": "no such checkpoint"}
+    message = f"last.ckpt: {why.get(damage, 'the checkpoint cannot be read')}"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        ssl_case.run(tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+    assert (path.read_bytes() if path.exists() else None) == content
+
+
+def test_without_an_end_there_is_no_schedule(tmp_path):
+    with pytest.raises(ValueError, match="max_steps: expected at least 1, at whose end the learning rate is 0, got -1"):
+        ssl_case.trainer(tmp_path, steps=-1, max_epochs=2).fit(ssl_case.module(), ssl_case.Tensors())
+
+
+# --- several processes ---
+
+
+def losses(folder: Path) -> list[float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    """Four steps of DDP on gloo with half the batch each, to 1e-5."""
+    for devices, strategy in ((1, "auto"), (2, "ddp_spawn")):
+        logger = CSVLogger(tmp_path, name=None, version=str(devices))
+        ssl_case.trainer(
+            tmp_path / strategy,
+            steps=4,
+            logger=logger,
+            devices=devices,
+            strategy=strategy,
+            use_distributed_sampler=False,
+        ).fit(ssl_case.module(lr=1e-3), ssl_case.Tensors(ssl_case.BATCH // devices))
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(set(one)) == 4
