@@ -118,7 +118,9 @@ class ClipData(LightningDataModule):
         return self.loader.report(most=most) if self.loader else ""
 
     def teardown(self, stage: str | None = None) -> None:
-        """List the clips that could not be decoded."""
+        """End the workers, and list the clips that could not be decoded."""
+        if self.loader:
+            self.loader.close()
         report = self.report()
         if report:
             print(report, file=sys.stderr)

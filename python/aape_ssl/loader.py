@@ -197,22 +197,22 @@ class Crops(Dataset[Any]):
         return wanted, torch.zeros(self.samples)  # nothing is left: the batch is thrown away
 
 
-class _Keys(Sampler[list[Key]]):
-    """What is left of the loader's epoch, as this process's batches."""
+class _Order(Sampler[list[Key]]):
+    """What is left of an epoch, as one process's batches.
 
-    def __init__(self, loader: ClipLoader) -> None:
-        self.loader = loader
+    Apart from `ClipLoader`, which holds the DataLoader that holds this: in a reference cycle, workers are not told to
+    end before their pipes are closed, and are waited for.
+    """
+
+    def __init__(self, clips: int, seed: int, batch_size: int, rank: int, world: int) -> None:
+        self.clips, self.seed, self.rank, self.shape = clips, seed, rank, (world, batch_size)
+        self.epoch, self.given = 0, 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        loader = self.loader
-        rng = np.random.default_rng([ORDER, loader.data.seed, loader.epoch])
-        order = rng.permutation(len(loader.data))[: len(loader) * loader.step]
-        mine = order.reshape(len(loader), loader.world, loader.batch_size)[loader.given :, loader.rank]
-        epoch = loader.epoch
+        epoch, count = self.epoch, self.clips // math.prod(self.shape)
+        order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.clips)
+        mine = order[: count * math.prod(self.shape)].reshape(count, *self.shape)[self.given :, self.rank]
         return iter([[(epoch, index) for index in batch] for batch in mine.tolist()])
-
-    def __len__(self) -> int:
-        return len(self.loader) - self.loader.given
 
 
 class ClipLoader:
@@ -229,7 +229,6 @@ class ClipLoader:
         rank, world: which process this is, of how many.
 
     Attributes:
-        epoch, given: the epoch, and how many of its batches were given.
         failed: index and reason of every clip that could not be decoded.
 
     Errors: `ValueError` where the set is smaller than one batch over all processes. Iterating:
@@ -239,15 +238,15 @@ class ClipLoader:
     def __init__(self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1) -> None:
         if batch_size < 1 or workers < 0:
             raise ValueError(f"expected batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}")
-        self.data, self.batch_size, self.rank, self.world = data, batch_size, rank, world
         self.step = batch_size * world
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")
-        self.epoch, self.given, self.failed = 0, 0, dict[int, str]()
+        self.data, self.failed = data, dict[int, str]()
+        self._order = _Order(len(data), data.seed, batch_size, rank, world)
         self._resumed = False
         self._loader = DataLoader(
             data,
-            batch_sampler=_Keys(self),
+            batch_sampler=self._order,
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
@@ -255,19 +254,36 @@ class ClipLoader:
             generator=torch.Generator(),  # its own, so that the global one is left alone
         )
 
+    @property
+    def epoch(self) -> int:
+        """The epoch that the last batch was of."""
+        return self._order.epoch
+
+    @property
+    def given(self) -> int:
+        """How many batches of the epoch were given."""
+        return self._order.given
+
     def __len__(self) -> int:
         return len(self.data) // self.step
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.given and not (self._resumed and self.given < len(self)):
-            self.epoch, self.given = self.epoch + 1, 0
+        order = self._order
+        if order.given and not (self._resumed and order.given < len(self)):
+            order.epoch, order.given = order.epoch + 1, 0
         self._resumed = False
         for batch in self._loader:
             self.failed |= batch.pop("failed")
             if len(self.failed) > self.data.allowed:
                 raise TooManyFailedError(self.report(f", more than the {self.data.allowed} that max_failed allows"))
-            self.given += 1
+            order.given += 1
             yield batch
+
+    def close(self) -> None:
+        """End the workers now; iterating starts new ones."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # as Lightning does with a DataLoader's
 
     def report(self, remark: str = "", most: int | None = 10) -> str:
         """Which clips could not be decoded, one a line, at most so many; "" if none."""
@@ -290,7 +306,7 @@ class ClipLoader:
         for name, here in self._identity().items():
             if state[name] != here:
                 raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
-        self.epoch, self.given, self.failed = state["epoch"], state["given"], dict(state["failed"])
+        self._order.epoch, self._order.given, self.failed = state["epoch"], state["given"], dict(state["failed"])
         self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
