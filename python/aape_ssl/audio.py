@@ -5,23 +5,30 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "AUDIOSET128",
+    "FRONT_ENDS",
+    "M2D80",
     "SAMPLE_RATE",
     "AudioError",
     "FrontEnd",
+    "KaldiFbank",
+    "MelSpectrogram",
     "duration",
     "import_kaldi",
     "load",
+    "measure",
     "modulation_share",
     "remove_level",
 ]
@@ -76,17 +83,19 @@ def import_kaldi() -> ModuleType:
     return module
 
 
-def _open(path: str | os.PathLike[str]) -> Any:
+def _open(file: str | os.PathLike[str] | BinaryIO) -> Any:
     import soundfile
 
-    if not os.path.exists(path):
-        raise AudioError("no such file")
-    if os.path.isdir(path):
-        raise AudioError("is a directory, not a sound file")
-    if os.path.getsize(path) == 0:
-        raise AudioError("is empty (0 bytes)")
+    if isinstance(file, str | os.PathLike):
+        if not os.path.exists(file):
+            raise AudioError("no such file")
+        if os.path.isdir(file):
+            raise AudioError("is a directory, not a sound file")
+        if os.path.getsize(file) == 0:
+            raise AudioError("is empty (0 bytes)")
+        file = os.fspath(file)
     try:
-        return soundfile.SoundFile(os.fspath(path))
+        return soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless formats such as .raw
         raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
 
@@ -102,13 +111,14 @@ def duration(path: str | os.PathLike[str]) -> float:
         return float(file.frames / file.samplerate)
 
 
-def load(path: str | os.PathLike[str], seconds: float | None = None) -> Tensor:
+def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, at: float = 0.0) -> Tensor:
     """A sound file as a mono waveform at 16 kHz.
 
     Args:
-        path: whatever libsndfile reads: wav, flac, ogg, mp3, aiff; any sampling rate, any number of channels, which
-            are averaged. Resampled by soxr ("HQ").
-        seconds: how much to read from the start; all unless given.
+        file: path or open binary file of whatever libsndfile reads: wav, flac, ogg, mp3, aiff; any sampling rate, any
+            number of channels, which are averaged. Resampled by soxr ("HQ").
+        seconds: how much to read; all unless given.
+        at: which piece of a file that is longer: 0 its start, 1 its end, in between a piece in between.
 
     Returns:
         (samples), float32, full scale ±1.
@@ -118,10 +128,13 @@ def load(path: str | os.PathLike[str], seconds: float | None = None) -> Tensor:
     import soundfile
     import soxr
 
-    with _open(path) as file:
-        rate = int(file.samplerate)
+    with _open(file) as sound:
+        rate = int(sound.samplerate)
+        frames = sound.frames if seconds is None else min(sound.frames, math.ceil(seconds * rate))
         try:
-            samples = file.read(-1 if seconds is None else math.ceil(seconds * rate), dtype="float32", always_2d=True)
+            if at > 0:
+                sound.seek(round(at * (sound.frames - frames)))
+            samples = sound.read(frames, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError, MemoryError) as error:
             raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
     if len(samples) == 0:
@@ -135,14 +148,15 @@ def load(path: str | os.PathLike[str], seconds: float | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FrontEnd:
-    """Kaldi's log-mel filter bank at 16 kHz, with the statistics that its users normalise by.
+class FrontEnd(ABC):
+    """A log-mel filter bank at 16 kHz, with the statistics that its users normalise by.
 
     Attributes:
         mel_bins: F.
+        mean, std: of the log-mel values over the training set; `measure` takes them from other data.
         length, hop: of a frame, in seconds.
         low, high: edges of the filter bank, in Hz.
-        mean, std: of the log-mel values over the training set.
+        spread: how many `std` become 1 by `normalise`.
     """
 
     mel_bins: int
@@ -152,21 +166,68 @@ class FrontEnd:
     hop: float = 0.010
     low: float = 20.0
     high: float = SAMPLE_RATE / 2
+    spread: float = 1.0
+
+    @abstractmethod
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """ln of the power in the mel filters, not normalised.
+
+        waveform (..., samples) at 16 kHz -> (..., F, T) float32, contiguous, on the waveform's device; T = 0 where the
+        waveform is shorter than one frame.
+        """
+
+    @abstractmethod
+    def seconds(self, frames: int) -> float:
+        """The shortest waveform, in seconds, that gives at least this many frames."""
+
+    @abstractmethod
+    def centres(self) -> Tensor:
+        """Centre frequency of each mel bin in Hz, (F) float64: evenly spaced in mel between `low` and `high`."""
+
+    @property
+    def floor(self) -> float:
+        """What `log_mel` gives for no power at all: ln 2⁻²³."""
+        return math.log(torch.finfo(torch.float32).eps)
+
+    def normalise(self, log_mel: Tensor) -> Tensor:
+        """(x − mean)/(spread · std)."""
+        return (log_mel - self.mean) / (self.spread * self.std)
+
+    def _too_short(self, waveform: Tensor) -> bool:
+        return waveform.shape[-1] < round(self.length * SAMPLE_RATE)
+
+
+@dataclass(frozen=True)
+class KaldiFbank(FrontEnd):
+    """Kaldi's filter bank as AST and EAT use it; they normalise by twice the standard deviation.
+
+    T = ⌊(samples − 400)/160⌋ + 1.
+    """
+
+    spread: float = 2.0
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """log of the power in triangular mel filters, not normalised.
+        """ln of the power in triangular mel filters, not normalised.
 
             waveform − its mean → Hann frames → |FFT|² → triangles on mel(f) = 1127 ln(1 + f/700) → ln max(·, 2⁻²³)
 
-        waveform (samples) at 16 kHz -> (F, T) float32, T = ⌊(samples − 400)/160⌋ + 1; T = 0 below one frame. Kaldi's
-        pre-emphasis of 0.97 and its removal of each frame's mean apply; no dither, so the result is deterministic.
+        waveform (..., samples) at 16 kHz -> (..., F, T) float32; T = 0 below one frame. Kaldi's pre-emphasis of 0.97
+        and its removal of each frame's mean apply; no dither, so the result is deterministic.
 
         Source: the front end of AST and EAT, `torchaudio.compliance.kaldi.fbank(htk_compat=True)`.
         """
-        if len(waveform) < round(self.length * SAMPLE_RATE):
-            return waveform.new_zeros(self.mel_bins, 0)
+        *batch, samples = waveform.shape
+        length, hop = round(self.length * SAMPLE_RATE), round(self.hop * SAMPLE_RATE)
+        if self._too_short(waveform):
+            return waveform.new_zeros(*batch, self.mel_bins, 0)
+        # Kaldi takes one waveform: clips are laid end to end, a whole number of hops each, and the frames that reach
+        # from one clip into the next are dropped
+        stride = -(-samples // hop) * hop
+        clips = (waveform - waveform.mean(-1, keepdim=True)).reshape(-1, samples)
+        joined = torch.nn.functional.pad(clips, (0, stride - samples)).flatten()
+        joined = joined[: len(joined) - (stride - samples)]
         frames: Tensor = import_kaldi().fbank(
-            (waveform - waveform.mean()).unsqueeze(0),
+            joined.unsqueeze(0),
             sample_frequency=float(SAMPLE_RATE),
             num_mel_bins=self.mel_bins,
             frame_length=self.length * 1e3,
@@ -178,19 +239,13 @@ class FrontEnd:
             use_energy=False,
             dither=0.0,
         )
-        return frames.T.contiguous()
-
-    @property
-    def floor(self) -> float:
-        """What `log_mel` gives for no power at all: ln 2⁻²³."""
-        return math.log(torch.finfo(torch.float32).eps)
-
-    def normalise(self, log_mel: Tensor) -> Tensor:
-        """(x − mean)/(2 · std), as AST and EAT feed their encoders."""
-        return (log_mel - self.mean) / (2 * self.std)
+        count = (samples - length) // hop + 1
+        frames = torch.nn.functional.pad(frames, (0, 0, 0, len(clips) * (stride // hop) - len(frames)))
+        frames = frames.view(*batch, stride // hop, self.mel_bins)[..., :count, :]
+        return frames.mT.contiguous()
 
     def seconds(self, frames: int) -> float:
-        """The shortest waveform, in seconds, that gives this many frames."""
+        """The shortest waveform, in seconds, that gives at least this many frames."""
         return (frames - 1) * self.hop + self.length
 
     def centres(self) -> Tensor:
@@ -200,8 +255,81 @@ class FrontEnd:
         return 700 * torch.expm1(mel / 1127)
 
 
-# mean and standard deviation of AudioSet, as AST and EAT publish them
-AUDIOSET128 = FrontEnd(mel_bins=128, mean=-4.268, std=4.569)
+@dataclass(frozen=True)
+class MelSpectrogram(FrontEnd):
+    """The mel spectrogram of M2D: frames centred on multiples of the hop, the waveform reflected at its ends.
+
+    T = ⌊samples/160⌋ + 1.
+    """
+
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """ln of the power in triangular mel filters of unit area, not normalised.
+
+            periodic Hann frames → |FFT|² → triangles on the Slaney mel scale, of area 1 Hz → ln(· + 2⁻²³)
+
+        waveform (..., samples) at 16 kHz -> (..., F, T) float32; T = 0 below one frame.
+
+        Source: M2D's front end (there by nnAudio), as `torchaudio.transforms.MelSpectrogram`.
+        """
+        if self._too_short(waveform):
+            return waveform.new_zeros(*waveform.shape[:-1], self.mel_bins, 0)
+        power: Tensor = _mel_transform(self, waveform.device)(waveform)
+        return (power + torch.finfo(torch.float32).eps).log().contiguous()
+
+    def seconds(self, frames: int) -> float:
+        """The shortest waveform, in seconds, that gives at least this many frames."""
+        return max((frames - 1) * self.hop, self.length)
+
+    def centres(self) -> Tensor:
+        """Centre frequency of each mel bin in Hz, (F) float64: linear below 1 kHz, logarithmic above (Slaney)."""
+        linear, octave = 3 / 200, 27 / math.log(6.4)  # mel/Hz; mel per factor of e
+        low, high = (hz * linear if hz < 1000 else 15 + octave * math.log(hz / 1000) for hz in (self.low, self.high))
+        mel = torch.linspace(low, high, self.mel_bins + 2, dtype=torch.float64)[1:-1]
+        return torch.where(mel < 15, mel / linear, 1000 * torch.exp((mel - 15) / octave))
+
+
+@lru_cache(maxsize=8)
+def _mel_transform(front_end: MelSpectrogram, device: torch.device) -> torch.nn.Module:
+    import_kaldi()  # torchaudio as a whole imports after it
+    from torchaudio.transforms import MelSpectrogram as Transform
+
+    module: torch.nn.Module = Transform(
+        sample_rate=SAMPLE_RATE,
+        n_fft=round(front_end.length * SAMPLE_RATE),
+        hop_length=round(front_end.hop * SAMPLE_RATE),
+        f_min=front_end.low,
+        f_max=front_end.high,
+        n_mels=front_end.mel_bins,
+        norm="slaney",
+        mel_scale="slaney",
+    )
+    return module.to(device)
+
+
+# mean and standard deviation of AudioSet, as AST and EAT, and M2D, publish them
+AUDIOSET128 = KaldiFbank(mel_bins=128, mean=-4.268, std=4.569)
+M2D80 = MelSpectrogram(mel_bins=80, mean=-7.1, std=4.2, low=50.0)
+FRONT_ENDS: dict[str, FrontEnd] = {"audioset128": AUDIOSET128, "m2d80": M2D80}
+
+
+def measure(front_end: FrontEnd, waveforms: Iterable[Tensor]) -> FrontEnd:
+    """`front_end` with the mean and standard deviation of its log-mel values over all frames of these waveforms.
+
+    Sums in float64; every frame counts the same, so that long clips weigh more than short ones.
+
+    Errors: `ValueError` where there is no frame at all, or where all values are equal.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for waveform in waveforms:
+        x = front_end.log_mel(waveform).double() - front_end.mean  # centred, so that the squares do not cancel
+        count, total, squares = count + x.numel(), total + float(x.sum()), squares + float(x.square().sum())
+    if count == 0:
+        raise ValueError("measure: expected waveforms of at least one frame, got none")
+    mean = total / count
+    variance = squares / count - mean**2
+    if not variance > 1e-6:
+        raise ValueError("measure: expected sound, got waveforms whose log-mel values are all equal")
+    return replace(front_end, mean=front_end.mean + mean, std=math.sqrt(variance))
 
 
 def modulation_share(log_mel: Tensor, stride: int) -> float:

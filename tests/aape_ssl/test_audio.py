@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from aape_ssl import audio
-from aape_ssl.audio import AUDIOSET128, AudioError
+from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, M2D80, AudioError, measure
 
 FRAME = 0.01  # s
 
@@ -47,23 +47,77 @@ def test_log_mel_is_kaldis():
     assert torch.equal(got, AUDIOSET128.log_mel(waveform))  # no dither
 
 
+def mel_by_hand(waveform: np.ndarray) -> np.ndarray:
+    """M2D's log-mel, 80 Slaney filters of area 1 from 50 Hz to 8 kHz, in float64."""
+    x = np.pad(waveform, 200, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    power = np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(x, 400)[::160] * window)) ** 2  # [T, 201]
+    top = 15 + 27 * math.log(8) / math.log(6.4)  # 8 kHz in mel
+    mel = np.linspace(50 * 3 / 200, top, 82)
+    edges = np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(math.log(6.4) * (mel - 15) / 27))
+    hz = 40 * np.arange(201)[:, None]
+    rise = (hz - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - hz) / (edges[2:] - edges[1:-1])
+    triangles = np.clip(np.minimum(rise, fall), 0, None) * 2 / (edges[2:] - edges[:-2])
+    return np.log(power @ triangles + 2.0**-23).T
+
+
+def test_log_mel_is_m2ds():
+    waveform = 0.1 * torch.randn(16000)
+    got = M2D80.log_mel(waveform)
+    assert got.shape == (80, 101)
+    assert got.is_contiguous()
+    np.testing.assert_allclose(got.numpy(), mel_by_hand(waveform.double().numpy()), atol=5e-3)
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+@pytest.mark.parametrize("samples", [100, 400, 3000, 3041, 3200])
+def test_a_batch_is_its_clips(name, samples):
+    front_end = FRONT_ENDS[name]
+    waveforms = 0.1 * torch.randn(2, 3, samples) + torch.randn(2, 3, 1)
+    got = front_end.log_mel(waveforms)
+    one_by_one = torch.stack([front_end.log_mel(waveform) for waveform in waveforms.flatten(0, 1)])
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, one_by_one.view_as(got), atol=1e-4, rtol=0)
+
+
+def test_measure_is_the_mean_and_std_of_all_frames():
+    waveforms = [0.1 * torch.randn(8000), 0.01 * torch.randn(3, 4000), torch.randn(100)]
+    for front_end in FRONT_ENDS.values():
+        values = torch.cat([front_end.log_mel(waveform).flatten() for waveform in waveforms])
+        got = measure(front_end, iter(waveforms))
+        assert got.mean == pytest.approx(float(values.double().mean()), rel=1e-6)
+        assert got.std == pytest.approx(float(values.double().std(correction=0)), rel=1e-6)
+        normalised = got.normalise(values)
+        assert float(normalised.std()) == pytest.approx(1 / front_end.spread, rel=1e-3)
+
+
+@pytest.mark.parametrize("waveforms", [[], [torch.zeros(399)], [torch.zeros(4000)]])
+def test_measure_refuses_what_has_no_statistics(waveforms):
+    with pytest.raises(ValueError, match="measure: expected"):
+        measure(AUDIOSET128, waveforms)
+
+
 @pytest.mark.parametrize("samples", [0, 1, 399, 400, 559, 560])
 def test_frames_of_short_waveforms(samples):
     frames = max(0, (samples - 400) // 160 + 1)
     assert AUDIOSET128.log_mel(torch.randn(samples)).shape == (128, frames)
 
 
-@pytest.mark.parametrize("frames", [1, 16])
-def test_seconds_is_the_shortest_waveform(frames):
-    samples = round(AUDIOSET128.seconds(frames) * audio.SAMPLE_RATE)
-    assert AUDIOSET128.log_mel(torch.randn(samples)).shape[1] == frames
-    assert AUDIOSET128.log_mel(torch.randn(samples - 1)).shape[1] == frames - 1
+@pytest.mark.parametrize("name", FRONT_ENDS)
+@pytest.mark.parametrize("frames", [1, 3, 4, 16])
+def test_seconds_is_the_shortest_waveform(name, frames):
+    front_end = FRONT_ENDS[name]
+    samples = round(front_end.seconds(frames) * audio.SAMPLE_RATE)
+    assert front_end.log_mel(torch.randn(samples)).shape[1] >= frames
+    assert front_end.log_mel(torch.randn(samples - 1)).shape[1] < frames
 
 
+@pytest.mark.parametrize("name", FRONT_ENDS)
 @pytest.mark.parametrize("hz", [440, 1000, 3300, 7000])
-def test_tone_peaks_at_its_mel_bin(hz):
-    log_mel = AUDIOSET128.log_mel(torch.from_numpy(tone(hz, 0.5)).float())
-    centres = AUDIOSET128.centres()
+def test_tone_peaks_at_its_mel_bin(name, hz):
+    log_mel = FRONT_ENDS[name].log_mel(torch.from_numpy(tone(hz, 0.5)).float())
+    centres = FRONT_ENDS[name].centres()
     nearest = int((centres - hz).abs().argmin())
     peak = int(log_mel.mean(-1).argmax())
     assert abs(peak - nearest) <= 1
@@ -112,6 +166,17 @@ def test_load_stops_after_seconds(tmp_path):
     soundfile.write(path, tone(1000, 2.0, 44100), 44100)
     assert len(audio.load(path, seconds=0.5)) == 8000
     assert len(audio.load(path, seconds=5)) == 32000
+
+
+def test_load_reads_a_piece(tmp_path):
+    path = tmp_path / "ramp.wav"
+    soundfile.write(path, np.linspace(0, 0.5, 16000), 16000, subtype="FLOAT")
+    whole = audio.load(path)
+    for at, start in ((0.0, 0), (0.25, 3000), (1.0, 12000)):
+        assert torch.equal(audio.load(path, seconds=0.25, at=at), whole[start : start + 4000])
+    assert torch.equal(audio.load(path, seconds=2, at=0.7), whole)
+    with open(path, "rb") as file:
+        assert torch.equal(audio.load(file, seconds=0.25, at=1.0), whole[12000:])
 
 
 def _bad_files(folder: Path) -> dict[Path, str]:

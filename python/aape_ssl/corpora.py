@@ -1,0 +1,70 @@
+"""Real sound by Debian package name, in a cache: nothing is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+__all__ = ["SOUNDFONT", "VOICE", "CorpusError", "cache_folder", "fetch"]
+
+# package and where in it the sound lies; licences are in the package's usr/share/doc
+SOUNDFONT = ("timgm6mb-soundfont", "usr/share/sounds/sf2/TimGM6mb.sf2")  # 5.4 MB: 128 General MIDI programs
+VOICE = ("gcin-voice", "usr/share/gcin-voice/ogg")  # 7.7 MB: 2,358 Mandarin syllables by two speakers
+
+
+class CorpusError(RuntimeError):
+    """A package that cannot be fetched; the message is one line that names it and says why."""
+
+
+def cache_folder() -> Path:
+    """`AAPE_SSL_CACHE`, else `aape_ssl` in `XDG_CACHE_HOME` or `~/.cache`."""
+    given = os.environ.get("AAPE_SSL_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(given) if given else Path(base) / "aape_ssl"
+
+
+def fetch(corpus: tuple[str, str], cache: Path | None = None) -> Path:
+    """The sound of a package: from the cache, else by `apt-get download` and `dpkg -x` into it.
+
+    Unpacked beside its place and then moved there, so that no half of a package is ever found.
+
+    Args:
+        corpus: `SOUNDFONT` or `VOICE`.
+        cache: `cache_folder()` unless given.
+
+    Errors: `CorpusError`.
+    """
+    package, inside = corpus
+    target = (cache or cache_folder()) / "packages" / package
+    if (target / inside).exists():
+        return target / inside
+    missing = [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]
+    if missing:
+        raise CorpusError(f"{package}: cannot be fetched here, {missing[0]} was not found (it is a Debian package)")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{package}-") as folder:
+            _run(package, ["apt-get", "--quiet", "download", package], folder)
+            (archive,) = Path(folder).glob("*.deb")
+            _run(package, ["dpkg", "-x", archive.name, "unpacked"], folder)
+            if not (Path(folder) / "unpacked" / inside).exists():
+                raise CorpusError(f"{package}: expected {inside} in it, this version ({archive.name}) has none")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(Path(folder) / "unpacked", target)
+    except OSError as error:
+        raise CorpusError(f"{package}: cannot be put into {target.parent} ({error.strerror})") from error
+    return target / inside
+
+
+def _run(package: str, command: list[str], folder: str) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired as error:
+        raise CorpusError(f"{package}: {command[0]} was not done in 10 minutes") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
+        why = lines[0].removeprefix("E: ") if lines else f"status {done.returncode}"
+        raise CorpusError(f"{package}: {' '.join(command[:-1])} failed: {why} (are apt's package lists up to date?)")

@@ -1,0 +1,141 @@
+"""Clips for Lightning: a LightningDataModule around `ClipLoader`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
+from .loader import ClipLoader, Crops, features
+from .sources import Clip, find
+
+__all__ = ["ClipData"]
+
+MEASURED = 512  # clips; at 2 s each 17 minutes of sound
+
+
+class ClipData(LightningDataModule):
+    """Random log-mel crops of a set of clips, to pre-train on.
+
+    A batch is {"log_mel": (B, 1, F, frames) float32, normalised, "index": (B) int64}; what it holds depends on seed,
+    epoch and index only (`Crops`). Checkpoints hold the loader's place, by Lightning's protocol for stateful loaders,
+    and the statistics: a run that is resumed goes on with the same bits. Clips that could not be decoded are listed on
+    stderr when training ends.
+
+    Args:
+        data: a folder, a `.csv` manifest, or `.tar` shards (`sources.find`).
+        frames: T of a crop; 208 are 2.1 s.
+        front_end: a name in `FRONT_ENDS`.
+        statistics: to normalise by: the front end's own ("preset"), "data" for those of 512 random crops of these
+            clips, or (mean, std).
+        splits: only the manifest's clips of these splits or folds; all unless given.
+        batch_size: clips of one process in a batch.
+        workers: loading processes; 0 loads in the training process.
+        seed: of order and crops.
+        mix, resize_crop: augmentation in log-mel (`Crops`); none by default.
+        on_device: compute log-mels there for the whole batch; by default workers do.
+        max_failed: training stops when more than this share of the clips cannot be decoded.
+
+    Errors: `ValueError` (`SourceError`) that names the argument or the file.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        frames: int = 208,
+        front_end: str = "audioset128",
+        statistics: Literal["preset", "data"] | tuple[float, float] = "preset",
+        splits: list[str] | None = None,
+        batch_size: int = 64,
+        workers: int = 2,
+        seed: int = 0,
+        mix: float = 0.0,
+        resize_crop: float = 1.0,
+        on_device: bool = False,
+        max_failed: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if front_end not in FRONT_ENDS:
+            raise ValueError(f"front_end: expected one of {', '.join(FRONT_ENDS)}, got {front_end!r}")
+        self.front_end: FrontEnd = FRONT_ENDS[front_end]
+        if isinstance(statistics, str):
+            if statistics not in ("preset", "data"):
+                raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
+        else:
+            self.front_end = _normalised_by(self.front_end, *statistics)
+        self.data, self.statistics, self.splits = data, statistics, splits
+        self.batch_size, self.workers = batch_size, workers
+        self._options: dict[str, Any] = {
+            "frames": frames,
+            "seed": seed,
+            "mix": mix,
+            "resize_crop": resize_crop,
+            "waveforms": on_device,
+            "max_failed": max_failed,
+        }
+        self._restored = False
+        self.clips: list[Clip] = []
+        self.loader: ClipLoader | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the clips, and measure their statistics where they were asked for."""
+        if self.clips:
+            return
+        self.clips = find(self.data, self.splits)
+        if self.statistics == "data" and not self._restored:
+            self.front_end = measure(self.front_end, self._sample())
+
+    def _sample(self) -> Iterator[Tensor]:
+        crops = Crops(self.clips, self.front_end, **self._options)
+        rng = np.random.default_rng([self._options["seed"]])
+        for index in rng.permutation(len(crops))[:MEASURED].tolist():
+            try:
+                # as long as it is: the zeros after a short clip are not the data's
+                yield self.clips[index].load(crops.front_end.seconds(crops.frames), rng.random())
+            except AudioError:  # reported when training meets it
+                continue
+
+    def train_dataloader(self) -> ClipLoader:
+        """The loader, this process's share of it under a trainer with several."""
+        self.setup()
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        crops = Crops(self.clips, self.front_end, **self._options)
+        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world)
+        return self.loader
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
+        """Waveforms to log-mels, where workers left that to the device."""
+        return features(batch, self.front_end, self._options["frames"]) if "waveform" in batch else batch
+
+    def report(self, most: int | None = 10) -> str:
+        """Which clips could not be decoded, one a line; "" if none."""
+        return self.loader.report(most=most) if self.loader else ""
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers, and list the clips that could not be decoded."""
+        if self.loader:
+            self.loader.close()
+        report = self.report()
+        if report:
+            print(report, file=sys.stderr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics; the place is the loader's."""
+        return {"mean": self.front_end.mean, "std": self.front_end.std}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The statistics that the run began with."""
+        self.front_end = _normalised_by(self.front_end, state["mean"], state["std"])
+        self._restored = True
+
+
+def _normalised_by(front_end: FrontEnd, *statistics: float) -> FrontEnd:
+    if len(statistics) != 2 or not statistics[1] > 0:
+        raise ValueError(f"statistics: expected (mean, std) with std > 0, got {statistics}")
+    return replace(front_end, mean=float(statistics[0]), std=float(statistics[1]))

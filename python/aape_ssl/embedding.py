@@ -1,0 +1,223 @@
+"""Embeddings of a frozen encoder: of labelled clips for probing, of sound files into npz or parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .audio import SAMPLE_RATE, AudioError, FrontEnd
+from .sources import Clip
+
+__all__ = ["Encoder", "cached", "embed", "embed_files", "pool", "statistics"]
+
+T = TypeVar("T")
+Floats = NDArray[np.float32]
+# normalised log-mel (B, 1, F, T) -> frequency-major tokens (B, N, D) and their grid (N_f, N_t), N = N_f N_t
+Encoder = Callable[[Tensor], tuple[Tensor, tuple[int, int]]]
+
+
+def columns(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Frame embeddings, tokens concatenated along frequency: (B, N_f N_t, D) -> (B, N_t, N_f D)."""
+    batch, count, width = tokens.shape
+    if count != grid[0] * grid[1]:
+        raise ValueError(f"tokens: expected {grid[0]} × {grid[1]} of them, got {count}")
+    return tokens.reshape(batch, *grid, width).transpose(1, 2).flatten(2)
+
+
+def pool(tokens: Tensor, grid: tuple[int, int], own: Tensor | None = None) -> Tensor:
+    """Time-mean of frequency-concatenated tokens: (B, N_f N_t, D) -> (B, N_f D).
+
+    own (B): how many of the N_t columns to average over, from the first on; all unless given. Source: EVAR, M2D.
+    """
+    x = columns(tokens, grid)
+    if own is None:
+        return x.mean(1)
+    inside = torch.arange(grid[1], device=x.device) < own.unsqueeze(1)  # [B, N_t]
+    return (x * inside.unsqueeze(2)).sum(1) / own.unsqueeze(1)
+
+
+def _windows(clip: Clip, front_end: FrontEnd, frames: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Normalised log-mels of consecutive windows (W, F, frames), and the share of each that is the clip's own, (W).
+
+    The last window is padded with silence. At most `most` windows. Errors: `AudioError`.
+    """
+    step = frames * round(front_end.hop * SAMPLE_RATE)
+    samples = max(round(front_end.seconds(frames) * SAMPLE_RATE), step)  # the last frame may reach beyond the step
+    waveform = clip.load(None if most is None else (step * (most - 1) + samples) / SAMPLE_RATE)
+    length = len(waveform)
+    count = max(1, -(-(length - (samples - step)) // step))
+    count = count if most is None else min(count, most)
+    needed = step * (count - 1) + samples
+    pieces = torch.nn.functional.pad(waveform, (0, max(0, needed - length)))[:needed].unfold(0, samples, step)
+    own = (length - step * torch.arange(count)).clamp(max=step) / step
+    return front_end.normalise(front_end.log_mel(pieces)[..., :frames]), own
+
+
+def _own_columns(own: Tensor, grid: tuple[int, int]) -> Tensor:
+    return (own * grid[1]).ceil().long().clamp(1, grid[1])
+
+
+@torch.inference_mode()
+def embed(
+    encoder: Encoder, clips: Sequence[Clip], front_end: FrontEnd, frames: int, batch_size: int = 64, device: str = "cpu"
+) -> Floats:
+    """Clip embeddings, (clips, N_f D): each clip's first `frames` frames, padded with silence, encoded and pooled.
+
+    Columns of tokens that hold padding only are left out of the mean.
+
+    Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not compare.
+    """
+    rows = []
+    for first in range(0, len(clips), batch_size):
+        windows = [
+            _named(clip, lambda clip: _windows(clip, front_end, frames, 1)) for clip in clips[first:][:batch_size]
+        ]
+        x, own = (torch.cat(parts).to(device) for parts in zip(*windows, strict=True))
+        tokens, grid = encoder(x.unsqueeze(1))
+        rows.append(pool(tokens, grid, _own_columns(own, grid)).float().cpu())
+    return torch.cat(rows).numpy()
+
+
+def statistics(clips: Sequence[Clip], front_end: FrontEnd) -> Floats:
+    """The baseline's features, (clips, 3 F): mean, standard deviation and mean |Δ| over time of each log-mel bin.
+
+    Errors: `AudioError` naming a clip that cannot be decoded, or has fewer than two frames.
+    """
+
+    def row(clip: Clip) -> Tensor:
+        x = front_end.log_mel(clip.load())
+        if x.shape[1] < 2:
+            raise AudioError(f"expected at least 2 frames, got {x.shape[1]}")
+        return torch.cat([x.mean(1), x.std(1, correction=0), x.diff(dim=1).abs().mean(1)])
+
+    return torch.stack([_named(clip, row) for clip in clips]).numpy()
+
+
+def _named(clip: Clip, compute: Callable[[Clip], T]) -> T:
+    try:
+        return compute(clip)
+    except AudioError as error:
+        raise AudioError(f"{clip.name}: {error}") from error
+
+
+def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, compute: Callable[[], Floats]) -> Floats:
+    """What `compute` gives, kept in an `.npz`; computed again where clips or `key` are not those it was kept for.
+
+    Args:
+        path: the file.
+        clips: whose features they are: their names, in their order.
+        key: whatever else they depend on: checkpoint, front end, frames.
+        compute: () -> (clips, features).
+    """
+    names = hashlib.sha256("\n".join([key, *(clip.name for clip in clips)]).encode()).hexdigest()
+    try:
+        with np.load(path) as kept:
+            if str(kept["of"]) == names:
+                features: Floats = kept["features"]
+                return features
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
+        pass
+    features = compute()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _write(Path(path), lambda file: np.savez(file, of=names, features=features))
+    return features
+
+
+def _write(path: Path, write: Callable[[Any], None]) -> None:
+    """Beside its place and then moved there, so that no half of a file is ever found."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as file:
+        write(file)
+    os.replace(part, path)
+
+
+@torch.inference_mode()
+def embed_files(
+    encoder: Encoder,
+    clips: Sequence[Clip],
+    front_end: FrontEnd,
+    frames: int,
+    out: str | os.PathLike[str],
+    level: Literal["clip", "frame"] = "clip",
+    batch_size: int = 64,
+    device: str = "cpu",
+) -> dict[str, str]:
+    """Embeddings of whole clips, however long, as one file of columns.
+
+    A clip is encoded in consecutive windows of `frames` frames, the last one padded with silence. Level "frame" has a
+    row a column of tokens: `name`, `time` (its centre, in seconds), `embedding` (N_f D, float32: tokens concatenated
+    along frequency); "clip" has a row a clip, the mean of these, without `time`. Columns of padding only are left out.
+
+    Args:
+        encoder: (B, 1, F, frames), normalised -> tokens and grid.
+        clips: what to embed (`sources.find`).
+        front_end, frames: as in training.
+        out: a `.npz`, whose arrays are these columns, or a `.parquet`, for which pyarrow must be installed. Must not
+            exist.
+        level: "clip" or "frame".
+        batch_size, device: of the encoder's batches.
+
+    Returns:
+        name and reason of each clip that could not be decoded, and is left out.
+
+    Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
+    """
+    out = Path(out)
+    if level not in ("clip", "frame"):
+        raise ValueError(f"level: expected clip or frame, got {level!r}")
+    if out.suffix not in (".npz", ".parquet"):
+        raise ValueError(f"out: expected a .npz or .parquet file, got {out}")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ValueError(f"out: writing {out} needs pyarrow: pip install pyarrow")
+    if out.exists() or not out.parent.is_dir():
+        raise ValueError(f"out: {out} {'exists already' if out.exists() else 'lies in a folder that is not there'}")
+    names: list[str] = []
+    times: list[Floats] = []
+    rows: list[Floats] = []
+    failed: dict[str, str] = {}
+    for clip in clips:
+        try:
+            x, own = _windows(clip, front_end, frames)
+        except AudioError as error:
+            failed[clip.name] = str(error)
+            continue
+        found = []
+        for part, share in zip(x.split(batch_size), own.split(batch_size), strict=True):
+            tokens, grid = encoder(part.unsqueeze(1).to(device))
+            inside = torch.arange(grid[1]) < _own_columns(share, grid).unsqueeze(1)
+            found.append(columns(tokens, grid).float().cpu()[inside])
+        features = torch.cat(found)
+        if level == "clip":
+            features = features.mean(0, keepdim=True)
+        names += [clip.name] * len(features)
+        times.append((np.arange(len(features), dtype=np.float32) + 0.5) * (frames * front_end.hop / grid[1]))
+        rows.append(features.numpy())
+    if not rows:
+        raise ValueError(f"clips: none of the {len(clips)} could be decoded: {next(iter(failed.items()), '')}")
+    table: dict[str, Any] = {"name": np.array(names), "embedding": np.concatenate(rows)}
+    if level == "frame":
+        table["time"] = np.concatenate(times)
+    _write(out, lambda file: _write_table(file, table, out.suffix))
+    return failed
+
+
+def _write_table(file: Any, table: dict[str, Any], suffix: str) -> None:
+    if suffix == ".npz":
+        np.savez(file, **table)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    width = table["embedding"].shape[1]
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(table["embedding"].ravel()), width)
+    pyarrow.parquet.write_table(pyarrow.table({**table, "embedding": vectors}), file)

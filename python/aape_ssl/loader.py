@@ -1,0 +1,319 @@
+"""Batches of log-mel crops whose order and content depend on (seed, epoch, index) alone; a loader that can be resumed.
+
+Not on the number of workers, nor on how often the run was interrupted: every random number of a clip is drawn from a
+generator of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from . import audio
+from .audio import SAMPLE_RATE, FrontEnd
+from .sources import Clip
+
+__all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resize_crop"]
+
+ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag stands first
+Key = tuple[int, int]  # epoch, index
+Batch = dict[str, Any]
+
+
+class TooManyFailedError(RuntimeError):
+    """More clips than allowed cannot be decoded; the message lists the first of them."""
+
+
+def mix(log_mel: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
+    """ln((1 − λ) eˣ + λ eʸ): two clips heard together, as powers.
+
+    log_mel, other (B, F, T); ratio λ (B) in [0, 1) -> (B, F, T). Source: BYOL-A's mixup.
+    """
+    ratio = ratio.view(-1, 1, 1)
+    return torch.logaddexp(log_mel + torch.log1p(-ratio), other + torch.log(ratio))
+
+
+def resize_crop(log_mel: Tensor, box: Tensor) -> Tensor:
+    """A box of the spectrogram, stretched to its full size by bicubic interpolation.
+
+    log_mel (B, F, T); box (B, 4): lower edge and height as shares of F, start and width as shares of T. -> (B, F, T).
+    Stretching in time slows all modulation by the same factor. Source: after BYOL-A's random resize crop; boxes within
+    the spectrogram are ours.
+    """
+    bottom, height, start, width = box.unbind(-1)
+    nought = torch.zeros_like(bottom)
+    # output coordinate u in [−1, 1] reads the input at size · u + (2 · edge + size − 1)
+    rows = [width, nought, 2 * start + width - 1, nought, height, 2 * bottom + height - 1]
+    x = log_mel.unsqueeze(1)
+    grid = torch.nn.functional.affine_grid(torch.stack(rows, -1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(x, grid, "bicubic", "border", align_corners=False).squeeze(1)
+
+
+def features(batch: Batch, front_end: FrontEnd, frames: int) -> Batch:
+    """Waveforms of a batch (`Crops`) to {"log_mel": (B, 1, F, T) float32, normalised, "index": (B) int64}.
+
+    On the device that they are on.
+    """
+    x = front_end.log_mel(batch["waveform"])[..., :frames]
+    if "other" in batch:
+        x = mix(x, front_end.log_mel(batch["other"])[..., :frames], batch["ratio"])
+    x = front_end.normalise(x)
+    if "box" in batch:
+        x = resize_crop(x, batch["box"])
+    return {"log_mel": x.unsqueeze(1), "index": batch["index"]}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: sums that several threads share out differ in their last bits."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+class Crops(Dataset[Any]):
+    """Random crops of clips, fetched a batch at a time by (epoch, index).
+
+    A clip shorter than the crop is padded with zeros at its end. One that cannot be decoded is replaced by another,
+    drawn from those not in the batch, and reported in the batch.
+
+    Args:
+        clips: the set.
+        front_end: log-mel and its statistics.
+        frames: T of a crop.
+        seed: of crops, mixing and boxes.
+        mix: largest share λ of another random clip, drawn uniformly from [0, mix) for each clip; 0: no mixing (the
+            default). Decodes two files a clip.
+        resize_crop: least height and width of the box for `resize_crop`, each drawn uniformly up to 1; 1: none (the
+            default).
+        waveforms: leave `features` to the caller, for a whole batch on the device.
+        max_failed: share of the clips that may fail.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        front_end: FrontEnd,
+        frames: int,
+        *,
+        seed: int = 0,
+        mix: float = 0.0,
+        resize_crop: float = 1.0,
+        waveforms: bool = False,
+        max_failed: float = 0.05,
+    ) -> None:
+        for name, value, least, most in (
+            ("frames", frames, 1, math.inf),
+            ("seed", seed, 0, math.inf),
+            ("mix", mix, 0, 1),
+            ("max_failed", max_failed, 0, 1),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}")
+        if not 0 < resize_crop <= 1:
+            raise ValueError(f"resize_crop: expected a number above 0 and up to 1, got {resize_crop}")
+        self.clips, self.front_end, self.frames, self.seed = list(clips), front_end, frames, seed
+        self.mix, self.resize_crop, self.waveforms = mix, resize_crop, waveforms
+        self.allowed = math.floor(max_failed * len(self.clips))
+        self.samples = round(front_end.seconds(frames) * SAMPLE_RATE)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def waveform(self, index: int, at: float) -> Tensor:
+        """The piece `at` (`audio.load`) of a clip, (samples), padded with zeros. Errors: `AudioError`."""
+        piece = self.clips[index].load(self.samples / SAMPLE_RATE, at)[: self.samples]
+        return torch.nn.functional.pad(piece, (0, self.samples - len(piece)))
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        with _one_thread():
+            failed: dict[int, str] = {}
+            batch = self._batch(keys, failed)
+            if len(failed) > self.allowed:
+                batch = {}  # it may lack clips, and training stops anyway
+            elif not self.waveforms:
+                batch = features(batch, self.front_end, self.frames)
+            return {**batch, "failed": failed}
+
+    def _batch(self, keys: Sequence[Key], failed: dict[int, str]) -> Batch:
+        taken = {index for _, index in keys}
+        index, waveform, other, ratio, box = [], [], [], [], []
+        for epoch, wanted in keys:
+            rng = np.random.default_rng([CROP, self.seed, epoch, wanted])
+            # all of them always, so that no option moves the crops
+            at, share, partner, at_partner, *sides = rng.random(8)
+            used, piece = self._decode(wanted, at, taken, rng, failed)
+            index.append(used)
+            waveform.append(piece)
+            if self.mix > 0:
+                try:
+                    other.append(self.waveform(int(partner * len(self)), at_partner))
+                except audio.AudioError as error:
+                    failed[int(partner * len(self))] = str(error)
+                    other.append(piece)  # mixed with itself it stays as it is
+                ratio.append(self.mix * share)
+            height, width = (1 - (1 - self.resize_crop) * side for side in sides[:2])
+            box.append([sides[2] * (1 - height), height, sides[3] * (1 - width), width])
+        batch = {"waveform": torch.stack(waveform), "index": torch.tensor(index)}
+        if self.mix > 0:
+            batch |= {"other": torch.stack(other), "ratio": torch.tensor(ratio, dtype=torch.float32)}
+        if self.resize_crop < 1:
+            batch["box"] = torch.tensor(box, dtype=torch.float32)
+        return batch
+
+    def _decode(
+        self, wanted: int, at: float, taken: set[int], rng: np.random.Generator, failed: dict[int, str]
+    ) -> tuple[int, Tensor]:
+        """The wanted clip, or the first other that can be decoded: those that the batch has already come last."""
+        try:
+            return wanted, self.waveform(wanted, at)
+        except audio.AudioError as error:
+            failed[wanted] = str(error)
+        for other in sorted(rng.permutation(len(self)).tolist(), key=taken.__contains__):
+            if len(failed) > self.allowed:
+                break
+            if other in failed:
+                continue
+            try:
+                piece = self.waveform(other, at)
+            except audio.AudioError as error:
+                failed[other] = str(error)
+                continue
+            taken.add(other)
+            return other, piece
+        return wanted, torch.zeros(self.samples)  # nothing is left: the batch is thrown away
+
+
+class _Order(Sampler[list[Key]]):
+    """What is left of an epoch, as one process's batches.
+
+    Apart from `ClipLoader`, which holds the DataLoader that holds this: in a reference cycle, workers are not told to
+    end before their pipes are closed, and are waited for.
+    """
+
+    def __init__(self, clips: int, seed: int, batch_size: int, rank: int, world: int) -> None:
+        self.clips, self.seed, self.rank, self.shape = clips, seed, rank, (world, batch_size)
+        self.epoch, self.given = 0, 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, count = self.epoch, self.clips // math.prod(self.shape)
+        order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.clips)
+        mine = order[: count * math.prod(self.shape)].reshape(count, *self.shape)[self.given :, self.rank]
+        return iter([[(epoch, index) for index in batch] for batch in mine.tolist()])
+
+
+class ClipLoader:
+    """Shuffled batches of `Crops`, each epoch in an order of its own; what is left over at its end is dropped.
+
+    The batches of `world` processes laid side by side are the batches of one process with `world` times the size.
+    Iterating again begins the next epoch. After `load_state_dict` it continues with the batch after the last one that
+    was given when `state_dict` was called: the same bits, with any number of workers.
+
+    Args:
+        data: the crops.
+        batch_size: clips of this process in a batch.
+        workers: processes that load; 0 loads in this one.
+        rank, world: which process this is, of how many.
+
+    Attributes:
+        failed: index and reason of every clip that could not be decoded.
+
+    Errors: `ValueError` where the set is smaller than one batch over all processes. Iterating:
+    `TooManyFailedError`.
+    """
+
+    def __init__(self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1) -> None:
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"expected batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}")
+        self.step = batch_size * world
+        if len(data) < self.step:
+            raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")
+        self.data, self.failed = data, dict[int, str]()
+        self._order = _Order(len(data), data.seed, batch_size, rank, world)
+        self._resumed = False
+        self._loader = DataLoader(
+            data,
+            batch_sampler=self._order,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # its own, so that the global one is left alone
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the last batch was of."""
+        return self._order.epoch
+
+    @property
+    def given(self) -> int:
+        """How many batches of the epoch were given."""
+        return self._order.given
+
+    def __len__(self) -> int:
+        return len(self.data) // self.step
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self._order
+        if order.given and not (self._resumed and order.given < len(self)):
+            order.epoch, order.given = order.epoch + 1, 0
+        self._resumed = False
+        for batch in self._loader:
+            self.failed |= batch.pop("failed")
+            if len(self.failed) > self.data.allowed:
+                raise TooManyFailedError(self.report(f", more than the {self.data.allowed} that max_failed allows"))
+            order.given += 1
+            yield batch
+
+    def close(self) -> None:
+        """End the workers now; iterating starts new ones."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]  # as Lightning does with a DataLoader's
+
+    def report(self, remark: str = "", most: int | None = 10) -> str:
+        """Which clips could not be decoded, one a line, at most so many; "" if none."""
+        if not self.failed:
+            return ""
+        lines = [f"{len(self.failed)} of {len(self.data)} clips could not be decoded{remark}:"]
+        lines += [f"  {self.data.clips[index].name}: {why}" for index, why in sorted(self.failed.items())[:most]]
+        return "\n".join([*lines, "  ..."] if most is not None and len(self.failed) > most else lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its place; plain numbers and strings, for `torch.load(weights_only=True)`."""
+        state = {"epoch": self.epoch, "given": self.given, "failed": dict(self.failed)}
+        return state | self._identity()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Errors: `ValueError` where the clips, the seed or the batch size over all processes are others.
+        """
+        for name, here in self._identity().items():
+            if state[name] != here:
+                raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
+        self._order.epoch, self._order.given, self.failed = state["epoch"], state["given"], dict(state["failed"])
+        self._resumed = True
+
+    def _identity(self) -> dict[str, Any]:
+        names = "\n".join(clip.name for clip in self.data.clips)
+        clips = f"{len(self.data)} clips ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
+        return {"clips": clips, "seed": self.data.seed, "clips a batch over all processes": self.step}
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
