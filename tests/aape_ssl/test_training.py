@@ -132,6 +132,23 @@ def test_the_teacher_moves_once_an_optimiser_step(tmp_path):
         torch.testing.assert_close(got, expected)
 
 
+class RecordMasks(Callback):
+    def __init__(self) -> None:
+        self.drawn = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.drawn.append((batch["index"], outputs["masks"]))
+
+
+def test_masks_are_drawn_by_step_and_micro_batch(tmp_path):
+    record = RecordMasks()
+    module = ssl_case.module()
+    ssl_case.trainer(tmp_path, steps=4, accumulate=2, callbacks=[record]).fit(module, ssl_case.Tensors())
+    keys = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0)]  # 3 batches an epoch
+    for (index, masks), (step, micro_batch) in zip(record.drawn, keys, strict=True):
+        assert torch.equal(masks.visible, module.masks(index, (4, 4), step, micro_batch).visible)
+
+
 def test_learning_rate(tmp_path):
     record = Record()
     ssl_case.trainer(tmp_path, steps=6, accumulate=2, callbacks=[record]).fit(ssl_case.module(), ssl_case.Tensors())
