@@ -1,1 +1,1 @@
-"""A slim self-supervised trainer for audio transformers with the AaPE stem; for now its front end and the demo."""
+"""A slim self-supervised trainer for audio transformers with the AaPE stem: `aape-ssl demo`, `aape-ssl pretrain`."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint"]
+from .model import Encoder
+
+__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint", "load_encoder"]
 
 
 class CheckpointError(RuntimeError):
@@ -113,3 +115,20 @@ class LastCheckpoint(Checkpoint):
         if due and step != self._saved:
             trainer.save_checkpoint(self.path, weights_only=False)
             self._saved = step
+
+
+def load_encoder(path: str | os.PathLike[str], part: Literal["teacher", "student"] = "teacher") -> Encoder:
+    """The pre-trained encoder of a checkpoint, on the CPU, in evaluation mode.
+
+    Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
+    """
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    options, prefix = checkpoint.get("options", {}), f"objective.{part}."
+    weights = {name.removeprefix(prefix): value for name, value in checkpoint.get("state_dict", {}).items()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("objective.")}
+    needed = ("size", "stem", "patch_size", "stem_options")
+    if not weights or any(name not in options for name in needed):
+        raise CheckpointError(f"{path}: expected a checkpoint of pre-training with a {part}, got another one")
+    encoder = Encoder(*(options[name] for name in needed))
+    encoder.load_state_dict(weights)
+    return encoder.eval()

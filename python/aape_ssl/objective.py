@@ -102,8 +102,10 @@ def nt_xent(views: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, T
     negative = torch.einsum("bmp,cnp->bmcn", views, others) / temperature
     negative = negative.masked_fill(same[:, None, :, None], -1e30).flatten(2)  # [B, M, all views]
     cosine = torch.einsum("bmp,bnp->bmn", views, views)
-    pair = ~torch.eye(count, dtype=torch.bool, device=views.device)
-    positive = cosine[:, pair].unflatten(1, (count, count - 1)) / temperature  # [B, M, M − 1]
+    # off the diagonal without a mask, whose number of elements torch.compile cannot know: in row-major order, behind
+    # the first element, every (M + 1)-th is on it
+    pairs = cosine.flatten(1)[:, 1:].unflatten(1, (count - 1, count + 1))[..., :-1]
+    positive = pairs.reshape(-1, count, count - 1) / temperature  # [B, M, M − 1]
     loss = F.softplus(negative.logsumexp(-1, keepdim=True) - positive).mean()
     top1 = positive.amax(-1) > negative.amax(-1)
     return loss, positive.detach().mean() * temperature, top1.float().mean()

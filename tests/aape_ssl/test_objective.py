@@ -83,6 +83,12 @@ def test_nt_xent(num_masks, index):
     torch.testing.assert_close(torch.stack(got), torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_nt_xents_gradient_goes_to_all_views():
+    """Also to those that others are contrasted with."""
+    views = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: nt_xent(v, torch.tensor([3, 5, 3]), 0.3)[0], views)
+
+
 def test_nt_xent_without_other_clips_is_zero():
     views = torch.randn(1, 2, 4, requires_grad=True)
     loss, _, _ = nt_xent(views, torch.tensor([0]), 0.1)

@@ -133,3 +133,11 @@ def test_presets_are_whole(preset, capsys):
     assert printed["model"]["masks"]["kind"] == written["model"]["masks"]["kind"]
     assert printed["data"]["init_args"]["data"] == "sounds"
     assert printed["trainer"]["max_steps"] == written["trainer"]["max_steps"]
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightning", None)  # as if it were not installed
+    assert main(["pretrain"]) == 2
+    assert capsys.readouterr().err == (
+        'aape-ssl: pretrain needs lightning: pip install ".[ssl]" in a clone of the repository\n'
+    )

@@ -14,9 +14,10 @@ import ssl_case
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from aape_ssl import training
-from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError
+from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
 
 
 def assert_same_bits(got, expected, where: str = "checkpoint") -> None:
@@ -97,6 +98,11 @@ def test_resuming_as_another_run_is_refused(tmp_path):
 # --- steps ---
 
 
+def losses(folder: Path) -> list[float]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
 class Record(Callback):
     """Learning rate and teacher at every optimiser step."""
 
@@ -124,6 +130,23 @@ def test_the_teacher_moves_once_an_optimiser_step(tmp_path):
         teacher = [decay * t + (1 - decay) * s for t, s in zip(teacher, student, strict=True)]
     for got, expected in zip(module.objective.teacher.parameters(), teacher, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class RecordMasks(Callback):
+    def __init__(self) -> None:
+        self.drawn = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.drawn.append((batch["index"], outputs["masks"]))
+
+
+def test_masks_are_drawn_by_step_and_micro_batch(tmp_path):
+    record = RecordMasks()
+    module = ssl_case.module()
+    ssl_case.trainer(tmp_path, steps=4, accumulate=2, callbacks=[record]).fit(module, ssl_case.Tensors())
+    keys = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (3, 0)]  # 3 batches an epoch
+    for (index, masks), (step, micro_batch) in zip(record.drawn, keys, strict=True):
+        assert torch.equal(masks.visible, module.masks(index, (4, 4), step, micro_batch).visible)
 
 
 def test_learning_rate(tmp_path):
@@ -158,6 +181,30 @@ def test_it_learns(tmp_path, options):
     trainer = ssl_case.trainer(tmp_path, steps=300, every=300, **of_trainer)
     trainer.fit(module, ssl_case.Tensors())
     assert trainer.callback_metrics["train/regression"] < 0.9
+
+
+@pytest.mark.parametrize("part", ["teacher", "student"])
+def test_the_encoder_of_a_checkpoint(tmp_path, part):
+    module = ssl_case.module(stem_options={"num_states": 3})
+    ssl_case.trainer(tmp_path, steps=2).fit(module, ssl_case.Tensors())
+    x = torch.randn(2, 1, 16, 24)
+    encoder = load_encoder(tmp_path / "last.ckpt", part)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), getattr(module.objective, part).eval()(x))
+    torch.save({"state_dict": encoder.state_dict()}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=f"other.pt: expected a checkpoint of pre-training with a {part}"):
+        load_encoder(tmp_path / "other.pt", part)
+
+
+def test_compiled(tmp_path, monkeypatch):
+    """Traced as one graph, and run without a compiler: the same losses."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True))
+    for compiled in (False, True):
+        logger = CSVLogger(tmp_path, name=None, version=str(compiled))
+        trainer = ssl_case.trainer(tmp_path / f"run {compiled}", steps=4, logger=logger)
+        trainer.fit(ssl_case.module(compile=compiled), ssl_case.Tensors())
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5)
 
 
 # --- what stops a run ---
@@ -247,11 +294,6 @@ def test_without_an_end_there_is_no_schedule(tmp_path):
 
 
 # --- several processes ---
-
-
-def losses(folder: Path) -> list[float]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
