@@ -38,7 +38,8 @@ class ClipData(LightningDataModule):
         batch_size: clips of one process in a batch.
         workers: loading processes; 0 loads in the training process.
         seed: of order and crops.
-        mix, resize_crop: augmentation in log-mel (`Crops`); none by default.
+        mix: largest share of another clip mixed in, as powers; 0, the default, for none.
+        resize_crop: least height and width of the box that is stretched to the full crop; 1, the default, for none.
         on_device: compute log-mels there for the whole batch; by default workers do.
         max_failed: training stops when more than this share of the clips cannot be decoded.
 

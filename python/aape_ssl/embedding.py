@@ -121,7 +121,7 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
     """
     names = hashlib.sha256("\n".join([key, *(clip.name for clip in clips)]).encode()).hexdigest()
     try:
-        with np.load(path) as kept:
+        with open(path, "rb") as file, np.load(file) as kept:
             if str(kept["of"]) == names:
                 features: Floats = kept["features"]
                 return features

@@ -88,7 +88,7 @@ class Crops(Dataset[Any]):
     """Random crops of clips, fetched a batch at a time by (epoch, index).
 
     A clip shorter than the crop is padded with zeros at its end. One that cannot be decoded is replaced by another,
-    drawn from those not in the batch, and reported in the batch.
+    drawn from those not in the batch, whose index the batch then has, and reported.
 
     Args:
         clips: the set.

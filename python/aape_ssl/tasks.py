@@ -30,6 +30,7 @@ __all__ = ["FAMILIES", "FOLDS", "INITIALS", "TASKS", "TRILL_RATES", "grouped_fol
 
 T = TypeVar("T")
 FOLDS = 5
+SMALL = 400  # clips of --small
 PROGRAMS = 80  # General MIDI's melodic programs; above are pads, effects and percussion
 TRILL_RATES = (2.0, 3.2, 5.0, 8.0, 12.5, 20.0, 31.0, 45.0)  # notes/s
 FAMILIES = (
@@ -172,13 +173,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} (default: all)")
     parser.add_argument("--cache", type=Path, help="folder for packages and clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of clips and folds (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="400 clips a task, for trying things")
+    parser.add_argument("--small", action="store_true", help=f"{SMALL} clips a task, for trying things")
     parser.set_defaults(cache=cache_folder())
     args = parser.parse_args(argv)
     status = 0
     for task in args.tasks or TASKS:
         try:
-            print(make(task, args.cache, args.seed, 400 if args.small else None), flush=True)
+            print(make(task, args.cache, args.seed, SMALL if args.small else None), flush=True)
         except (CorpusError, SoundFontError, ValueError) as error:
             print(f"{task}: {error}", file=sys.stderr)
             status = 1

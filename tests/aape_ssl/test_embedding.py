@@ -1,0 +1,176 @@
+"""Embeddings: what is pooled, what is padding, and what ends up in the file."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from aape_ssl import audio, demo
+from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, AudioError
+from aape_ssl.embedding import cached, embed, embed_files, pool, statistics
+from aape_ssl.sources import Clip, find
+
+CLIPS = find(demo.bundled_clips()[0].parent)
+
+
+def patches(x):
+    """An encoder without weights: the means of 32 × 16 patches and of their squares, D = 2."""
+    blocks = x.unflatten(3, (-1, 16)).unflatten(2, (-1, 32))[:, 0].transpose(2, 3)  # [B, N_f, N_t, 32, 16]
+    tokens = torch.stack([blocks.mean((3, 4)), blocks.square().mean((3, 4))], -1)
+    return tokens.flatten(1, 2), tuple(tokens.shape[1:3])
+
+
+def silent_flac(path, seconds):
+    soundfile.write(path, np.zeros(int(seconds * 16000)), 16000)
+    return Clip(path.name, path)
+
+
+def test_pool_is_the_time_mean_of_concatenated_frequencies():
+    tokens = torch.randn(3, 4 * 5, 7)
+    expected = torch.stack(
+        [torch.cat([torch.stack([clip[i * 5 + j] for j in range(5)]).mean(0) for i in range(4)]) for clip in tokens]
+    )
+    torch.testing.assert_close(pool(tokens, (4, 5)), expected)
+    torch.testing.assert_close(pool(tokens, (4, 5), torch.tensor([5, 5, 5])), expected)
+    first = tokens.view(3, 4, 5, 7)[:, :, :2].mean(2).flatten(1)
+    torch.testing.assert_close(pool(tokens, (4, 5), torch.tensor([2, 2, 5]))[:2], first[:2])
+    with pytest.raises(ValueError, match="tokens: expected 4 × 6 of them, got 20"):
+        pool(tokens, (4, 6))
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_embed_is_the_encoder_on_each_clip(name):
+    front_end = FRONT_ENDS[name]
+    frames = 16 * 8
+
+    def encoder(x):
+        assert x.shape[1:] == (1, front_end.mel_bins, frames)
+        return patches(x[:, :, :64])
+
+    got = embed(encoder, CLIPS, front_end, frames, batch_size=4)
+    assert got.shape == (len(CLIPS), 2 * 2)
+    assert got.dtype == np.float32
+    for row, clip in zip(got, CLIPS, strict=True):
+        waveform = clip.load()
+        x = front_end.normalise(front_end.log_mel(torch.nn.functional.pad(waveform, (0, 32000))))[:, :frames]
+        columns = min(8, math.ceil(len(waveform) / 2560))
+        tokens, _ = patches(x[None, None, :64])
+        expected = tokens.view(2, 8, 2)[:, :columns].mean(1).flatten()
+        # at the end of the piece M2D's frames reflect it: the last frame of a cut clip is another one
+        np.testing.assert_allclose(row, expected, atol=2e-2 if name == "m2d80" else 1e-3)
+    np.testing.assert_allclose(got, embed(encoder, CLIPS, front_end, frames, batch_size=1), atol=1e-4)
+
+
+def test_padding_is_left_out(tmp_path):
+    """A clip of 2 columns has the same embedding however many frames are asked for."""
+    clip = Clip("loud", tmp_path / "loud.wav")
+    soundfile.write(clip.path, 0.3 * np.random.default_rng(0).standard_normal(5120), 16000, subtype="FLOAT")
+    short, long = (embed(patches, [clip], AUDIOSET128, frames) for frames in (32, 96))
+    assert short.shape == long.shape
+    # the last two of 32 frames reach beyond the clip in both cases
+    np.testing.assert_allclose(short, long, atol=1e-3)
+
+
+def test_statistics_are_mean_std_and_change():
+    got = statistics(CLIPS, AUDIOSET128)
+    assert got.shape == (len(CLIPS), 3 * 128)
+    for row, clip in zip(got, CLIPS, strict=True):
+        x = AUDIOSET128.log_mel(clip.load()).double().numpy()
+        expected = np.concatenate([x.mean(1), x.std(1), np.abs(np.diff(x, axis=1)).mean(1)])
+        np.testing.assert_allclose(row, expected, atol=1e-4)
+
+
+def test_a_clip_that_cannot_be_decoded_is_named(tmp_path):
+    bad = Clip("bad.flac", tmp_path / "bad.flac")
+    for compute in (lambda clips: embed(patches, clips, AUDIOSET128, 32), lambda c: statistics(c, AUDIOSET128)):
+        with pytest.raises(AudioError, match=r"^bad.flac: no such file$"):
+            compute([CLIPS[0], bad])
+    with pytest.raises(AudioError, match=r"short.flac: expected at least 2 frames, got 1"):
+        statistics([silent_flac(tmp_path / "short.flac", 0.03)], AUDIOSET128)
+
+
+def test_cache_is_for_these_clips_and_this_key(tmp_path):
+    path, calls = tmp_path / "new" / "features.npz", []
+
+    def compute(value):
+        def run():
+            calls.append(value)
+            return np.full((2, 3), value, np.float32)
+
+        return run
+
+    for key, clips, value in (("a", CLIPS[:2], 1), ("a", CLIPS[:2], 2), ("b", CLIPS[:2], 3), ("b", CLIPS[2:4], 4)):
+        got = cached(path, clips, key, compute(value))
+        assert (got == (1 if value == 2 else value)).all()
+    assert calls == [1, 3, 4]
+    path.write_bytes(path.read_bytes()[:100])
+    assert (cached(path, CLIPS[2:4], "b", compute(5)) == 5).all()
+    assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
+
+
+# --- files ---
+
+
+def read(path):
+    if path.suffix == ".npz":
+        with np.load(path) as kept:
+            return dict(kept)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = parquet.read_table(path).to_pydict()
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_files_have_frame_and_clip_embeddings(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    empty = tmp_path / "empty.wav"
+    empty.write_bytes(b"")
+    clips = [*CLIPS[:3], Clip("empty.wav", empty), *CLIPS[3:]]
+    tables = {}
+    for level in ("clip", "frame"):
+        out = tmp_path / f"{level}{suffix}"
+        failed = embed_files(patches, clips, AUDIOSET128, 64, out, level, batch_size=3)
+        assert failed == {"empty.wav": "is empty (0 bytes)"}
+        tables[level] = read(out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["empty.wav", f"clip{suffix}", f"frame{suffix}"])
+    assert tables["clip"].keys() == {"name", "embedding"}
+    assert tables["clip"]["name"].tolist() == [clip.name for clip in CLIPS]
+    assert tables["clip"]["embedding"].shape == (len(CLIPS), 8)
+    frame = tables["frame"]
+    for clip, row in zip(CLIPS, tables["clip"]["embedding"], strict=True):
+        mine = frame["name"] == clip.name
+        waveform = audio.load(clip.path)
+        columns = math.ceil((len(waveform) - 240) / 2560)  # what the last frame alone reaches needs no window
+        assert mine.sum() in (columns, math.ceil(len(waveform) / 2560))
+        np.testing.assert_allclose(frame["time"][mine], 0.16 * (np.arange(mine.sum()) + 0.5), rtol=1e-6)
+        np.testing.assert_allclose(frame["embedding"][mine].mean(0), row, atol=1e-4)
+        # windows join without a seam
+        x = AUDIOSET128.log_mel(torch.nn.functional.pad(waveform, (0, 16000)))[:, : 16 * int(mine.sum())]
+        tokens, grid = patches(AUDIOSET128.normalise(x)[None, None])
+        whole = tokens.view(*grid, 2).transpose(0, 1).flatten(1)
+        np.testing.assert_allclose(frame["embedding"][mine], whole, atol=1e-3)
+
+
+def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    def never(x):
+        raise AssertionError("encoded")
+
+    (tmp_path / "there.npz").write_bytes(b"precious")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("aape_ssl.embedding.find_spec", lambda name: None)
+    for out, level, reason in (
+        ("there.npz", "clip", "out: .*there.npz exists already"),
+        ("no/a.npz", "clip", "out: .* lies in a folder that is not there"),
+        ("a.txt", "clip", "out: expected a .npz or .parquet file"),
+        ("a.parquet", "clip", "out: writing .* needs pyarrow: pip install pyarrow"),
+        ("a.npz", "token", "level: expected clip or frame, got 'token'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            embed_files(never, CLIPS, AUDIOSET128, 64, tmp_path / out, level)
+    assert (tmp_path / "there.npz").read_bytes() == b"precious"
+    with pytest.raises(ValueError, match="clips: none of the 1 could be decoded"):
+        embed_files(never, [Clip("x", tmp_path / "x.wav")], AUDIOSET128, 64, tmp_path / "a.npz")
