@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 
+from ._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
 from .model import Encoder
 
 __all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint", "load_encoder"]

@@ -89,9 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["pretrain"]:
         if _lacks("pretrain", PRETRAIN_NEEDS, "ssl"):
             return 2
-        from .libraries import mend_torchvision
-
-        mend_torchvision()
         from . import pretrain
 
         return pretrain.main(argv[1:])

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from ._lightning import LightningDataModule
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
 from .loader import ClipLoader, Crops, features
 from .sources import Clip, find

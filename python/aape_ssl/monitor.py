@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from aape_kernels import AaPE
 
 from . import diagnostics
+from ._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
 from .masks import Masks
 from .training import PretrainingModule
 

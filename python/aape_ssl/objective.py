@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(local: Tensor) -> Tensor:
         everyone = local.new_empty(dist.get_world_size() * len(local), *local.shape[1:])
-        dist.all_gather_into_tensor(everyone, local.contiguous())
+        dist.all_gather(list(everyone.chunk(dist.get_world_size())), local.contiguous())
         return everyone
 
     @staticmethod

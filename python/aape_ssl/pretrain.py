@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
+from ._lightning import (
+    CSVLogger,
+    LightningArgumentParser,
+    LightningCLI,
+    LightningDataModule,
+    TensorBoardLogger,
+    Trainer,
+)
 from .checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint
 from .monitor import Monitor
 from .training import NonFiniteError, PretrainingModule

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from ._lightning import LightningModule
 from .masks import MaskSampler
 from .model import Encoder, Predictor, StemName
 from .objective import Pretraining, Terms

@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from aape_ssl.libraries import mend_torchvision
+
+mend_torchvision()  # lightning, which these tests import, imports torchvision where it is installed
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
 
 from aape_ssl import checkpoints
+from aape_ssl._lightning import LightningDataModule, Trainer
 from aape_ssl.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from aape_ssl.masks import MaskSampler
 from aape_ssl.training import PretrainingModule

@@ -3,12 +3,11 @@
 import shutil
 from dataclasses import replace
 
-import libraries  # noqa: F401  # lightning imports torchvision where it is installed
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from aape_ssl import audio, demo
+from aape_ssl._lightning import LightningModule, Trainer
 from aape_ssl.audio import AUDIOSET128, M2D80
 from aape_ssl.data import ClipData
 from aape_ssl.sources import SourceError

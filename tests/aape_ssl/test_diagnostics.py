@@ -6,12 +6,11 @@ import math
 import pytest
 import ssl_case
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aape_kernels import AaPE
 from aape_ssl import diagnostics
+from aape_ssl._lightning import Callback, CSVLogger, TensorBoardLogger
 from aape_ssl.masks import Masks
 from aape_ssl.model import make_stem
 from aape_ssl.monitor import CollapseWarning, Monitor, picture
