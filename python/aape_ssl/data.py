@@ -80,7 +80,6 @@ class ClipData(LightningDataModule):
             "waveforms": on_device,
             "max_failed": max_failed,
         }
-        self._restored = False
         self.clips: list[Clip] = []
         self.loader: ClipLoader | None = None
 
@@ -89,7 +88,7 @@ class ClipData(LightningDataModule):
         if self.clips:
             return
         self.clips = find(self.data, self.splits)
-        if self.statistics == "data" and not self._restored:
+        if self.statistics == "data":
             self.front_end = measure(self.front_end, self._sample())
 
     def _sample(self) -> Iterator[Tensor]:
@@ -133,7 +132,6 @@ class ClipData(LightningDataModule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The statistics that the run began with."""
         self.front_end = _normalised_by(self.front_end, state["mean"], state["std"])
-        self._restored = True
 
 
 def _normalised_by(front_end: FrontEnd, *statistics: float) -> FrontEnd:

@@ -58,6 +58,16 @@ def test_workers_and_threads_change_no_bit(name):
     assert not equal(alone, epochs(ClipLoader(crops(BUNDLED, frames=100, seed=1), 2), 2))
 
 
+def test_one_thread_loads_here_too(folder, monkeypatch):
+    """Whether sums of several threads differ depends on their size: none are shared out."""
+    threads, plain = [], loader.features
+    monkeypatch.setattr(loader, "features", lambda *given: threads.append(torch.get_num_threads()) or plain(*given))
+    torch.set_num_threads(2)
+    list(ClipLoader(crops(folder), 12))
+    assert threads == [1, 1]
+    assert torch.get_num_threads() == 2
+
+
 def test_each_epoch_has_every_clip_once(folder):
     batches = ClipLoader(crops(folder), 5)
     assert len(batches) == 4
@@ -241,6 +251,12 @@ def test_too_many_bad_files_stop(folder, bad):
         epochs(ClipLoader(crops(folder, max_failed=0.1), 6), 2)
     assert "00.wav" in str(caught.value) or bad == 24
     epochs(ClipLoader(crops(folder, max_failed=0.125), 6), 2) if bad == 3 else None
+
+
+def test_replacements_differ(folder):
+    spoil(folder, *(f"{n:02}.wav" for n in range(12)))
+    batch = crops(folder, max_failed=0.5).__getitems__([(0, index) for index in range(12)])
+    assert sorted(batch["index"].tolist()) == list(range(12, 24))
 
 
 def test_a_set_of_one_batch_fills_up(tmp_path):
