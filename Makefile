@@ -6,7 +6,7 @@ INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildca
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu wheels docs lint format clean
+.PHONY: help demo test ssl bench gpu wheels docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -16,6 +16,10 @@ demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip 
 
 test: test-venv  ## all tests, in a fresh virtual environment
 	$(TEST_VENV)/bin/pytest
+
+ssl: .venv/ssl  ## three stems pre-trained alike on 13 MB of real sound and probed, as one table (ARGS="--small --steps 20")
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tinysoundfont
+	.venv/bin/python -m aape_ssl.compare $(ARGS)
 
 # One shell, so that the table is printed also where a peer was refused and its row has no figure.
 bench: .venv/dev  ## throughput beside the peers, as one table (nothing else should be running)
@@ -53,7 +57,7 @@ test-venv:
 	$(PYTHON) -m venv --clear $(TEST_VENV)
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) ".[dev]"
 
-.venv/demo .venv/dev: .venv/%: $(INSTALLED_FROM)
+.venv/demo .venv/dev .venv/ssl: .venv/%: $(INSTALLED_FROM)
 	test -d .venv || $(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP_INSTALL) ".[$*]"
 	touch $@

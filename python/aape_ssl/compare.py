@@ -51,7 +51,7 @@ def pretraining_manifest(tasks: dict[str, list[Clip]], folder: Path) -> Path:
     return path
 
 
-def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path) -> Path:
+def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path, batch_size: int = 32) -> Path:
     """The checkpoint of one stem's run, which is resumed if it was cut short."""
     from .cli import main as aape_ssl
 
@@ -59,12 +59,22 @@ def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path) -> 
     done = out / "last.ckpt"
     if done.exists() and torch.load(done, weights_only=True, mmap=True)["global_step"] >= steps:
         return done
-    status = aape_ssl(
-        ["pretrain", f"--config={PRESET}", f"--model.stem={stem}", f"--seed_everything={seed}",
-         f"--data.data={manifest}", f"--data.frames={FRAMES}", f"--data.seed={seed}", f"--trainer.max_steps={steps}",
-         f"--model.warmup_steps={min(100, max(1, steps // 10))}", "--trainer.accelerator=cpu",
-         "--trainer.enable_progress_bar=false", f"--out={out}", "--resume=true"]
-    )  # fmt: skip
+    arguments = {
+        "config": PRESET,
+        "model.stem": stem,
+        "model.warmup_steps": min(100, max(1, steps // 10)),
+        "data.data": manifest,
+        "data.frames": FRAMES,
+        "data.batch_size": batch_size,
+        "data.seed": seed,
+        "seed_everything": seed,
+        "trainer.max_steps": steps,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "out": out,
+        "resume": "true",
+    }
+    status = aape_ssl(["pretrain", *(f"--{name}={value}" for name, value in arguments.items())])
     if status:
         raise RuntimeError(f"pre-training with the stem {stem} ended with status {status}")
     return done
@@ -125,9 +135,11 @@ def differences(scores: Sequence[probe.Score]) -> Iterator[str]:
         for other in STEMS[1:]:
             for method in ("linear", "knn"):
                 pairs = [
-                    (score, by_name[name.replace(f": {STEMS[0]},", f": {other},"), method])
+                    (score, by_name[theirs])
                     for (name, how), score in by_name.items()
-                    if how == method and name.startswith(f"{task}: {STEMS[0]}, pre-trained")
+                    if how == method
+                    and name.startswith(f"{task}: {STEMS[0]}, pre-trained")
+                    and (theirs := (name.replace(f": {STEMS[0]},", f": {other},"), method)) in by_name
                 ]
                 if pairs:
                     gain = np.mean([ours.correct - theirs.correct for ours, theirs in pairs], axis=0)
