@@ -6,10 +6,11 @@ mend_torchvision()
 
 from lightning.fabric.plugins import CheckpointIO  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import Checkpoint  # noqa: E402
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_warn  # noqa: E402
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision  # noqa: E402
 
 __all__ = [
     "CSVLogger",
@@ -20,6 +21,9 @@ __all__ = [
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
+    "ModelCheckpoint",
+    "MulticlassAccuracy",
+    "MultilabelAveragePrecision",
     "TensorBoardLogger",
     "Trainer",
     "rank_zero_warn",

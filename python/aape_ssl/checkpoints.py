@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
 from .model import Encoder
 
-__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint", "load_encoder"]
+__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint", "load_encoder", "one_line", "read_pretraining"]
+
+Part = Literal["teacher", "student"]
 
 
 class CheckpointError(RuntimeError):
@@ -45,7 +49,7 @@ class AtomicCheckpointIO(CheckpointIO):
             temporary.unlink(missing_ok=True)
             why = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = "; the one written before is kept, to resume from" if path.exists() else ""
-            raise CheckpointError(f"{path}: the checkpoint could not be written ({_line(why)}){kept}") from error
+            raise CheckpointError(f"{path}: the checkpoint could not be written ({one_line(why)}){kept}") from error
 
     def load_checkpoint(
         self,
@@ -58,9 +62,12 @@ class AtomicCheckpointIO(CheckpointIO):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such checkpoint") from error
+        except pickle.UnpicklingError as error:  # its text tells how to load what should not be loaded
+            why = "it is none, or holds other things than tensors and plain values"
+            raise CheckpointError(f"{path}: the checkpoint cannot be read ({why}); it is left as is") from error
         except Exception as error:  # readers of damaged files raise whatever they stumble over
             raise CheckpointError(
-                f"{path}: the checkpoint cannot be read ({_line(error)}); it is left as is"
+                f"{path}: the checkpoint cannot be read ({one_line(error)}); it is left as is"
             ) from error
         if not isinstance(checkpoint, dict):
             raise CheckpointError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
@@ -71,7 +78,8 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Type and text of an error, for a message of one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
@@ -111,22 +119,41 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step != self._saved:
-            trainer.save_checkpoint(self.path, weights_only=False)
-            self._saved = step
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it where the end was not known in steps."""
+        if trainer.global_step != self._saved:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self._saved = trainer.global_step
 
 
-def load_encoder(path: str | os.PathLike[str], part: Literal["teacher", "student"] = "teacher") -> Encoder:
-    """The pre-trained encoder of a checkpoint, on the CPU, in evaluation mode.
+def read_pretraining(
+    path: str | os.PathLike[str], part: Part = "teacher"
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
+    """Of a checkpoint of pre-training: the encoder's weights, its options, and what `ClipData` says of its input.
 
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
     options, prefix = checkpoint.get("options", {}), f"objective.{part}."
-    weights = {name.removeprefix(prefix): value for name, value in checkpoint.get("state_dict", {}).items()}
-    weights = {name: value for name, value in weights.items() if not name.startswith("objective.")}
+    state = checkpoint.get("state_dict", {})
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     needed = ("size", "stem", "patch_size", "stem_options")
     if not weights or any(name not in options for name in needed):
         raise CheckpointError(f"{path}: expected a checkpoint of pre-training with a {part}, got another one")
-    encoder = Encoder(*(options[name] for name in needed))
+    return weights, {name: options[name] for name in needed}, checkpoint.get("ClipData")
+
+
+def load_encoder(path: str | os.PathLike[str], part: Part = "teacher") -> Encoder:
+    """The bare encoder of a checkpoint, on the CPU, in evaluation mode; `pretrained.load` gives it its front end.
+
+    Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
+    """
+    weights, options, _ = read_pretraining(path, part)
+    encoder = Encoder(**options)
     encoder.load_state_dict(weights)
     return encoder.eval()

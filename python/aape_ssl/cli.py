@@ -12,7 +12,17 @@ from pathlib import Path
 __all__ = ["main"]
 
 DEMO_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "matplotlib")
-PRETRAIN_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "lightning", "jsonargparse", "tensorboard")
+SSL_NEEDS = (
+    *("torch", "torchaudio", "soundfile", "soxr", "lightning", "jsonargparse", "tensorboard"),
+    *("huggingface_hub", "safetensors", "sklearn"),
+)
+SSL = {
+    "pretrain": "pre-train an audio ViT with the AaPE stem on a folder of sound",
+    "probe": "score a frozen encoder on a labelled set: linear probe and kNN, beside baselines",
+    "finetune": "train a pre-trained encoder further, with a classifier, on a labelled set",
+    "embed": "write embeddings of sound files to .npz or .parquet",
+    "export": "write a pre-trained encoder as a folder that one line loads",
+}
 
 
 def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
@@ -75,23 +85,34 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="analyse the first S seconds of each clip (default: %(default)g)",
     )
-    commands.add_parser(
-        "pretrain",
-        add_help=False,  # LightningCLI parses its arguments
-        help="pre-train an audio ViT with the AaPE stem on a folder of sound",
-    )
+    for command, does in SSL.items():
+        commands.add_parser(command, add_help=False, help=does)  # jsonargparse parses their arguments
     return parser
+
+
+def _ssl(command: str, argv: Sequence[str]) -> int:
+    if _lacks(command, SSL_NEEDS, "ssl"):
+        return 2
+    if command == "pretrain":
+        from . import runs
+        from .pretrain import Pretrain
+
+        return runs.main(Pretrain, argv)
+    if command == "finetune":
+        from . import runs
+        from .finetune import Finetune
+
+        return runs.main(Finetune, argv)
+    from . import commands
+
+    return commands.main(command, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names (`sys.argv` unless given) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["pretrain"]:
-        if _lacks("pretrain", PRETRAIN_NEEDS, "ssl"):
-            return 2
-        from . import pretrain
-
-        return pretrain.main(argv[1:])
+    if argv and argv[0] in SSL:
+        return _ssl(argv[0], argv[1:])
     args = _parser().parse_args(argv)
     if _lacks("the demo", DEMO_NEEDS, "demo"):
         return 2

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
 
 from . import embedding, probe
 from .audio import AudioError
+from .commands import embed_clips
 from .corpora import CorpusError, cache_folder
-from .model import Encoder
+from .pretrained import AudioEncoder, load
 from .soundfont import SoundFontError
 from .sources import Clip, read_manifest, write_manifest
 from .tasks import TASKS, make
@@ -80,26 +80,11 @@ def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path, bat
     return done
 
 
-def encoder_of(stem: str, seed: int, checkpoint: Path | None) -> Encoder:
-    """The teacher of a checkpoint, or random weights of the same sizes."""
+def random_weights(stem: str, seed: int) -> AudioEncoder:
+    """An untrained encoder of the preset's sizes."""
     options: dict[str, Any] = yaml.safe_load(PRESET.read_text(encoding="utf-8"))["model"]
     torch.manual_seed(seed)
-    encoder = Encoder(tuple(options["size"]), stem)  # type: ignore[arg-type]  # one of STEMS
-    if checkpoint is not None:
-        state = torch.load(checkpoint, weights_only=True)["state_dict"]
-        prefix = "objective.teacher."
-        encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return encoder.eval()
-
-
-def features(encoder: Encoder, clips: Sequence[Clip]) -> Any:
-    """Embeddings of the clips: time-mean of frequency-concatenated tokens."""
-    from .audio import FRONT_ENDS
-
-    def tokens(x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        return encoder(x), encoder.grid(x)
-
-    return embedding.embed(tokens, clips, FRONT_ENDS["audioset128"], FRAMES)
+    return AudioEncoder(options["size"], stem, frames=FRAMES).eval()  # type: ignore[arg-type]  # one of STEMS
 
 
 def compare(tasks: dict[str, list[Clip]], steps: int, seeds: Sequence[int], folder: Path) -> Iterator[probe.Score]:
@@ -116,10 +101,10 @@ def compare(tasks: dict[str, list[Clip]], steps: int, seeds: Sequence[int], fold
             checkpoint = pretrain(stem, manifest, steps, seed, folder)
             say(f"{stem}, seed {seed}: {steps} steps in {time.monotonic() - started:.0f} s")
             for kind, path in (("pre-trained", checkpoint), ("random", None)):
-                encoder = encoder_of(stem, seed, path)
+                encoder = random_weights(stem, seed) if path is None else load(path)
                 for task, clips in tasks.items():
                     name = f"{task}: {stem}, {kind}, seed {seed}"
-                    yield from probe.evaluate(name, features(encoder, clips), clips, test=[TEST_FOLD])
+                    yield from probe.evaluate(name, embed_clips(encoder, clips, FRAMES), clips, test=[TEST_FOLD])
 
 
 def row(score: probe.Score) -> str:

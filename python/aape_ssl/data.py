@@ -70,7 +70,7 @@ class ClipData(LightningDataModule):
                 raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
         else:
             self.front_end = _normalised_by(self.front_end, *statistics)
-        self.data, self.statistics, self.splits = data, statistics, splits
+        self.front_end_name, self.data, self.statistics, self.splits = front_end, data, statistics, splits
         self.batch_size, self.workers = batch_size, workers
         self._options: dict[str, Any] = {
             "frames": frames,
@@ -126,11 +126,18 @@ class ClipData(LightningDataModule):
             print(report, file=sys.stderr)
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics; the place is the loader's."""
-        return {"mean": self.front_end.mean, "std": self.front_end.std}
+        """What the encoder's input is; the place is the loader's."""
+        statistics = {"mean": self.front_end.mean, "std": self.front_end.std}
+        return {"front_end": self.front_end_name, "frames": self._options["frames"], **statistics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The statistics that the run began with."""
+        """The statistics that the run began with.
+
+        Errors: `ValueError` for another front end or length.
+        """
+        for name, here in (("front_end", self.front_end_name), ("frames", self._options["frames"])):
+            if state[name] != here:
+                raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
         self.front_end = _normalised_by(self.front_end, state["mean"], state["std"])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .audio import SAMPLE_RATE, AudioError, FrontEnd
 from .sources import Clip
 
-__all__ = ["Encoder", "cached", "embed", "embed_files", "pool", "statistics"]
+__all__ = ["Encoder", "cached", "embed", "embed_files", "first_window", "pool", "statistics"]
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -61,6 +61,11 @@ def _windows(clip: Clip, front_end: FrontEnd, frames: int, most: int | None = No
     pieces = torch.nn.functional.pad(waveform, (0, max(0, needed - length)))[:needed].unfold(0, samples, step)
     own = (length - step * torch.arange(count)).clamp(max=step) / step
     return front_end.normalise(front_end.log_mel(pieces)[..., :frames]), own
+
+
+def first_window(clip: Clip, front_end: FrontEnd, frames: int) -> Tensor:
+    """The beginning of a clip as normalised log-mel (1, F, frames), padded with silence. Errors: `AudioError`."""
+    return _named(clip, lambda clip: _windows(clip, front_end, frames, 1)[0])
 
 
 def _own_columns(own: Tensor, grid: tuple[int, int]) -> Tensor:

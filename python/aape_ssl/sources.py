@@ -65,8 +65,8 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
 
     Args:
         source: a folder, searched recursively for files that end in one of `SUFFIXES`, or for `.tar` shards where it
-            holds those; a `.csv` manifest (`read_manifest`); one shard; or several by a pattern such as
-            `shards/train-*.tar`.
+            holds those; a `.csv` manifest (`read_manifest`); one sound file; one shard; or several by a pattern such
+            as `shards/train-*.tar`.
         splits: keep only the manifest's clips of these splits (or folds); all unless given. A folder's or a shard's
             clips have none.
 
@@ -79,11 +79,13 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
         clips = read_manifest(text)
     elif os.path.isdir(text):
         clips = list(_folder(Path(text)))
+    elif os.path.isfile(text) and Path(text).suffix.lower() in SUFFIXES:
+        clips = [Clip(Path(text).name, Path(text))]
     elif os.path.isfile(text) and ".tar" in Path(text).suffixes:
         clips = list(_shard(Path(text)))
     else:
         state = "it is another kind of file" if os.path.exists(text) else "there is no such file or folder"
-        raise SourceError(f"{text}: expected a folder, a .csv manifest or .tar shards, but {state}")
+        raise SourceError(f"{text}: expected a folder, a sound file, a .csv manifest or .tar shards, but {state}")
     if not clips:
         raise SourceError(f"{text}: holds no clips (files that end in {', '.join(sorted(SUFFIXES))})")
     if splits is not None:

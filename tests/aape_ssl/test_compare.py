@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
-from aape_ssl import checkpoints, compare, demo
+from aape_ssl import compare, demo
+from aape_ssl.commands import embed_clips
 from aape_ssl.corpora import CorpusError
 from aape_ssl.probe import Score
 from aape_ssl.sources import Clip, read_manifest
@@ -29,7 +29,7 @@ def test_the_test_fold_is_in_no_pretraining_and_every_file_once(tmp_path):
 @pytest.mark.parametrize("stem", compare.STEMS)
 def test_features_of_random_weights_have_one_size(stem):
     clips = task("01")
-    found = compare.features(compare.encoder_of(stem, 0, None), clips)
+    found = embed_clips(compare.random_weights(stem, 0), clips, compare.FRAMES)
     dim = yaml.safe_load(compare.PRESET.read_text())["model"]["size"][0]
     assert found.shape == (2, 8 * dim)
     assert np.isfinite(found).all()
@@ -37,14 +37,12 @@ def test_features_of_random_weights_have_one_size(stem):
 
 # four clips are one batch an epoch
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_pretrains_resumes_and_loads_the_teacher(tmp_path):
+def test_pretrains_and_resumes(tmp_path):
     manifest = compare.pretraining_manifest({"trill": task("01234")}, tmp_path)
     path = compare.pretrain("aape", manifest, 2, 0, tmp_path, batch_size=4)
     changed = path.stat().st_mtime_ns
     assert compare.pretrain("aape", manifest, 2, 0, tmp_path, batch_size=4) == path
     assert path.stat().st_mtime_ns == changed  # it was done
-    got, want = compare.encoder_of("aape", 0, path), checkpoints.load_encoder(path)
-    assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), want.state_dict().values(), strict=True))
 
 
 def score(name: str, correct: list[float]) -> Score:

@@ -22,6 +22,11 @@ def shard(path, files, **options):
     return path
 
 
+def test_one_sound_file():
+    (clip,) = find(CLIPS[0])
+    assert (clip.name, clip.path) == (CLIPS[0].name, CLIPS[0])
+
+
 def test_folder_is_searched_and_sorted(tmp_path):
     for name in ("b/two.flac", "a/deep/one.FLAC", "b/notes.txt", "zero.flac"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ def test_bad_sources(tmp_path):
     (tmp_path / "no.tar").write_text("nothing at all")
     shard(tmp_path / "packed.tar.gz", {"a.flac": b"x"}, mode="w:gz")
     for source, reason in {
-        "missing": "expected a folder, a .csv manifest or .tar shards, but there is no such",
+        "missing": "expected a folder, a sound file, a .csv manifest or .tar shards, but there is no such",
         "notes.txt": "expected .*, but it is another kind of file",
         "empty": "holds no clips",
         "none-*.tar": "holds no clips",

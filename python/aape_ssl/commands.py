@@ -1,0 +1,191 @@
+"""`aape-ssl probe`, `embed` and `export`: functions, whose arguments are the commands'."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from . import embedding
+from . import probe as probes
+from .audio import AudioError
+from .checkpoints import CheckpointError, Part
+from .corpora import cache_folder
+from .pretrained import AudioEncoder, load
+from .sources import Clip, find
+
+__all__ = ["COMMANDS", "embed", "export", "main", "probe"]
+
+
+def _device(name: str | None) -> str:
+    if name and name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, as torch finds no GPU here, got {name}")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def probe(
+    checkpoint: str,
+    data: str,
+    methods: list[Literal["linear", "knn", "logistic"]] = ["linear", "knn"],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    test: list[str | int] = [],  # noqa: B006
+    frames: int | None = None,
+    baselines: bool = True,
+    cache: Path | None = None,
+    scores: Path | None = None,
+    device: str | None = None,
+) -> None:
+    """Score frozen embeddings on a labelled set: a linear probe and kNN.
+
+    A clip's embedding is the time-mean of its frequency-concatenated tokens. Linear: standardised, one layer, the epoch
+    chosen on validation, three seeds. kNN: cosine, k = 10. The test clips are seen once. Prints accuracy with its 95 %
+    interval, drawn over groups of clips, and the feature size, which accuracy grows with.
+
+    Args:
+        checkpoint: of pre-training (its teacher), or an exported folder.
+        data: a .csv manifest with the columns file, label, split (train, valid, test) or fold, and group.
+        methods: linear, knn, logistic.
+        seeds: of the linear probe.
+        test: only the rounds that hold these folds out; all unless given.
+        frames: how much of each clip to encode, from its beginning; as in pre-training unless given.
+        baselines: score random weights of the same sizes, and log-mel statistics, beside it.
+        cache: folder for embeddings; ~/.cache/aape_ssl unless given.
+        scores: a .csv to write one line a test clip, row and method to.
+        device: cuda where there is one, unless given.
+    """
+    encoder, clips = load(checkpoint), find(data)
+    if len({clip.label for clip in clips}) < 2:
+        raise ValueError(f"data: expected clips with at least two labels, {data} has {len({c.label for c in clips})}")
+    if scores is not None and scores.exists():
+        raise ValueError(f"scores: {scores} exists already")
+    held_out = [str(fold) for fold in test] or None
+    frames, where = frames or encoder.frames, _device(device)
+    folder = (cache or cache_folder()) / "embeddings"
+
+    def cached(key: str, compute: Callable[[], embedding.Floats]) -> embedding.Floats:
+        inside = hashlib.sha256(f"{key}\n{os.path.abspath(data)}".encode()).hexdigest()[:24]
+        return embedding.cached(folder / f"{inside}.npz", clips, key, compute)
+
+    def embedded(encoder: AudioEncoder, key: str) -> embedding.Floats:
+        key = f"{key} {encoder.config} {frames}"
+        return cached(key, lambda: embed_clips(encoder, clips, frames, where))
+
+    rows: dict[str, Callable[[], embedding.Floats]] = {
+        Path(checkpoint).name: lambda: embedded(encoder, _digest(Path(checkpoint)))
+    }
+    if baselines:
+        rows["random weights"] = lambda: embedded(random_weights(encoder), "random")
+        rows["log-mel statistics"] = lambda: cached(
+            f"statistics {encoder.front_end}", lambda: embedding.statistics(clips, encoder.front_end)
+        )
+    found = [
+        score for name, row in rows.items() for score in probes.evaluate(name, row(), clips, methods, seeds, held_out)
+    ]
+    print(f"{len(clips)} clips, {len({clip.label for clip in clips})} classes, test clips {len(found[0].correct)}")
+    print(probes.table(found))
+    if scores is not None:
+        _write_scores(scores, found)
+
+
+def random_weights(encoder: AudioEncoder, seed: int = 0) -> AudioEncoder:
+    """An untrained encoder of the same sizes and front end."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        untrained = AudioEncoder(**encoder.config)
+    return untrained.eval()
+
+
+def embed_clips(encoder: AudioEncoder, clips: Sequence[Clip], frames: int, device: str = "cpu") -> embedding.Floats:
+    """`embedding.embed` with the encoder's own front end."""
+    return embedding.embed(encoder.to(device).tokens, clips, encoder.front_end, frames, device=device)
+
+
+def _digest(path: Path) -> str:
+    """Of the weights, so that embeddings are not taken for those of another training of the same name."""
+    content = path / "model.safetensors" if path.is_dir() else path
+    return hashlib.sha256(content.read_bytes()).hexdigest()
+
+
+def _write_scores(path: Path, scores: Sequence[probes.Score]) -> None:
+    with open(path, "x", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["row", "method", "features", "group", "correct"])
+        for score in scores:
+            for group, correct in zip(score.groups, score.correct, strict=True):
+                rows.writerow([score.name, score.method, score.size, group, f"{correct:.4g}"])
+
+
+def embed(
+    checkpoint: str,
+    data: str,
+    out: Path,
+    level: Literal["clip", "frame"] = "clip",
+    frames: int | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+) -> None:
+    """Write embeddings of whole clips, however long, to an .npz or .parquet file.
+
+    A clip is encoded in consecutive windows, the last one padded with silence. Level frame has a row a column of
+    tokens: name, time (its centre, in seconds) and embedding (the column's tokens, concatenated along frequency); clip
+    has a row a clip, the mean of these, without time. Clips that cannot be decoded are left out and listed.
+
+    Args:
+        checkpoint: of pre-training (its teacher), or an exported folder.
+        data: a sound file, a folder, a .csv manifest, or .tar shards.
+        out: the file, which must not exist; .parquet needs pyarrow.
+        level: clip or frame.
+        frames: length of a window; as in pre-training unless given.
+        batch_size: windows that are encoded together.
+        device: cuda where there is one, unless given.
+    """
+    encoder, clips, where = load(checkpoint), find(data), _device(device)
+    failed = embedding.embed_files(
+        encoder.to(where).tokens, clips, encoder.front_end, frames or encoder.frames, out, level, batch_size, where
+    )
+    print(f"{out}: {len(clips) - len(failed)} of {len(clips)} clips")
+    for name, why in failed.items():
+        print(f"aape-ssl: {name}: {why}", file=sys.stderr)
+
+
+def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
+    """Write the encoder of a pre-training as a folder that one line loads.
+
+    The folder holds model.safetensors, config.json and a README.md, and behaves as a timm model: forward_features
+    gives tokens, forward their mean.
+
+    Args:
+        checkpoint: of pre-training.
+        out: the folder, which must not exist.
+        part: teacher (the average of the weights over time) or student.
+    """
+    if out.exists():
+        raise ValueError(f"out: {out} exists already")
+    encoder = AudioEncoder.from_checkpoint(checkpoint, part)
+    part_of = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part_of, ignore_errors=True)
+    encoder.save_pretrained(part_of)
+    os.replace(part_of, out)
+    print(f'{out}: from aape_ssl.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"probe": probe, "embed": embed, "export": export}
+
+
+def main(command: str, argv: Sequence[str]) -> int:
+    """Run a command with `argv` and return its exit status: 0, or 2 with one line on stderr."""
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(COMMANDS[command], args=list(argv), as_positional=False, prog=f"aape-ssl {command}")
+    except (AudioError, CheckpointError, OSError, ValueError) as error:
+        print(f"aape-ssl: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

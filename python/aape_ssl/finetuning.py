@@ -1,0 +1,269 @@
+"""Fine-tuning as a LightningModule, and the labelled clips that it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import probe
+from ._lightning import LightningDataModule, LightningModule, MulticlassAccuracy, MultilabelAveragePrecision
+from .embedding import first_window
+from .loader import ClipLoader, Crops
+from .optimisation import decays, warmup_cosine
+from .pretrained import AudioEncoder, load
+from .sources import Clip, find
+from .training import NonFiniteError
+
+__all__ = ["FinetuningModule", "LabelledClips"]
+
+
+class LabelledClips(LightningDataModule):
+    """Labelled clips of a manifest: random crops to train on, the beginning of each clip to validate and test on.
+
+    The manifest's columns are `file`, `label` and `split` (train, valid, test) or `fold`; of folds `test` is held out
+    and the next one (of the last, the first) validates.
+
+    Args:
+        data: a `.csv` manifest (`sources.read_manifest`).
+        checkpoint: whose front end prepares the clips.
+        test: the fold to hold out; "test" where the manifest has splits.
+        frames: T of a crop, and of what is validated on; as in pre-training unless given.
+        multi_label: clips have several labels, separated by ";".
+        batch_size: clips of one process in a batch.
+        workers: loading processes; 0 loads in the training process.
+        seed: of order and crops.
+        resize_crop: least height and width of the box that is stretched to the full crop; 1, the default, for none.
+        max_failed: training stops when more than this share of its clips cannot be decoded.
+
+    Attributes:
+        labels: the classes, sorted; set by `setup`, as are `train`, `valid` and `test`, lists of clips.
+
+    Errors: `ValueError` naming the argument; `AudioError` where a clip to validate or test on cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        checkpoint: str,
+        test: str = "test",
+        frames: int | None = None,
+        multi_label: bool = False,
+        batch_size: int = 64,
+        workers: int = 2,
+        seed: int = 0,
+        resize_crop: float = 1.0,
+        max_failed: float = 0.05,
+    ) -> None:
+        super().__init__()
+        encoder = load(checkpoint)
+        self.front_end, self.frames = encoder.front_end, encoder.frames if frames is None else frames
+        self.data, self.held_out, self.multi_label = data, test, multi_label
+        self.batch_size, self.workers = batch_size, workers
+        self._options: dict[str, Any] = {"seed": seed, "resize_crop": resize_crop, "max_failed": max_failed}
+        self.labels: tuple[str, ...] = ()
+        self.loader: ClipLoader | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifest."""
+        clips = find(self.data)
+        without = [clip.name for clip in clips if not clip.label]
+        if without:
+            raise ValueError(f"data: expected a label for each clip, {without[0]} has none")
+        self.labels = tuple(sorted({label for clip in clips for label in self.labels_of(clip)}))
+        if len(self.labels) < 2:
+            raise ValueError(f"data: expected at least two labels, got {', '.join(self.labels)}")
+        (parts,) = probe.folds_of(clips, [self.held_out])
+        self.train, self.valid, self.test = ([clips[index] for index in part] for part in parts)
+
+    def labels_of(self, clip: Clip) -> list[str]:
+        """One label, or several for multi-label clips."""
+        return [label.strip() for label in clip.label.split(";")] if self.multi_label else [clip.label]
+
+    def targets(self, clips: Sequence[Clip]) -> Tensor:
+        """(clips, classes) float32: 1 for each clip's labels, else 0."""
+        number = {label: i for i, label in enumerate(self.labels)}
+        targets = torch.zeros(len(clips), len(number))
+        for row, clip in zip(targets, clips, strict=True):
+            row[[number[label] for label in self.labels_of(clip)]] = 1
+        return targets
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of this process; what is left over is dropped."""
+        return len(self.train) // (self.batch_size * (self.trainer.world_size if self.trainer else 1))
+
+    def train_dataloader(self) -> ClipLoader:
+        """Random crops {"log_mel": (B, 1, F, T), "index": (B)}, as in pre-training; this process's share of them."""
+        crops = Crops(self.train, self.front_end, self.frames, **self._options)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world)
+        return self.loader
+
+    def val_dataloader(self) -> Any:
+        """The clips to validate on, alike but in their order."""
+        return self.windows(self.valid)
+
+    def windows(self, clips: Sequence[Clip]) -> Any:
+        """Batches of the beginnings of clips, {"log_mel": (B, 1, F, T), "index": (B)}."""
+        return torch.utils.data.DataLoader(
+            _Windows(clips, self), self.batch_size, num_workers=self.workers, persistent_workers=self.workers > 0
+        )
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers."""
+        if self.loader:
+            self.loader.close()
+
+
+class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, clips: Sequence[Clip], data: LabelledClips) -> None:
+        self.clips, self.front_end, self.frames = clips, data.front_end, data.frames
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"log_mel": first_window(self.clips[index], self.front_end, self.frames), "index": index}
+
+
+class FinetuningModule(LightningModule):
+    """Trains the encoder of a checkpoint and a linear head on its mean token, on `LabelledClips`.
+
+    Cross-entropy, or binary cross-entropy of each class for multi-label clips. AdamW, warm-up and cosine
+    (`warmup_cosine`) over all steps of the trainer's `max_epochs` or `max_steps`, one of which must be given; layer
+    l of L learns at lr · layer_decay^(L + 1 − l), the stem being layer 0 and the head L + 1. No decay of biases, norms
+    and the stem's `no_weight_decay()`. Logs `valid/accuracy`, or `valid/map` (macro average over the classes that
+    occur) for multi-label clips.
+
+    Args:
+        checkpoint: of pre-training (its teacher), or an exported folder.
+        lr: of the head, for the batch as it is.
+        layer_decay: in (0, 1]; 1 for one rate everywhere.
+        betas, weight_decay: of AdamW.
+        warmup: share of all steps.
+        label_smoothing: of the cross-entropy.
+
+    Errors: `ValueError` naming the argument; `NonFiniteError` while training.
+    Source: BEiT's and MAE's fine-tuning (layer decay, AdamW (.9, .999)); the defaults' values are ours.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        lr: float = 1e-3,
+        layer_decay: float = 0.75,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.05,
+        warmup: float = 0.1,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay}")
+        for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}: expected a share in [0, 1), got {share}")
+        self.checkpoint, self.lr, self.layer_decay = checkpoint, lr, layer_decay
+        self.betas, self.weight_decay, self.warmup, self.label_smoothing = betas, weight_decay, warmup, label_smoothing
+        self.model: AudioEncoder | None = None
+        self._loss: Tensor | None = None
+
+    @property
+    def clips(self) -> LabelledClips:
+        """What it trains on."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, LabelledClips)
+        return data
+
+    def configure_model(self) -> None:
+        """The encoder with a head for the labels, which are known once the data is set up."""
+        if self.model is not None:
+            return
+        pretrained, data = load(self.checkpoint), self.clips
+        config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
+        self.model = AudioEncoder(**config)
+        self.model.encoder.load_state_dict(pretrained.encoder.state_dict())
+        torch.nn.init.trunc_normal_(self.model.head.weight, std=0.01)  # type: ignore[arg-type]
+        torch.nn.init.zeros_(self.model.head.bias)  # type: ignore[arg-type]
+        count = len(data.labels)
+        self.name = "map" if data.multi_label else "accuracy"
+        self.quality = (
+            MultilabelAveragePrecision(count, average="macro")
+            if data.multi_label
+            else MulticlassAccuracy(count, average="micro")
+        )
+        self._train: Tensor
+        self._valid: Tensor
+        self.register_buffer("_train", data.targets(data.train), persistent=False)
+        self.register_buffer("_valid", data.targets(data.valid), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised log-mel (B, 1, F, T) -> logits (B, classes)."""
+        assert self.model is not None
+        return self.model(x)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch of crops."""
+        logits, targets = self(batch["log_mel"]).float(), self._train[batch["index"]]
+        if self.clips.multi_label:
+            loss = F.binary_cross_entropy_with_logits(logits, targets)
+        else:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
+        self._loss = loss.detach()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a loss or gradient that is no number, before it reaches the weights."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        assert self._loss is not None
+        if not (norm + self._loss).isfinite():
+            raise NonFiniteError(
+                f"optimiser step {self.global_step}: loss {float(self._loss):.4g}, gradient {float(norm):.4g}"
+            )
+        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Scores of one batch of clips."""
+        logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]
+        self.quality.update(logits, targets.long() if self.clips.multi_label else targets.argmax(1))
+        self.log(f"valid/{self.name}", self.quality, prog_bar=True, on_epoch=True, batch_size=len(logits))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a rate a layer, and warm-up and cosine over all steps."""
+        trainer, data = self.trainer, self.clips
+        steps = trainer.max_steps
+        if steps < 1:
+            if not trainer.max_epochs or trainer.max_epochs < 1:
+                raise ValueError("max_epochs: expected a number of epochs, at whose end the learning rate is 0")
+            # not `estimated_stepping_batches`: it sets the loader up before a resumed run has its place
+            steps = trainer.max_epochs * -(-data.batches_per_epoch // trainer.accumulate_grad_batches)
+        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
+        warmup = round(self.warmup * steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        assert self.model is not None
+        exempt, last = self.model.no_weight_decay(), len(self.model.encoder.layers) + 1
+        groups: dict[tuple[int, bool], list[Tensor]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault((_depth(name, last), decays(name, parameter, exempt)), []).append(parameter)
+        return [
+            {
+                "params": groups[depth, decayed],
+                "lr": self.lr * self.layer_decay ** (last - depth),
+                "weight_decay": self.weight_decay if decayed else 0.0,
+            }
+            for depth, decayed in sorted(groups)
+        ]
+
+
+def _depth(name: str, last: int) -> int:
+    """Of a parameter of `AudioEncoder`: 0 for the stem, 1 … L for the layers, `last` for last norm and head."""
+    part, _, rest = name.removeprefix("encoder.").partition(".")
+    return 0 if part == "stem" else int(rest.partition(".")[0]) + 1 if part == "layers" else last

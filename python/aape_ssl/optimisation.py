@@ -1,0 +1,25 @@
+"""What pre-training and fine-tuning share: the schedule, and which parameters weight decay leaves alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from torch import Tensor
+
+__all__ = ["decays", "warmup_cosine"]
+
+
+def warmup_cosine(step: int, warmup: int, steps: int) -> float:
+    """Share of the highest learning rate at a step, from 0; 0 from `steps` on.
+
+    (s + 1)/warmup,   then   ½ (1 + cos(π (s − warmup)/(steps − warmup)))
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1)))
+
+
+def decays(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
+    """Whether weight decay applies: to matrices and kernels, but those that a model asks to leave alone."""
+    return parameter.dim() > 1 and name not in exempt

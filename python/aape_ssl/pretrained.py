@@ -1,0 +1,160 @@
+"""A pre-trained encoder on its own: log-mel in, tokens out, with all that it needs to be used."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from .audio import FRONT_ENDS, SAMPLE_RATE, FrontEnd
+from .checkpoints import CheckpointError, Part, one_line, read_pretraining
+from .model import Encoder, StemName
+
+__all__ = ["AudioEncoder", "load"]
+
+FILES = ("config.json", "model.safetensors")
+
+
+class AudioEncoder(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="aape_ssl",
+    tags=["audio", "self-supervised"],
+    paper_url="https://arxiv.org/abs/2512.03637",
+):
+    """An `Encoder` with its front end and, after fine-tuning, its classifier; behaves as a timm model does.
+
+    `save_pretrained(folder)` writes the weights (`model.safetensors`) and the arguments below (`config.json`),
+    `from_pretrained(folder or name on the Hub)` reads them, and `push_to_hub(name)` uploads them.
+
+    Args:
+        size, stem, patch_size, stem_options: of the `Encoder`.
+        front_end: a name in `audio.FRONT_ENDS`.
+        statistics: mean and standard deviation to normalise log-mels by; the front end's own unless given.
+        frames: T of the clips that it was trained on. Any other number of whole patches will do.
+        labels: classes of the head, a linear layer on the mean token; none by default, and no head.
+
+    Attributes:
+        embed_dim, num_features: D.
+        num_classes: of the head, or 0.
+        frames: as given.
+        labels: a tuple.
+
+    Errors: `ValueError` naming the argument.
+
+    Examples:
+        >>> encoder = AudioEncoder.from_pretrained("folder")  # doctest: +SKIP
+        >>> tokens = encoder.forward_features(encoder.log_mel(waveform))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        size: str | tuple[int, int, int] = "base",
+        stem: StemName = "aape",
+        patch_size: int | tuple[int, int] = 16,
+        stem_options: dict[str, Any] | None = None,
+        front_end: str = "audioset128",
+        statistics: tuple[float, float] | None = None,
+        frames: int = 208,
+        labels: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if front_end not in FRONT_ENDS:
+            raise ValueError(f"front_end: expected one of {', '.join(FRONT_ENDS)}, got {front_end!r}")
+        self.front_end: FrontEnd = FRONT_ENDS[front_end]
+        if statistics is not None:
+            mean, std = statistics
+            self.front_end = replace(self.front_end, mean=mean, std=std)
+        self.frames, self.labels = frames, tuple(labels)
+        # JSON has no tuples
+        size = size if isinstance(size, str) else tuple(size)  # type: ignore[assignment]
+        patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)  # type: ignore[assignment]
+        self.encoder = Encoder(size, stem, patch_size, stem_options)
+        self.embed_dim = self.num_features = self.encoder.size.dim
+        self.num_classes = len(self.labels)
+        self.head = nn.Linear(self.embed_dim, self.num_classes) if labels else nn.Identity()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | os.PathLike[str], part: Part = "teacher") -> AudioEncoder:
+        """The teacher (or student) of a checkpoint of `aape-ssl pretrain`, on the CPU, in evaluation mode.
+
+        Errors: `CheckpointError`, also for a checkpoint of another origin.
+        """
+        weights, options, data = read_pretraining(path, part)
+        if data is None:
+            raise CheckpointError(f"{path}: expected to find which front end it was made with, as ClipData writes it")
+        statistics = (data["mean"], data["std"])
+        encoder = cls(**options, front_end=data["front_end"], statistics=statistics, frames=data["frames"])
+        encoder.encoder.load_state_dict(weights)
+        return encoder.eval()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The arguments that it was made with."""
+        config = self._hub_mixin_config
+        assert isinstance(config, dict)
+        return config
+
+    def log_mel(self, waveform: Tensor) -> Tensor:
+        """Waveforms at 16 kHz (samples) or (B, samples) -> normalised log-mel spectrograms (B, 1, F, T)."""
+        if waveform.dim() not in (1, 2):
+            raise ValueError(f"waveform: expected shape (samples) or (batch, samples), got {tuple(waveform.shape)}")
+        x = self.front_end.normalise(self.front_end.log_mel(torch.atleast_2d(waveform)))
+        if x.shape[-1] < self.encoder.patch_size[1]:
+            needed = round(self.front_end.seconds(self.encoder.patch_size[1]) * SAMPLE_RATE)
+            raise ValueError(f"waveform: expected at least {needed} samples, one patch, got {waveform.shape[-1]}")
+        return x.unsqueeze(1)
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Normalised log-mel (B, 1, F, T) -> tokens as `forward_features` gives them, and their grid (N_f, N_t)."""
+        return self.forward_features(x), self.encoder.grid(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised log-mel (B, 1, F, T) -> tokens (B, N_f·N_t, D), frequency-major, after the last norm."""
+        return self.encoder(x)  # type: ignore[no-any-return]
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, D) -> logits (B, classes), or the mean token (B, D) for `pre_logits` or without a head."""
+        mean = tokens.mean(1)
+        return mean if pre_logits else self.head(mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised log-mel (B, 1, F, T) -> logits (B, classes), or the mean token (B, D) without a head."""
+        return self.forward_head(self.forward_features(x))
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay should leave alone beside biases and norms."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **given: Any) -> AudioEncoder:
+        # the mixin would leave weights random that the file lacks, and prints that it loads
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super()._from_pretrained(strict=strict, **given)  # type: ignore[no-any-return]
+
+
+def load(path: str | os.PathLike[str]) -> AudioEncoder:
+    """What `aape-ssl export` or `finetune` wrote (a folder), or the teacher of a checkpoint of pre-training (a file).
+
+    Errors: `CheckpointError` naming the path.
+    """
+    path = Path(path)
+    if path.is_file():
+        return AudioEncoder.from_checkpoint(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a checkpoint or an exported folder, there is no such file or folder")
+    for name in FILES:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: expected a folder with {' and '.join(FILES)}, {name} is missing")
+    try:
+        return AudioEncoder.from_pretrained(path)
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise CheckpointError(f"{path}: cannot be loaded ({one_line(error)})") from error

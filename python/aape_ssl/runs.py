@@ -1,0 +1,139 @@
+"""What `aape-ssl pretrain` and `finetune` share: LightningCLI, the folder of a run, resuming, errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ._lightning import (
+    Callback,
+    CSVLogger,
+    LightningArgumentParser,
+    LightningCLI,
+    LightningDataModule,
+    LightningModule,
+    TensorBoardLogger,
+    Trainer,
+)
+from .checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint
+from .loader import TooManyFailedError
+from .training import NonFiniteError
+
+__all__ = ["Run", "main"]
+
+
+class Run(LightningCLI):
+    """A training with a folder of its own: checkpoint, CSV and TensorBoard logs, configuration."""
+
+    command: ClassVar[str]
+    module_type: ClassVar[type[LightningModule]]
+    data_type: ClassVar[type[LightningDataModule]]
+    any_data: ClassVar[bool] = False
+    """Whether the data module may be of another class, by `class_path`."""
+    presets: ClassVar[Mapping[str, Path]] = {}
+    checkpoint_every: ClassVar[int] = 1000
+    of_the_trainer: ClassVar[Mapping[str, Any]] = {}
+    """Defaults."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What a run has beside model, data and trainer."""
+        out = Path(f"{self.command}-output")
+        parser.add_argument("--out", type=Path, default=out, help="folder for checkpoint and logs")
+        resume = "go on from last.ckpt in --out, if there: to the same bits, with as many processes and threads"
+        parser.add_argument("--resume", type=bool, default=False, help=resume)
+        parser.add_argument("--checkpoint_every", type=int, default=self.checkpoint_every, help="optimiser steps")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With this package's callbacks, loggers and checkpoints; those of the configuration come on top."""
+        out = self.config.out
+        self.last = LastCheckpoint(out, self.config.checkpoint_every)
+        callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
+        given = dict(self.config_init.trainer) | kwargs
+        if given["logger"] is None:
+            given["logger"] = [CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard")]
+        given["plugins"] = [AtomicCheckpointIO(), *_listed(given["plugins"])]
+        given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last]
+        given["default_root_dir"] = out
+        return self._instantiate_trainer(given, callbacks)
+
+    @abstractmethod
+    def own_callbacks(self) -> list[Callback]:
+        """Callbacks of the command."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, str]:
+        """What the table at the end says beside steps, minutes and checkpoint; runs on the first process only."""
+
+    def fit(self) -> None:
+        """Train, from the last checkpoint where that is asked for, and print the summary."""
+        path, resume = self.last.path, self.config.resume
+        if path.exists() and not resume:
+            raise ValueError(
+                f"--out: {path} is there already; --resume=true goes on from it, another folder starts anew"
+            )
+        start = time.monotonic()
+        self.trainer.fit(
+            self.model, datamodule=self.datamodule, ckpt_path=str(path) if path.exists() else None, weights_only=True
+        )
+        minutes = (time.monotonic() - start) / 60
+        if self.trainer.is_global_zero:
+            rows = {"optimiser steps": f"{self.trainer.global_step}", "minutes": f"{minutes:.1f}"}
+            rows |= {"checkpoint": str(path), **self.summary()}
+            width = max(map(len, rows))
+            for name, value in rows.items():
+                print(f"{name:<{width}}  {value}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
+    """`--preset NAME` as the `--config` that comes first, so that everything else overrides it."""
+    arguments = list(argv)
+    for i, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if name == "--preset":
+            preset = value if given else "".join(arguments[i + 1 : i + 2])
+            if preset not in presets:
+                raise ValueError(f"--preset: expected one of {', '.join(presets)}, got {preset!r}")
+            del arguments[i : i + (1 if given else 2)]
+            return ["--config", str(presets[preset]), *arguments]
+    return arguments
+
+
+def main(run: type[Run], argv: Sequence[str]) -> int:
+    """Run the command with `argv` and return its exit status: 0, or 2 with one line on stderr."""
+    # jsonargparse's, of what lightning 2.6 does
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    # at every start: of lightning 2.6 beside torch 2.13, and that arguments come from `argv`, as they do
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)  # the logs
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
+    cli = None
+    try:
+        cli = run(
+            run.module_type,
+            run.data_type,
+            subclass_mode_data=run.any_data,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults=dict(run.of_the_trainer),
+            parser_kwargs={"prog": f"aape-ssl {run.command}"},
+            args=_with_preset(run.presets, argv),
+            run=False,
+        )
+        cli.fit()
+    except (CheckpointError, NonFiniteError, TooManyFailedError, OSError, ValueError) as error:
+        stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
+        kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
+        print(f"aape-ssl: {' '.join(str(error).split())}{kept}", file=sys.stderr)
+        return 2
+    return 0

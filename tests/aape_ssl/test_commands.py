@@ -1,0 +1,277 @@
+"""`aape-ssl probe`, `embed`, `export` and `finetune` through their command line, on real clips."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+from aape_ssl import audio, checkpoints, demo, finetune
+from aape_ssl.cli import main
+from aape_ssl.finetuning import FinetuningModule
+from aape_ssl.pretrained import AudioEncoder, load
+from aape_ssl.sources import Clip, write_manifest
+
+FRAMES = 32
+OPTIONS = {
+    "model.size": "[16, 2, 2]",
+    "model.predictor_heads": 2,
+    "model.warmup_steps": 2,
+    "data": "aape_ssl.data.ClipData",
+    "data.frames": FRAMES,
+    "data.batch_size": 12,
+    "data.workers": 0,
+    "data.statistics": "data",
+    "trainer.max_steps": 4,
+}
+TRAINER = {"trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false", "trainer.log_every_n_steps": 1}
+
+
+def run(command: str, **options) -> int:
+    given = {name.replace("__", "."): value for name, value in options.items()}
+    return main([command, *(f"--{name}={value}" for name, value in given.items())])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """36 pieces of the clips that come along, in 3 folds; labelled by whether they are of a drum."""
+    folder = tmp_path_factory.mktemp("sounds")
+    clips = []
+    for path in demo.bundled_clips():
+        for piece in range(6):
+            name = f"{path.stem}-{piece}.wav"
+            waveform = audio.load(path, 0.4, at=piece / 5)
+            soundfile.write(folder / name, waveform.numpy(), audio.SAMPLE_RATE)
+            label = "drum" if path.stem.split("_")[0] in ("drum", "loop", "perc") else "other"
+            clips.append(Clip(name, folder / name, label, str(piece % 3), path.stem))
+    write_manifest(folder / "manifest.csv", clips)
+    return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain")
+    assert run("pretrain", **{**OPTIONS, **TRAINER, "data.data": manifest, "out": out}) == 0
+    return out / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "encoder"
+    assert run("export", checkpoint=checkpoint, out=out) == 0
+    return out
+
+
+def test_export_loads_in_one_line_and_gives_the_teachers_tokens(checkpoint, exported):
+    encoder = AudioEncoder.from_pretrained(exported)
+    data = torch.load(checkpoint, weights_only=True)["ClipData"]
+    assert (encoder.front_end.mean, encoder.front_end.std) == (data["mean"], data["std"])
+    assert data["mean"] != audio.AUDIOSET128.mean  # they were measured
+    assert encoder.frames == FRAMES
+    assert not encoder.training
+    x = encoder.log_mel(audio.load(demo.bundled_clips()[0], 1.0))
+    with torch.no_grad():
+        tokens = encoder.forward_features(x)
+        assert torch.equal(tokens, checkpoints.load_encoder(checkpoint)(x))
+        assert torch.equal(encoder(x), tokens.mean(1))
+    assert tokens.shape == (1, 8 * 6, encoder.num_features) == (1, 48, 16)
+    assert encoder.no_weight_decay() <= dict(encoder.named_parameters()).keys()
+    assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert load(exported).config == json.loads(json.dumps(load(checkpoint).config))
+
+
+def test_export_of_the_student(checkpoint, tmp_path, exported):
+    assert run("export", checkpoint=checkpoint, out=tmp_path / "student", part="student") == 0
+    student, teacher = (load(path).state_dict() for path in (tmp_path / "student", exported))
+    assert student.keys() == teacher.keys()
+    assert any(not torch.equal(value, teacher[name]) for name, value in student.items())
+
+
+def test_embed(exported, manifest, tmp_path, capsys):
+    (tmp_path / "bad.wav").write_text("no sound")
+    shutil.copy(demo.bundled_clips()[0], tmp_path)
+    out = tmp_path / "out.npz"
+    assert run("embed", checkpoint=exported, data=tmp_path, out=out, level="frame", device="cpu") == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("out.npz: 1 of 2 clips\n")
+    assert said.err.startswith("aape-ssl: bad.wav: cannot be read as sound")
+    encoder, waveform = load(exported), audio.load(demo.bundled_clips()[0])
+    with np.load(out) as table, torch.no_grad():
+        assert set(table["name"]) == {demo.bundled_clips()[0].name}
+        x = encoder.log_mel(waveform)[..., :FRAMES]
+        first = encoder.forward_features(x).view(8, 2, 16).transpose(0, 1).reshape(2, 128)
+        np.testing.assert_allclose(table["embedding"][:2], first, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(table["time"][:2], [0.08, 0.24])
+    before = out.read_bytes()
+    assert run("embed", checkpoint=exported, data=manifest, out=out) == 2
+    assert capsys.readouterr().err == f"aape-ssl: out: {out} exists already\n"
+    assert out.read_bytes() == before
+
+
+def test_probe_beside_its_baselines(exported, checkpoint, manifest, tmp_path, capsys, monkeypatch):
+    scores = tmp_path / "scores.csv"
+    options = {"data": manifest, "cache": tmp_path, "seeds": "[0]"}
+    assert run("probe", checkpoint=exported, scores=scores, **options) == 0
+    table = capsys.readouterr().out
+    lines = table.splitlines()
+    assert lines[0] == "36 clips, 2 classes, test clips 36"
+    rows = [tuple(line.rsplit(maxsplit=7)[:3]) for line in lines[2:]]
+    names = ("encoder", "random weights", "log-mel statistics")
+    assert rows == [(name, how, "384" if "log" in name else "128") for name in names for how in ("linear", "knn")]
+    with open(scores, newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 6 * 36
+    mean = np.mean([float(row["correct"]) for row in found if (row["row"], row["method"]) == ("encoder", "knn")])
+    assert f"{100 * mean:6.1f} %" in lines[3]
+    # the second time nothing is embedded again, for these weights
+    monkeypatch.setattr("aape_ssl.embedding.embed", None)
+    assert run("probe", checkpoint=exported, **options) == 0
+    assert capsys.readouterr().out == table
+    with pytest.raises(TypeError):
+        run("probe", checkpoint=checkpoint, **options)
+
+
+def test_probe_of_one_fold(exported, manifest, tmp_path, capsys):
+    options = {"methods": "[knn]", "baselines": "false", "cache": tmp_path, "test": "[1]"}
+    assert run("probe", checkpoint=exported, data=manifest, **options) == 0
+    assert capsys.readouterr().out.startswith("36 clips, 2 classes, test clips 12\n")
+
+
+def finetuned(exported, manifest, out, **options) -> int:
+    options = {"trainer__max_epochs": 3, "data__batch_size": 6, "data__workers": 0, "data__test": 0} | options
+    return run("finetune", model__checkpoint=exported, data__data=manifest, out=out, **TRAINER, **options)
+
+
+def test_finetune_exports_the_best_epoch_and_tests_it_once(exported, manifest, tmp_path, capsys):
+    assert finetuned(exported, manifest, tmp_path / "run") == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "/" in line)
+    encoder = load(tmp_path / "run" / "model")
+    assert encoder.labels == ("drum", "other")
+    with open(manifest, newline="") as file:
+        held_out = [row for row in csv.DictReader(file) if row["fold"] == "0"]
+    with torch.no_grad():
+        x = torch.cat([encoder.log_mel(audio.load(manifest.parent / row["file"]))[..., :FRAMES] for row in held_out])
+        right = [encoder.labels[i] == row["label"] for i, row in zip(encoder(x).argmax(1), held_out, strict=True)]
+    assert rows["test/accuracy"].startswith(f"{np.mean(right):.4f}, 95 % interval")
+    with open(tmp_path / "run" / "csv" / "version_0" / "metrics.csv", newline="") as file:
+        logged = [float(row["valid/accuracy"]) for row in csv.DictReader(file) if row["valid/accuracy"]]
+    assert len(logged) == 3
+    assert rows["valid/accuracy"] == f"{max(logged):.4f}"
+    # the encoder moved, from where it was
+    before = load(exported).encoder.state_dict()
+    moved = [name for name, value in encoder.encoder.state_dict().items() if not torch.equal(value, before[name])]
+    assert "layers.0.linear1.weight" in moved
+
+
+def test_finetune_of_several_labels(exported, manifest, tmp_path, capsys):
+    several = manifest.with_name("several.csv")
+    with open(manifest, newline="") as file:
+        rows = list(csv.reader(file))
+    rows[1:] = [[name, f"{label};{name.split('_')[0]}", *rest] for name, label, *rest in rows[1:]]
+    with open(several, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    options = {"data__multi_label": "true", "trainer__max_epochs": 1}
+    assert finetuned(exported, several, tmp_path / "run", **options) == 0
+    assert "test/map" in capsys.readouterr().out
+    labels = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["labels"]
+    assert labels == ["ambi", "bass", "drum", "loop", "misc", "other", "perc"]
+
+
+def test_finetune_resumed_is_as_if_never_interrupted(exported, manifest, tmp_path):
+    """Ten steps (at most) of 18, then the rest."""
+    assert finetuned(exported, manifest, tmp_path / "whole", trainer__max_epochs=6) == 0
+    options = {"trainer__max_epochs": 6, "checkpoint_every": 4}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(self, *given):
+            if self.global_step == 6:
+                raise KeyboardInterrupt
+            return step(self, *given)
+
+        step = FinetuningModule.training_step
+        patch.setattr(FinetuningModule, "training_step", stop)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            finetuned(exported, manifest, tmp_path / "cut", **options)
+    assert torch.load(tmp_path / "cut" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert finetuned(exported, manifest, tmp_path / "cut", resume="true", **options) == 0
+    got, want = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("cut", "whole"))
+    assert got["global_step"] == want["global_step"]
+    assert all(torch.equal(value, want["state_dict"][name]) for name, value in got["state_dict"].items())
+
+
+def test_mean_average_precision_leaves_absent_classes_out():
+    scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.5], [0.1, 0.9, 0.5]], dtype=np.float32)
+    targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=np.float32)
+    # class 0 has its clips at ranks 1 and 3: (1/1 + 2/3)/2; class 1 at ranks 1 and 2: 1; class 2 does not occur
+    assert finetune.mean_average_precision(scores, targets) == pytest.approx((5 / 6 + 1) / 2)
+
+
+ERRORS = {
+    "no such checkpoint": ("probe", {"checkpoint": "nowhere"}, "nowhere: expected a checkpoint or an exported folder"),
+    "no model": ("probe", {"checkpoint": "."}, ".: expected a folder with config.json and model.safetensors"),
+    "no labels": ("probe", {"data": "clips"}, "data: expected clips with at least two labels"),
+    "no fold": ("probe", {"test": "[9]"}, "test: expected folds among 0, 1, 2, got 9"),
+    "no GPU": ("embed", {"device": "cuda", "out": "x.npz"}, "device: expected cpu"),
+    "kind of file": ("embed", {"out": "x.txt"}, "out: expected a .npz or .parquet file"),
+    "not pre-trained": (
+        "export",
+        {"checkpoint": "manifest", "out": "x"},
+        "manifest.csv: the checkpoint cannot be read",
+    ),
+    "one label": ("finetune", {"data.data": "one label"}, "data: expected at least two labels, got drum"),
+    "no head": ("finetune", {"model.layer_decay": 0}, "layer_decay: expected a number in (0, 1], got 0.0"),
+    "no test": ("finetune", {}, "test: expected folds among 0, 1, 2, got test"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(case, exported, manifest, tmp_path, capsys, monkeypatch):
+    if case == "no GPU":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    one = tmp_path / "one.csv"
+    rows = [line for line in manifest.read_text().splitlines() if ",other," not in line]
+    one.write_text("\n".join(rows))
+    command, options, message = ERRORS[case]
+    paths = {"clips": demo.bundled_clips()[0].parent, "manifest": manifest, "one label": one}
+    given = {"checkpoint": exported, "data": manifest}
+    if command == "finetune":
+        given = {"model.checkpoint": exported, "data.data": manifest, **TRAINER}
+    elif command == "export":
+        given.pop("data")
+    given |= {name: paths.get(value, value) for name, value in options.items()}
+    assert run(command, **given) == 2
+    last = capsys.readouterr().err.splitlines()[-1].replace(f"{manifest.parent}/", "")
+    assert last.startswith(f"aape-ssl: {message}")
+
+
+@pytest.mark.parametrize("command", ["probe", "embed", "export", "finetune"])
+def test_help_and_configuration(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"aape-ssl {command}" in capsys.readouterr().out
+
+
+def test_print_config(exported, manifest, capsys):
+    with pytest.raises(SystemExit):
+        run("finetune", model__checkpoint=exported, data__data=manifest, print_config="")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_epochs"] == 50
+    assert printed["data"]["data"] == str(manifest)
+
+
+def test_weights_that_are_missing_are_not_made_up(exported, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(exported, tmp_path / "encoder")
+    path = tmp_path / "encoder" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop("encoder.norm.weight")
+    save_file(weights, path)
+    with pytest.raises(checkpoints.CheckpointError, match=r"encoder: cannot be loaded .*encoder\.norm\.weight"):
+        load(tmp_path / "encoder")
