@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,3 +278,28 @@ def test_weights_that_are_missing_are_not_made_up(exported, tmp_path):
     save_file(weights, path)
     with pytest.raises(checkpoints.CheckpointError, match=r"encoder: cannot be loaded .*encoder\.norm\.weight"):
         load(tmp_path / "encoder")
+
+
+def documented() -> list[list[str]]:
+    """The commands that README and docs/pretraining.md show."""
+    root = Path(__file__).parents[2]
+    text = "\n".join((root / name).read_text() for name in ("README.md", "docs/pretraining.md"))
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
+    return [shlex.split(line, comments=True)[1:] for line in blocks.splitlines() if line.startswith("aape-ssl ")]
+
+
+@pytest.mark.parametrize("argv", documented(), ids=lambda argv: argv[0])
+def test_documented_commands_are_understood(argv, exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported.parent)
+    with pytest.raises(SystemExit) as done:
+        main([*argv, "--print_config"])
+    assert done.value.code in (0, None)
+    assert yaml.safe_load(capsys.readouterr().out)
+
+
+def test_documented_python(exported, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text(), re.S)
+    monkeypatch.chdir(exported.parent)
+    found = {"waveform": torch.randn(2, 8000)}
+    exec("\n".join(code), found)
+    assert found["tokens"].shape == (2, 8 * 3, 16)
