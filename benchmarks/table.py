@@ -25,6 +25,10 @@ LEGEND = (
     "default: ms under\nthe default allocator. MB = 10⁶ bytes."
 )
 
+STEP_COLUMNS = ("stem", "median ms", "p20–p80", "samples/s", "× conv")
+LOADER_COLUMNS = ("clips", "workers", "samples/s", "p20–p80", "training samples/s", "× training")
+STEP_LEGEND = "× conv: samples/s over the plain stem's in the same round, median over rounds; above 1 is faster."
+
 
 def _rows(run: dict[str, Any]) -> list[Row]:
     """The rows this suite has written, in the order they ran."""
@@ -75,6 +79,36 @@ def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
 
     rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (w + 1) + ":" for w in widths[1:]]) + "|"
     return [line(header), rule, *map(line, body)]
+
+
+def _verdict(ratio: float, limit: float) -> str:
+    return f"at least {limit:g} is asked for" if ratio >= limit else f"UNDER the {limit:g} that is asked for"
+
+
+def _training_step(row: Row) -> list[str]:
+    """One model's steps by stem."""
+    body, verdicts = [], []
+    for step in row["rows"]:
+        seconds, ratio = step["seconds"], step["ratio"]["median"]
+        between = f"{_ms(seconds['p20'])}–{_ms(seconds['p80'])}"
+        rate = f"{row['batch'] / seconds['median']:.1f}"
+        body.append([step["stem"], _ms(seconds["median"]), between, rate, f"{ratio:.3f}"])
+        if step["limit"] is not None:
+            verdicts.append(f"{step['stem']}: {ratio:.3f} × the samples/s of conv; {_verdict(ratio, step['limit'])}")
+    return ["", f"**pre-training step, {row['case']}**", "", *_markdown([*STEP_COLUMNS], body), "", *verdicts]
+
+
+def _loaders(rows: list[Row]) -> list[str]:
+    """The loader alone beside training alone."""
+    body, verdicts = [], []
+    for row in rows:
+        per_clip, ratio = row["seconds"], row["ratio"]["median"]
+        between = f"{1 / per_clip['p80']:.0f}–{1 / per_clip['p20']:.0f}"
+        training = f"{1 / row['training_seconds']['median']:.1f}"
+        loading = f"{1 / per_clip['median']:.0f}"
+        body.append([row["clips"], str(row["workers"]), loading, between, training, f"{ratio:.2f}"])
+        verdicts.append(f"{row['clips']}: {ratio:.2f} × the samples/s of training; {_verdict(ratio, row['limit'])}")
+    return ["", f"**loader, {rows[0]['case']}**", "", *_markdown([*LOADER_COLUMNS], body), "", *verdicts]
 
 
 def _heading(run: dict[str, Any], default: dict[str, Any] | None) -> list[str]:
@@ -135,6 +169,12 @@ def render(run: dict[str, Any], default: dict[str, Any] | None = None) -> str:
                 f"`from aape_kernels import AaPE` beyond torch itself: median {times['median']} s, "
                 f"p20–p80 {times['p20']}–{times['p80']}; {verdict} the limit of {row['limit']} s",
             ]
+    steps = [row for row in rows if row["op"] == "training step"]
+    for row in steps:
+        lines += _training_step(row)
+    lines += ["", STEP_LEGEND] if steps else []
+    loaders = [row for row in rows if row["op"] == "loader"]
+    lines += _loaders(loaders) if loaders else []
     missing = run["machine_info"]["run"]["missing_backends"].get("embed", {})
     lines += ["", *(f"not run: backend {name}: {why}" for name, why in missing.items())] if missing else []
     return "\n".join(lines)

@@ -100,7 +100,7 @@ class Crops(Dataset[Any]):
         resize_crop: least height and width of the box for `resize_crop`, each drawn uniformly up to 1; 1: none (the
             default).
         waveforms: leave `features` to the caller, for a whole batch on the device.
-        max_failed: share of the clips that may fail.
+        max_failed: share of the clips that may fail; all of them never may.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Crops(Dataset[Any]):
             raise ValueError(f"resize_crop: expected a number above 0 and up to 1, got {resize_crop}")
         self.clips, self.front_end, self.frames, self.seed = list(clips), front_end, frames, seed
         self.mix, self.resize_crop, self.waveforms = mix, resize_crop, waveforms
-        self.allowed = math.floor(max_failed * len(self.clips))
+        self.allowed = min(math.floor(max_failed * len(self.clips)), len(self.clips) - 1)
         self.samples = round(front_end.seconds(frames) * SAMPLE_RATE)
 
     def __len__(self) -> int:

@@ -75,15 +75,36 @@ def trainer(folder: Path, steps: int = 9, accumulate: int = 1, every: int = 2, c
     )
 
 
+def last_checkpoint(folder: Path) -> dict:
+    """What it says of the run: of Lightning's loops only the loader's place."""
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    (checkpoint["loader"],) = checkpoint.pop("loops")["fit_loop"]["state_dict"]["combined_loader"]
+    return checkpoint
+
+
+def assert_same_bits(got, expected, where: str = "checkpoint") -> None:
+    assert type(got) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), where
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys(), where
+        for key in expected:
+            assert_same_bits(got[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), where
+        for i, pair in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(*pair, f"{where}/{i}")
+    else:
+        assert got == expected, where
+
+
 def run(folder: Path, accumulate: int = 1, resume: bool = False, **options) -> dict:
     """Train to the end, and what the last checkpoint then says of the run."""
     last = str(folder / "last.ckpt") if resume else None
     # other initial weights when resuming: they must not matter
     model = module(seed=int(resume))
     trainer(folder, accumulate=accumulate, **options).fit(model, Tensors(), ckpt_path=last, weights_only=True)
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    checkpoint["loader"] = checkpoint.pop("loops")["fit_loop"]["state_dict"]["combined_loader"]
-    return checkpoint
+    return last_checkpoint(folder)
 
 
 def die_at(moment: str) -> None:

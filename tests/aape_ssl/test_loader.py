@@ -253,6 +253,14 @@ def test_too_many_bad_files_stop(folder, bad):
     epochs(ClipLoader(crops(folder, max_failed=0.125), 6), 2) if bad == 3 else None
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_silence_is_no_replacement_for_all(folder, workers):
+    """However many may fail, there is nothing to train on when all do."""
+    spoil(folder, *(f"{n:02}.wav" for n in range(24)))
+    with pytest.raises(TooManyFailedError, match="24 of 24 clips could not be decoded, more than the 23 that"):
+        next(iter(ClipLoader(crops(folder, max_failed=1), 6, workers=workers)))
+
+
 def test_replacements_differ(folder):
     spoil(folder, *(f"{n:02}.wav" for n in range(12)))
     batch = crops(folder, max_failed=0.5).__getitems__([(0, index) for index in range(12)])

@@ -12,27 +12,12 @@ from pathlib import Path
 import pytest
 import ssl_case
 import torch
+from ssl_case import assert_same_bits
 from torch import nn
 
 from aape_ssl import training
 from aape_ssl._lightning import Callback, CSVLogger
 from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
-
-
-def assert_same_bits(got, expected, where: str = "checkpoint") -> None:
-    assert type(got) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(got, expected), where
-    elif isinstance(expected, dict):
-        assert got.keys() == expected.keys(), where
-        for key in expected:
-            assert_same_bits(got[key], expected[key], f"{where}/{key}")
-    elif isinstance(expected, list | tuple):
-        assert len(got) == len(expected), where
-        for i, pair in enumerate(zip(got, expected, strict=True)):
-            assert_same_bits(*pair, f"{where}/{i}")
-    else:
-        assert got == expected, where
 
 
 class StoppedError(Exception):

@@ -120,6 +120,39 @@ def test_import_row_names_its_limit(run: dict[str, Any]) -> None:
     assert "OVER the limit of 0.2 s" in render(run)
 
 
+def test_training_steps_by_stem(run: dict[str, Any]) -> None:
+    rows = [
+        {"stem": stem, "limit": limit, "seconds": _figures(seconds), "ratio": _figures(0.4 / seconds)}
+        for stem, limit, seconds in (("conv", None, 0.4), ("AaPE, cpu", 0.95, 0.5), ("conv+mlp", None, 0.42))
+    ]
+    steps = {"op": "training step", "case": "laptop: D = 128", "batch": 32, "rows": rows}
+    text = render(run | {"benchmarks": [{"name": "test_training_step", "extra_info": steps}]})
+    assert "**pre-training step, laptop: D = 128**" in text
+    assert _cells(text, "AaPE, cpu") == ["AaPE, cpu", "500.00", "450.00–625.00", "64.0", "0.800"]
+    assert "AaPE, cpu: 0.800 × the samples/s of conv; UNDER the 0.95 that is asked for" in text
+    assert text.count("asked for") == 1  # of the others nothing is
+    rows[1]["ratio"] = _figures(0.96)
+    assert "AaPE, cpu: 0.960 × the samples/s of conv; at least 0.95 is asked for" in render(
+        run | {"benchmarks": [{"name": "test_training_step", "extra_info": steps}]}
+    )
+
+
+def test_the_loader_beside_training(run: dict[str, Any]) -> None:
+    row = {
+        "op": "loader",
+        "clips": "384 wav",
+        "workers": 2,
+        "case": "batch 32",
+        "seconds": _figures(0.002),
+        "training_seconds": _figures(0.003),
+        "ratio": _figures(1.5),
+        "limit": 2.0,
+    }
+    text = render(run | {"benchmarks": [{"name": "test_loader", "extra_info": row}]})
+    assert _cells(text, "384 wav") == ["384 wav", "2", "500", "400–556", "333.3", "1.50"]
+    assert "384 wav: 1.50 × the samples/s of training; UNDER the 2 that is asked for" in text
+
+
 def test_default_allocator_stands_beside(run: dict[str, Any]) -> None:
     default = _run("default (glibc 2.36)", [_row("stem", "forward", 8, "Conv2d", 0.021, 1.0, True)])
     text = render(run, default)

@@ -1,0 +1,53 @@
+"""`aape-ssl pretrain` on real clips, killed and resumed: the same bits as never interrupted, with any workers."""
+
+import csv
+import random
+import signal
+from pathlib import Path
+
+import cli_case
+import pytest
+import torch
+from ssl_case import assert_same_bits, last_checkpoint
+
+
+def logged(out: Path, version: int) -> dict[int, dict[str, str]]:
+    """Rows of one run's CSV log by their step."""
+    with open(out / "csv" / f"version_{version}" / "metrics.csv", newline="") as file:
+        return {int(row["step"]): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_killed_and_resumed_is_never_interrupted(clips, tmp_path, accumulate):
+    """Three batches an epoch: a checkpoint after the second of them, killed some steps later in another epoch."""
+    options = {"trainer__accumulate_grad_batches": accumulate, "data__statistics": "data"}
+    # from step 6 to the end it sleeps for 0.3 s at least
+    seconds = random.Random(torch.initial_seed()).uniform(0, 0.25)
+    deaths = {
+        0: "[{class_path: cli_case.DieInStep, init_args: {step: 8}}]",
+        2: f"[{{class_path: cli_case.DieByTheClock, init_args: {{step: 6, seconds: {seconds}}}}}]",
+    }
+    killed = {
+        workers: cli_case.start(
+            clips, tmp_path / str(workers), data__workers=workers, trainer__callbacks=death, **options
+        )
+        for workers, death in deaths.items()
+    }
+    assert cli_case.pretrain(clips, tmp_path / "whole", **options) == 0
+    whole, rows = last_checkpoint(tmp_path / "whole"), logged(tmp_path / "whole", 0)
+    assert whole["global_step"] == len(rows) == 12
+
+    for workers, process in killed.items():
+        out = tmp_path / str(workers)
+        assert process.wait() == -signal.SIGKILL, cli_case.said(out).read_text()
+        before = last_checkpoint(out)
+        assert before["global_step"] in ([5] if workers == 0 else [5, 10]), seconds
+        assert before["loader"]["given"] == 2
+
+        assert cli_case.pretrain(clips, out, data__workers=workers, resume="true", **options) == 0
+        assert_same_bits(last_checkpoint(out), whole)
+        first, second = logged(out, 0), logged(out, 1)
+        assert min(second) == before["global_step"]
+        assert {**first, **second}.keys() == rows.keys()
+        for step, row in [*first.items(), *second.items()]:
+            assert row == rows[step]
