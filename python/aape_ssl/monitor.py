@@ -13,6 +13,7 @@ from . import diagnostics
 from ._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
 from .masks import Masks
 from .objective import Pretraining
+from .sharding import gathered, total_norm
 from .training import PretrainingModule
 
 __all__ = ["CollapseWarning", "Monitor"]
@@ -59,8 +60,7 @@ class Monitor(Callback):
         self._values = {}
         stem = pl_module.objective.student.stem
         if isinstance(stem, AaPE):
-            gradients = [p.grad for p in stem.encoder.parameters() if p.grad is not None]
-            self._values["stem/encoder_grad_norm"] = float(torch.nn.utils.get_total_norm(gradients))
+            self._values["stem/encoder_grad_norm"] = float(total_norm(stem.encoder.parameters()))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,18 +81,19 @@ class Monitor(Callback):
             rank_zero_warn(f"optimiser step {step}: {warning}", category=CollapseWarning)
 
         boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        ratio = diagnostics.branch_ratio(student.stem, x)
-        if ratio is not None:
-            values["stem/branch_ratio"] = ratio
-        if isinstance(student.stem, AaPE):
-            filters = diagnostics.filter_statistics(student.stem, x)
-            values["stem/decay_at_bounds"] = filters.decay_at_bounds
-            values["stem/frequency_at_bounds"] = filters.frequency_at_bounds
-            for board in boards:
-                board.add_histogram("stem/decay", filters.decay, step)
-                board.add_histogram("stem/frequency", filters.frequency, step)
-        if boards:
-            attention = first_attention(objective, x, masks)
+        with gathered(objective):
+            ratio = diagnostics.branch_ratio(student.stem, x)
+            if ratio is not None:
+                values["stem/branch_ratio"] = ratio
+            if isinstance(student.stem, AaPE):
+                filters = diagnostics.filter_statistics(student.stem, x)
+                values["stem/decay_at_bounds"] = filters.decay_at_bounds
+                values["stem/frequency_at_bounds"] = filters.frequency_at_bounds
+                for board in boards:
+                    board.add_histogram("stem/decay", filters.decay, step)
+                    board.add_histogram("stem/frequency", filters.frequency, step)
+            if boards:
+                attention = first_attention(objective, x, masks)
         for board in boards:
             board.add_image(TAG, picture(x[0, 0], masks, student.patch_size, attention), step)
         for logger in trainer.loggers:
