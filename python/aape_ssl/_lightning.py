@@ -9,6 +9,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
+from lightning.pytorch.strategies import (  # noqa: E402
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.utilities import rank_zero_warn  # noqa: E402
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision  # noqa: E402
 
@@ -17,13 +24,18 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointIO",
+    "FSDPStrategy",
     "LightningArgumentParser",
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
     "ModelCheckpoint",
+    "ModelParallelStrategy",
     "MulticlassAccuracy",
     "MultilabelAveragePrecision",
+    "ParallelStrategy",
+    "Strategy",
+    "StrategyRegistry",
     "TensorBoardLogger",
     "Trainer",
     "rank_zero_warn",

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import probe
-from ._lightning import LightningDataModule, LightningModule, MulticlassAccuracy, MultilabelAveragePrecision
+from ._lightning import (
+    FSDPStrategy,
+    LightningDataModule,
+    LightningModule,
+    ModelParallelStrategy,
+    MulticlassAccuracy,
+    MultilabelAveragePrecision,
+)
 from .embedding import first_window
 from .loader import ClipLoader, Crops
 from .optimisation import decays, warmup_cosine
@@ -183,6 +190,8 @@ class FinetuningModule(LightningModule):
         """The encoder with a head for the labels, which are known once the data is set up."""
         if self.model is not None:
             return
+        if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(f"strategy: expected one that shards nothing, such as ddp, got {self.trainer.strategy}")
         pretrained, data = load(self.checkpoint), self.clips
         config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
         self.model = AudioEncoder(**config)
@@ -221,7 +230,8 @@ class FinetuningModule(LightningModule):
         """Stop at a loss or gradient that is no number, before it reaches the weights."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         assert self._loss is not None
-        if not (norm + self._loss).isfinite():
+        # all processes stop, or those that are left wait for the others
+        if not self.trainer.strategy.reduce_boolean_decision(bool((norm + self._loss).isfinite())):
             raise NonFiniteError(
                 f"optimiser step {self.global_step}: loss {float(self._loss):.4g}, gradient {float(norm):.4g}"
             )

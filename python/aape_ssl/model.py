@@ -215,11 +215,11 @@ class CrossAttention(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """queries (B, N_q, D), context (B, N_v, D) -> (B, N_q, D)."""
-        attended, _ = self.attention(self.norm1(queries), context, context, need_weights=False)
+    def forward(self, queries: Tensor, context: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """queries (B, N_q, D), context (B, N_v, D) -> (B, N_q, D), and weights (B, N_q, N_v), of all heads' mean."""
+        attended, weights = self.attention(self.norm1(queries), context, context, need_weights=need_weights)
         queries = queries + attended
-        return queries + self.mlp(self.norm2(queries))  # type: ignore[no-any-return]
+        return queries + self.mlp(self.norm2(queries)), weights
 
 
 class Predictor(nn.Module):
@@ -250,10 +250,26 @@ class Predictor(nn.Module):
 
     def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
         """tokens (B, M, N_v, D) at `visible` (B, M, N_v) -> predictions (B, M, N_m, D) at `masked` (B, M, N_m)."""
+        queries, context = self._embed(tokens, visible, masked, grid)
+        for layer in self.layers:
+            queries, _ = layer(queries, context)
+        predictions: Tensor = self.head(self.norm(queries))
+        return predictions.unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
+
+    def attention(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What share of the queries' attention each visible token gets, (B, M, N_v); 1 in all.
+
+        Mean over queries, heads and layers, for the arguments of `forward`. Of all pairs, which `forward` never holds.
+        """
+        queries, context = self._embed(tokens, visible, masked, grid)
+        shares = []
+        for layer in self.layers:
+            queries, weights = layer(queries, context, need_weights=True)
+            shares.append(weights.mean(1))
+        return torch.stack(shares).mean(0).unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
+
+    def _embed(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         positions = sincos_positions(grid, self.dim, tokens.device).to(tokens)
         context = (self.context(tokens) + F.embedding(visible, positions)).flatten(0, 1)
         queries = (self.mask_token + F.embedding(masked, positions)).flatten(0, 1)
-        for layer in self.layers:
-            queries = layer(queries, context)
-        predictions: Tensor = self.head(self.norm(queries))
-        return predictions.unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
+        return queries, context

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +14,8 @@ from ._lightning import LightningModule
 from .masks import MaskSampler
 from .model import Encoder, Predictor, StemName
 from .objective import Pretraining, Terms
+from .optimisation import decays, warmup_cosine
+from .sharding import ShardedStrategy, check_strategy, shard, total_norm
 
 __all__ = ["NonFiniteError", "PretrainingModule"]
 
@@ -29,9 +30,7 @@ class NonFiniteError(FloatingPointError):
 class PretrainingModule(LightningModule):
     """Pre-trains an `Encoder` by the objective `Pretraining`; batches are {"log_mel": (B, 1, F, T), "index": (B)}.
 
-        lr(s) = lr · (s + 1)/warmup_steps,   then   lr · ½(1 + cos(π (s − warmup_steps)/(max_steps − warmup_steps)))
-
-    AdamW; no decay of biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping,
+    AdamW, warm-up and cosine (`warmup_cosine`); no decay of biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping,
     precision and `max_steps`, which must be given, are the trainer's. Masks are drawn from (seed, optimiser step,
     micro-batch, clip): nothing here draws from a global generator but the initial weights.
 
@@ -44,7 +43,7 @@ class PretrainingModule(LightningModule):
         lr: the highest, for the batch as it is (not scaled by its size).
         betas, weight_decay: of AdamW.
         warmup_steps: optimiser steps.
-        compile: whether to run the objective through `torch.compile`.
+        compile: whether to run the objective through `torch.compile`; layer by layer where it is sharded.
 
     Errors: `ValueError` naming the argument; `NonFiniteError` while training. Loading a checkpoint of other options is
     a `ValueError` that names them.
@@ -91,9 +90,20 @@ class PretrainingModule(LightningModule):
             ema_steps=ema_steps,
         )
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, betas, weight_decay, warmup_steps
-        if compile:
-            self.objective.compile()
+        self.compiled = compile
         self._micro_batches: list[tuple[Terms, Tensor]] = []
+
+    def configure_model(self) -> None:
+        """Shard and compile the objective where trainer and options say so.
+
+        Errors: `ValueError` for strategies that shard in another way (`check_strategy`).
+        """
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, ShardedStrategy):
+            shard(self.objective, strategy.device_mesh["data_parallel"], strategy.root_device, self.compiled)
+        elif self.compiled:
+            self.objective.compile()
 
     # --- a step ---
 
@@ -110,21 +120,24 @@ class PretrainingModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss or gradient that is no number, before it reaches the weights."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(self.parameters())
         losses = [terms.loss.detach() for terms, _ in self._micro_batches]
-        if not torch.stack([norm, *losses]).isfinite().all():  # one synchronisation a step
-            raise NonFiniteError(self._which_is_not_finite(float(norm)))
+        finite = bool(torch.stack([norm, *losses]).isfinite().all())  # one synchronisation a step
+        # all processes stop, or those that are left wait for the others
+        if not self.trainer.strategy.reduce_boolean_decision(finite):
+            raise NonFiniteError(self._which_is_not_finite(norm))
         group = optimizer.param_groups[0]
         self.log_dict({"train/grad_norm": norm, "train/lr": group["lr"], "train/ema_decay": self.objective.decay})
 
-    def _which_is_not_finite(self, norm: float) -> str:
+    def _which_is_not_finite(self, norm: Tensor) -> str:
         for i, (terms, index) in enumerate(self._micro_batches):
             if not terms.loss.isfinite():
                 values = ", ".join(f"{name} {float(getattr(terms, name).detach()):.4g}" for name in SCALARS[:3])
                 clips = ", ".join(map(str, index.tolist()[:8])) + (", ..." if len(index) > 8 else "")
                 return f"optimiser step {self.global_step}, micro-batch {i}: {values}; clips {clips}"
-        return f"optimiser step {self.global_step}: the norm of the gradient is {norm}, with finite losses"
+        if norm.isfinite():
+            return f"optimiser step {self.global_step}: a loss of another process is no number"
+        return f"optimiser step {self.global_step}: the norm of the gradient is {float(norm)}, with finite losses"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One real step, once for all accumulated micro-batches, and the teacher's after it."""
@@ -141,18 +154,11 @@ class PretrainingModule(LightningModule):
         if steps < 1:
             raise ValueError(f"max_steps: expected at least 1, at whose end the learning rate is 0, got {steps}")
 
-        def share(step: int) -> float:
-            if step < self.warmup_steps:
-                return (step + 1) / self.warmup_steps
-            return 0.5 * (
-                1 + math.cos(math.pi * min((step - self.warmup_steps) / max(steps - self.warmup_steps, 1), 1))
-            )
-
         exempt = {f"student.{name}" for name in self.objective.student.no_weight_decay()}
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
-                groups[parameter.dim() > 1 and name not in exempt].append(parameter)
+                groups[decays(name, parameter, exempt)].append(parameter)
         optimizer = torch.optim.AdamW(
             [
                 {"params": groups[True], "weight_decay": self.weight_decay},
@@ -161,7 +167,9 @@ class PretrainingModule(LightningModule):
             lr=self.lr,
             betas=self.betas,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, steps)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # --- checkpoints ---

@@ -1,11 +1,14 @@
 """A tiny pre-training on tensors, for the tests; as a script, one that kills itself with SIGKILL."""
 
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from aape_ssl import checkpoints
 from aape_ssl._lightning import LightningDataModule, Trainer
@@ -105,6 +108,35 @@ def run(folder: Path, accumulate: int = 1, resume: bool = False, **options) -> d
     model = module(seed=int(resume))
     trainer(folder, accumulate=accumulate, **options).fit(model, Tensors(), ckpt_path=last, weights_only=True)
     return last_checkpoint(folder)
+
+
+def in_processes(folder: Path, function: Callable, *given, **options) -> list:
+    """What `function` returns in each of two processes of one group; none of them is left behind.
+
+    They meet by a file, not a port, which another test might have. Forked: a spawned process would unpickle
+    lightning's objects first, which import a torchvision not yet mended.
+    """
+    folder.mkdir(parents=True)
+
+    def process(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank)  # for lightning: somebody else has started the processes
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        torch.save(function(*given, **options), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=process, args=(rank,)) for rank in range(2)]
+    try:
+        for each in processes:
+            each.start()
+        for each in processes:
+            each.join(timeout=120)
+        assert [each.exitcode for each in processes] == [0, 0]
+    finally:
+        for each in processes:
+            each.kill()
+            each.join()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def die_at(moment: str) -> None:

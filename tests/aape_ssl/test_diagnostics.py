@@ -7,13 +7,14 @@ import pytest
 import ssl_case
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from aape_kernels import AaPE
 from aape_ssl import diagnostics
 from aape_ssl._lightning import Callback, CSVLogger, TensorBoardLogger
-from aape_ssl.masks import Masks
+from aape_ssl.masks import Masks, MaskSampler
 from aape_ssl.model import make_stem
-from aape_ssl.monitor import CollapseWarning, Monitor, picture
+from aape_ssl.monitor import TAG, CollapseWarning, Monitor, first_attention, picture
 
 D = 64
 
@@ -125,9 +126,9 @@ class ConstantTeacher(Callback):
 
 
 def fit(folder, steps: int, *callbacks: Callback, **options) -> None:
-    loggers = options.pop("logger", False)
+    of_trainer = {"logger": options.pop("logger", False), "precision": options.pop("precision", None)}
     module = ssl_case.module(**options)
-    trainer = ssl_case.trainer(folder, steps=steps, every=steps, callbacks=[Monitor(10), *callbacks], logger=loggers)
+    trainer = ssl_case.trainer(folder, steps=steps, every=steps, callbacks=[Monitor(10), *callbacks], **of_trainer)
     trainer.fit(module, ssl_case.Tensors())
 
 
@@ -158,18 +159,40 @@ def test_what_is_logged(tmp_path):
     ).Reload()
     assert [event.step for event in board.Histograms("stem/decay")] == [10, 20]
     assert [event.step for event in board.Histograms("stem/frequency")] == [10, 20]
-    image = board.Images("clip and its first mask")[0]
-    assert (image.width, image.height) == (16, 2 * 16 + 2)
+    image = board.Images(TAG)[0]
+    assert (image.width, image.height) == (16, 3 * 16 + 2 * 2)
     assert {"train/loss", "train/lr", "train/ema_decay", "tokens/student_rankme"} <= set(board.Tags()["scalars"])
 
 
 def test_the_picture_hides_what_the_student_does_not_see():
-    """Bins and frames behind the last patch are hidden too."""
+    """Bins and frames behind the last patch are hidden too, and have no attention."""
     masks = Masks(torch.tensor([[[0, 3]]]), torch.tensor([[[1, 2]]]))  # of 2 × 2
     x = torch.rand(9, 11)
-    got = picture(x, masks, (4, 5))[0]
+    got = picture(x, masks, (4, 5), torch.tensor([0.2, 0.8]))[0]
     x = (x - x.min()) / (x.max() - x.min())
     torch.testing.assert_close(got[:9].flip(0), x)
-    hidden = torch.zeros(9, 11)
+    hidden, attention = torch.zeros(9, 11), torch.zeros(9, 11)
     hidden[:4, :5], hidden[4:8, 5:10] = x[:4, :5], x[4:8, 5:10]
-    torch.testing.assert_close(got[11:].flip(0), hidden)
+    attention[:4, :5], attention[4:8, 5:10] = 0.5, 1.0
+    torch.testing.assert_close(got[11:20].flip(0), hidden)
+    torch.testing.assert_close(got[22:].flip(0), attention)
+
+
+@pytest.mark.parametrize("stem", ["aape", "conv", "conv+mlp"])
+def test_the_attention_is_the_first_clips_under_its_first_mask(stem):
+    objective, x = ssl_case.module(stem=stem).objective, torch.randn(3, 1, 16, 16)
+    masks = MaskSampler(2, "random")(torch.arange(3), (4, 4), 0)
+    every = objective.predictor.attention(objective.student(x, masks.visible), *masks, (4, 4))
+    got = first_attention(objective, x, masks)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, every[0, 0])
+    assert not torch.allclose(every[0, 0], every[0, 1])
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"compile": True}], ids=["bfloat16", "compiled"])
+def test_the_picture_of_other_runs(tmp_path, monkeypatch, options):
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    fit(tmp_path, 10, logger=[TensorBoardLogger(tmp_path, "board", 0)], **options)
+    board = EventAccumulator(str(tmp_path / "board" / "version_0"), {"images": 0}).Reload()
+    assert [event.step for event in board.Images(TAG)] == [10]

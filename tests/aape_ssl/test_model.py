@@ -135,6 +135,34 @@ def test_predictions_depend_on_visible_tokens_and_their_own_place():
     assert not gradient.any()
 
 
+def test_attention_is_the_softmax():
+    """Of each head's scaled products, mean over queries, heads and layers; 1 in all."""
+    predictor, heads, dim = Predictor(16, dim=24, depth=2, heads=2), 2, 24
+    visible, masked = masks()
+    tokens = torch.randn(3, 2, visible.shape[-1], 16)
+    positions = sincos_positions(GRID, dim)
+    expected = torch.zeros(visible.shape)
+    for b in range(3):
+        for m in range(2):
+            context = predictor.context(tokens[b, m]) + positions[visible[b, m]]
+            queries = predictor.mask_token + positions[masked[b, m]]
+            for layer in predictor.layers:
+                w_q, w_k, w_v = layer.attention.in_proj_weight.chunk(3)
+                b_q, b_k, b_v = layer.attention.in_proj_bias.chunk(3)
+                q, k, v = (layer.norm1(queries) @ w_q.T + b_q, context @ w_k.T + b_k, context @ w_v.T + b_v)
+                weights = [
+                    (q[:, h] @ k[:, h].T / math.sqrt(dim / heads)).softmax(-1) for h in (slice(0, 12), slice(12, 24))
+                ]
+                expected[b, m] += sum(w.mean(0) for w in weights).detach() / (heads * 2)
+                attended = torch.cat([w @ v[:, 12 * h : 12 * (h + 1)] for h, w in enumerate(weights)], -1)
+                queries = queries + layer.attention.out_proj(attended)
+                queries = queries + layer.mlp(layer.norm2(queries))
+    got = predictor.attention(tokens, visible, masked, GRID)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got.sum(-1), torch.ones(3, 2))
+    assert got.std(-1).min() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -15,7 +15,7 @@ import torch
 from ssl_case import assert_same_bits
 from torch import nn
 
-from aape_ssl import training
+from aape_ssl import objective, training
 from aape_ssl._lightning import Callback, CSVLogger
 from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
 
@@ -82,9 +82,13 @@ def test_resuming_as_another_run_is_refused(tmp_path):
 # --- steps ---
 
 
-def losses(folder: Path) -> list[float]:
+def logged(folder: Path, name: str) -> list[float]:
     with open(folder / "metrics.csv", newline="") as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def losses(folder: Path) -> list[float]:
+    return logged(folder, "train/loss")
 
 
 class Record(Callback):
@@ -181,14 +185,87 @@ def test_the_encoder_of_a_checkpoint(tmp_path, part):
 
 
 def test_compiled(tmp_path, monkeypatch):
-    """Traced as one graph, and run without a compiler: the same losses."""
-    compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True))
-    for compiled in (False, True):
-        logger = CSVLogger(tmp_path, name=None, version=str(compiled))
-        trainer = ssl_case.trainer(tmp_path / f"run {compiled}", steps=4, logger=logger)
-        trainer.fit(ssl_case.module(compile=compiled), ssl_case.Tensors())
-    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-5)
+    """Traced as one graph, and run without a compiler: the same losses, and checkpoints from which either goes on."""
+    compile_module, compiled = nn.Module.compile, []
+
+    def compile_eagerly(module: nn.Module) -> None:
+        compile_module(module, backend="eager", fullgraph=True)
+        compiled.append(module)
+
+    def fit(name: str, compile: bool, *callbacks: Callback, resume: str | None = None) -> None:  # noqa: A002
+        logger = CSVLogger(tmp_path, name=None, version=name)
+        trainer = ssl_case.trainer(tmp_path / name, steps=4, logger=logger, callbacks=callbacks)
+        module, before = ssl_case.module(compile=compile), len(compiled)
+        trainer.fit(module, ssl_case.Tensors(), ckpt_path=resume, weights_only=True)
+        assert compiled[before:] == [module.objective] * compile
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    fit("plain", False)
+    fit("compiled", True)
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    for compiled_first in (False, True):
+        name = f"compiled {'first' if compiled_first else 'then'}"
+        with pytest.raises(StoppedError):
+            fit(f"{name}, stopped", compiled_first, StopAt(3))  # the checkpoint is that of step 2
+        fit(name, not compiled_first, resume=str(tmp_path / f"{name}, stopped" / "last.ckpt"))
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "plain")[2:], rel=1e-5)
+
+
+class RecordTerms(Callback):
+    def __init__(self) -> None:
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.losses.append(outputs["terms"].loss.detach())
+
+
+def fits_bfloat16(values: torch.Tensor) -> bool:
+    return torch.equal(values.bfloat16().to(values), values)
+
+
+def test_bfloat16(tmp_path, monkeypatch):
+    """Student and teacher compute in bfloat16; targets, loss and the teacher's weights are of float32's precision."""
+    seen = []
+
+    def record(layers):
+        seen.append((layers, targets(layers)))
+        return seen[-1][1]
+
+    targets = objective.normalised_targets
+    monkeypatch.setattr(objective, "normalised_targets", record)
+    steps, teachers = {}, {}
+    for precision in ("32-true", "bf16-mixed"):
+        module, records = ssl_case.module(), RecordTerms()
+        start = [p.clone() for p in module.objective.teacher.parameters()]
+        trainer = ssl_case.trainer(tmp_path / precision, steps=4, precision=precision, callbacks=[records])
+        trainer.fit(module, ssl_case.Tensors())
+        steps[precision], teachers[precision] = torch.stack(records.losses), module.objective.teacher
+        moved = [not torch.equal(p, s) for p, s in zip(module.objective.teacher.parameters(), start, strict=True)]
+        assert all(moved)
+    losses, expected = steps["bf16-mixed"], steps["32-true"]
+    assert losses.isfinite().all()
+    assert not torch.equal(losses, expected)
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
+    assert losses.dtype == torch.float32
+    assert not fits_bfloat16(losses)
+    for layers, of_layers in seen[len(seen) // 2 :]:
+        torch.testing.assert_close(of_layers, targets([layer.float() for layer in layers]), rtol=0, atol=1e-6)
+        assert not fits_bfloat16(of_layers)
+    assert not any(fits_bfloat16(p) for p in teachers["bf16-mixed"].parameters())
+
+
+def test_clipping_clips(tmp_path):
+    """The gradient that reaches the optimiser is the logged one, scaled to the norm that was asked for."""
+    gradients = {}
+    for clip in (None, 0.1):
+        module = ssl_case.module()
+        trainer = ssl_case.trainer(tmp_path / str(clip), steps=1, gradient_clip_val=clip)
+        trainer.fit(module, ssl_case.Tensors())
+        gradients[clip] = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        norm = trainer.callback_metrics["train/grad_norm"]
+        torch.testing.assert_close(norm, gradients[None].norm())
+    assert norm > 0.2
+    torch.testing.assert_close(gradients[0.1], gradients[None] * 0.1 / norm)
 
 
 # --- what stops a run ---
@@ -297,3 +374,33 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-5)
     assert len(set(one)) == 4
+
+
+def fit_from_micro_batches(folder: Path, strategy: str, devices: int, accumulate: int) -> None:
+    """Four clips a step, all of which have masks that do not depend on the micro-batch they come in."""
+    module = ssl_case.module(contrastive_weight=0.0, lr=1e-3)
+    masks = module.masks
+    module.masks = lambda index, grid, step, micro_batch: masks(index, grid, step)
+    ssl_case.trainer(
+        folder,
+        steps=4,
+        accumulate=accumulate,
+        logger=CSVLogger(folder, name=None, version="log"),
+        devices=devices,
+        strategy=strategy,
+        use_distributed_sampler=False,
+    ).fit(module, ssl_case.Tensors(4 // devices // accumulate))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_two_processes_that_accumulate_have_the_gradients_of_one(tmp_path, strategy):
+    """Two processes with two batches of one clip a step, against one with a batch of four."""
+    fit_from_micro_batches(tmp_path / "one", "auto", 1, 1)
+    ssl_case.in_processes(tmp_path / "processes", fit_from_micro_batches, tmp_path / "two", strategy, 2, 2)
+    one, two = (logged(tmp_path / name / "log", "train/grad_norm") for name in ("one", "two"))
+    assert len(set(one)) == 4
+    assert two == pytest.approx(one, rel=1e-5)
+    got, expected = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("two", "one"))
+    weights = {name: value for name, value in expected["state_dict"].items() if not name.endswith("in_proj_bias")}
+    for name, value in weights.items():  # all but those of keys, whose gradient softmax makes rounding errors
+        torch.testing.assert_close(got["state_dict"][name], value, rtol=1e-3, atol=1e-5)
