@@ -30,9 +30,10 @@ class NonFiniteError(FloatingPointError):
 class PretrainingModule(LightningModule):
     """Pre-trains an `Encoder` by the objective `Pretraining`; batches are {"log_mel": (B, 1, F, T), "index": (B)}.
 
-    AdamW, warm-up and cosine (`warmup_cosine`); no decay of biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping,
-    precision and `max_steps`, which must be given, are the trainer's. Masks are drawn from (seed, optimiser step,
-    micro-batch, clip): nothing here draws from a global generator but the initial weights.
+    AdamW, with warm-up and cosine (`warmup_cosine`) over the trainer's `max_steps`, which must be given; no decay of
+    biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping and precision are the
+    trainer's. Masks are drawn from (seed, optimiser step, micro-batch, clip): nothing here draws from a global
+    generator but the initial weights.
 
     Args:
         size, stem, patch_size, stem_options: of the `Encoder`.
