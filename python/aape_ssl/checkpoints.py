@@ -13,7 +13,15 @@ from torch import Tensor
 from ._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
 from .model import Encoder
 
-__all__ = ["AtomicCheckpointIO", "CheckpointError", "LastCheckpoint", "load_encoder", "one_line", "read_pretraining"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "CheckpointError",
+    "LastCheckpoint",
+    "check_resumable",
+    "load_encoder",
+    "one_line",
+    "read_pretraining",
+]
 
 Part = Literal["teacher", "student"]
 
@@ -129,6 +137,17 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved = trainer.global_step
+
+
+def check_resumable(path: str | os.PathLike[str]) -> None:
+    """Lightning fails without a name, or begins anew, where a checkpoint lacks what it resumes from.
+
+    Errors: `CheckpointError`.
+    """
+    needed = ("pytorch-lightning_version", "state_dict", "optimizer_states", "lr_schedulers", "loops")
+    missing = [name for name in needed if name not in AtomicCheckpointIO().load_checkpoint(path)]
+    if missing:
+        raise CheckpointError(f"{path}: expected a checkpoint to resume from, it lacks {', '.join(missing)}")
 
 
 def read_pretraining(

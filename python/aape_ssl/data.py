@@ -13,7 +13,7 @@ from torch import Tensor
 from ._lightning import LightningDataModule
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
 from .loader import ClipLoader, Crops, features
-from .sources import Clip, find
+from .sources import Clip, SourceError, find
 
 __all__ = ["ClipData"]
 
@@ -94,12 +94,16 @@ class ClipData(LightningDataModule):
     def _sample(self) -> Iterator[Tensor]:
         crops = Crops(self.clips, self.front_end, **self._options)
         rng = np.random.default_rng([self._options["seed"]])
+        failed: dict[str, str] = {}
         for index in rng.permutation(len(crops))[:MEASURED].tolist():
             try:
                 # as long as it is: the zeros after a short clip are not the data's
                 yield self.clips[index].load(crops.front_end.seconds(crops.frames), rng.random())
-            except AudioError:  # reported when training meets it
-                continue
+            except AudioError as error:  # reported when training meets it
+                failed[self.clips[index].name] = str(error)
+        if len(failed) == min(len(crops), MEASURED):
+            name, why = next(iter(failed.items()))
+            raise SourceError(f"{self.data}: none of {len(failed)} clips could be decoded: {name}: {why}")
 
     def train_dataloader(self) -> ClipLoader:
         """The loader, this process's share of it under a trainer with several."""

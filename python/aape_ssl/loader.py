@@ -312,7 +312,8 @@ class ClipLoader:
     def _identity(self) -> dict[str, Any]:
         names = "\n".join(clip.name for clip in self.data.clips)
         clips = f"{len(self.data)} clips ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
-        return {"clips": clips, "seed": self.data.seed, "clips a batch over all processes": self.step}
+        of_clips = {"clips": clips, "seed": self.data.seed, "clips a batch over all processes": self.step}
+        return of_clips | {"mix": self.data.mix, "resize_crop": self.data.resize_crop}
 
 
 def _as_is(batch: Any) -> Any:

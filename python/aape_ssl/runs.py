@@ -21,7 +21,7 @@ from ._lightning import (
     TensorBoardLogger,
     Trainer,
 )
-from .checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint
+from .checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, check_resumable
 from .loader import TooManyFailedError
 from .training import NonFiniteError
 
@@ -77,6 +77,8 @@ class Run(LightningCLI):
             raise ValueError(
                 f"--out: {path} is there already; --resume=true goes on from it, another folder starts anew"
             )
+        if path.exists():
+            check_resumable(path)
         start = time.monotonic()
         self.trainer.fit(
             self.model, datamodule=self.datamodule, ckpt_path=str(path) if path.exists() else None, weights_only=True
@@ -108,6 +110,11 @@ def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
     return arguments
 
 
+def _one_line(error: Exception) -> str:
+    first, *rest = (" ".join(line.split()) for line in str(error).splitlines())
+    return " ".join([first, "; ".join(rest)]).strip()
+
+
 def main(run: type[Run], argv: Sequence[str]) -> int:
     """Run the command with `argv` and return its exit status: 0, or 2 with one line on stderr."""
     # jsonargparse's, of what lightning 2.6 does
@@ -134,6 +141,11 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
     except (CheckpointError, NonFiniteError, TooManyFailedError, OSError, ValueError) as error:
         stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
-        print(f"aape-ssl: {' '.join(str(error).split())}{kept}", file=sys.stderr)
+        print(f"aape-ssl: {_one_line(error)}{kept}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        print(f"aape-ssl: --resume: the checkpoint is of another model: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lightning import LightningModule
+from ._lightning import LightningModule, rank_zero_warn
 from .masks import MaskSampler
 from .model import Encoder, Predictor, StemName
 from .objective import Pretraining, Terms
@@ -178,6 +178,7 @@ class PretrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """With the options, so that a checkpoint says what it holds."""
         checkpoint["options"] = self.options
+        checkpoint["trainer"] = self._of_the_trainer()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume as another run."""
@@ -185,6 +186,18 @@ class PretrainingModule(LightningModule):
         for name, here in self.options.items():
             if theirs.get(name) != here:
                 raise ValueError(f"{name}: the checkpoint was made with {theirs.get(name)!r}, this run has {here!r}")
+        trainer = checkpoint.get("trainer", {})
+        for name, here in self._of_the_trainer().items():
+            if name in trainer and trainer[name] != here:
+                rank_zero_warn(
+                    f"{name}: the checkpoint was made with {trainer[name]!r}, this run has {here!r}; "
+                    "what follows is not what would have followed"
+                )
+
+    def _of_the_trainer(self) -> dict[str, Any]:
+        """What changes a run too, but may be changed on purpose."""
+        names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "max_steps", "precision")
+        return {name: getattr(self.trainer, name) for name in names}
 
 
 OPTIONS = frozenset(inspect.signature(PretrainingModule).parameters) - {"compile"}

@@ -77,7 +77,8 @@ training.PretrainingModule.training_step = lambda *given: (time.sleep(0.05), ste
 torch.set_num_threads({torch.get_num_threads()})
 cli.main(["pretrain", "--config", {config!r}, "--out", {str(killed)!r}])
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(ssl_case.__file__).parent)}
+    paths = [str(Path(ssl_case.__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (killed / "last.ckpt").exists():
             time.sleep(0.01)

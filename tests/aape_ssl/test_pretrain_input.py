@@ -150,3 +150,39 @@ def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(clips, tmp_path, caps
     assert cli_case.pretrain(clips, out, resume="true") == 2
     assert "the checkpoint cannot be read (PermissionError: [Errno 13] Permission denied: " in last_line(capsys)
     assert path.read_bytes() == content
+
+
+def test_a_checkpoint_of_something_else_is_refused(clips, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.save({"state_dict": {}}, out / "last.ckpt")
+    assert cli_case.pretrain(clips, out, resume="true") == 2
+    assert "expected a checkpoint to resume from, it lacks pytorch-lightning_version, optimizer_states" in last_line(
+        capsys
+    )
+    assert cli_case.pretrain(clips, tmp_path / "other", trainer__max_steps=2) == 0
+    checkpoint = torch.load(tmp_path / "other" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"].popitem()
+    torch.save(checkpoint, out / "last.ckpt")
+    assert cli_case.pretrain(clips, out, trainer__max_steps=2, resume="true") == 2
+    assert "--resume: the checkpoint is of another model: Error(s) in loading state_dict" in last_line(capsys)
+
+
+def test_resuming_as_another_run(clips, tmp_path, capsys):
+    """What makes another run is refused; what may be changed on purpose is said."""
+    out, same = tmp_path / "run", {"resume": "true", "trainer__max_steps": 5}
+    assert cli_case.pretrain(clips, out, trainer__max_steps=5) == 0
+    before = (out / "last.ckpt").read_bytes()
+    assert cli_case.pretrain(clips, out, **same, data__mix=0.1) == 2
+    assert "mix: the checkpoint was made with 0.3, this run has 0.1" in last_line(capsys)
+    assert cli_case.pretrain(clips, out, **same, data__frames=16) == 2
+    assert "frames: the checkpoint was made with 32, this run has 16" in last_line(capsys)
+    assert (out / "last.ckpt").read_bytes() == before
+    with pytest.warns(UserWarning, match="max_steps: the checkpoint was made with 5, this run has 6"):
+        assert cli_case.pretrain(clips, out, **same | {"trainer__max_steps": 6}) == 0
+
+
+def test_statistics_of_clips_that_cannot_be_decoded(tmp_path, capsys):
+    (tmp_path / "bad.wav").write_text("not a sound\n")
+    assert cli_case.pretrain(tmp_path, tmp_path / "run", data__statistics="data") == 2
+    assert "none of 1 clips could be decoded: bad.wav: cannot be read as sound" in last_line(capsys)
