@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import StopAt, StoppedError, assert_same_bits, logged
+from torch.distributed.fsdp import FSDPModule
 
 from aape_ssl import sharding
 from aape_ssl._lightning import Callback, CSVLogger, FSDPStrategy, ModelParallelStrategy, TensorBoardLogger
@@ -75,9 +76,12 @@ def looked_at(module: PretrainingModule) -> tuple[torch.Tensor, float | None]:
 
 def fit_and_look(*given, **options):
     module = fitted(*given, **options)
+    seen = looked_at(module)
+    parts = module.objective.student, module.objective.teacher, module.objective.predictor
+    assert all(isinstance(layer, FSDPModule) for part in parts for layer in part.layers)
     held = sum(parameter.to_local().numel() for parameter in module.parameters())
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return held, sum(parameter.numel() for parameter in module.parameters()), graphs, looked_at(module)
+    return held, sum(parameter.numel() for parameter in module.parameters()), graphs, seen
 
 
 def compile_eagerly(monkeypatch) -> None:
