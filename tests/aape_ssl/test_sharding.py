@@ -75,6 +75,7 @@ def looked_at(module: PretrainingModule) -> tuple[torch.Tensor, float | None]:
 
 
 def fit_and_look(*given, **options):
+    torch._dynamo.utils.counters.clear()  # of other tests, before the fork
     module = fitted(*given, **options)
     seen = looked_at(module)
     parts = module.objective.student, module.objective.teacher, module.objective.predictor
