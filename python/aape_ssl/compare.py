@@ -71,6 +71,7 @@ def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path, bat
         "trainer.max_steps": steps,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
         "out": out,
         "resume": "true",
     }
@@ -137,12 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns 0, or 1 with one line where something it needs cannot be had."""
     parser = argparse.ArgumentParser(prog="python -m aape_ssl.compare", description="Three stems side by side.")
     parser.add_argument("--steps", type=int, default=600, help="of pre-training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of pre-training (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of pre-training (default: 0 1)")
     parser.add_argument(
         "--cache", type=Path, default=cache_folder(), help="packages, clips, runs (default: %(default)s)"
     )
     parser.add_argument("--small", action="store_true", help="400 clips a task, for a trial")
     args = parser.parse_args(argv)
+    started = time.monotonic()
     try:
         tasks = {}
         for name in TASKS:
@@ -160,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say("\nAaPE against the others, pre-trained alike (95 % intervals over groups of clips):")
     for line in differences(scores):
         say(line)
+    say(f"\n{(time.monotonic() - started) / 60:.0f} minutes")
     return 0
 
 
