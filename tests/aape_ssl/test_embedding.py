@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from pyarrow import parquet
 
 from aape_ssl import audio, demo
 from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, AudioError
@@ -118,15 +119,12 @@ def read(path):
     if path.suffix == ".npz":
         with np.load(path) as kept:
             return dict(kept)
-    parquet = pytest.importorskip("pyarrow.parquet")
     columns = parquet.read_table(path).to_pydict()
     return {name: np.array(values) for name, values in columns.items()}
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_files_have_frame_and_clip_embeddings(tmp_path, suffix):
-    if suffix == ".parquet":
-        pytest.importorskip("pyarrow")
     empty = tmp_path / "empty.wav"
     empty.write_bytes(b"")
     clips = [*CLIPS[:3], Clip("empty.wav", empty), *CLIPS[3:]]
