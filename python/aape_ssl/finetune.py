@@ -59,7 +59,8 @@ class Finetune(Run):
         module, data = self.model, self.datamodule
         prefix = "model."
         best = self.best.best_model_score
-        assert best is not None  # an epoch has ended
+        if best is None:
+            raise ValueError(f"max_steps: no epoch ended in {self.trainer.global_step} steps, so nothing was validated")
         state = AtomicCheckpointIO().load_checkpoint(self.best.best_model_path)["state_dict"]
         module.model.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

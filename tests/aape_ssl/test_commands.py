@@ -170,6 +170,36 @@ def test_finetune_exports_the_best_epoch_and_tests_it_once(exported, manifest, t
     assert "layers.0.linear1.weight" in moved
 
 
+def test_finetune_learns_slower_the_deeper_and_decays_matrices_only():
+    module = FinetuningModule("unused", lr=1.0, layer_decay=0.5, weight_decay=0.1)
+    module.model = AudioEncoder((16, 2, 2), patch_size=4, labels=("a", "b"))
+    rates = {"encoder.stem": 1 / 8, "encoder.layers.0": 1 / 4, "encoder.layers.1": 1 / 2, "encoder.norm": 1, "head": 1}
+    of = {parameter: group for group in module._groups() for parameter in group["params"]}
+    for name, parameter in module.model.named_parameters():
+        (rate,) = (rate for part, rate in rates.items() if name.startswith(f"{part}."))
+        decayed = parameter.dim() > 1 and name not in module.model.no_weight_decay()
+        assert (of[parameter]["lr"], of[parameter]["weight_decay"]) == (rate, 0.1 if decayed else 0.0), name
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_finetune_stops_where_nothing_can_be_said(exported, manifest, tmp_path, capsys, monkeypatch):
+    assert finetuned(exported, manifest, tmp_path / "short", trainer__max_steps=1) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "aape-ssl: max_steps: no epoch ended in 1 steps, so nothing was validated"
+    forward = FinetuningModule.forward
+    monkeypatch.setattr(FinetuningModule, "forward", lambda self, x: forward(self, x) * float("nan"))
+    assert finetuned(exported, manifest, tmp_path / "nan", trainer__num_sanity_val_steps=0) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("aape-ssl: optimiser step 0: loss nan")
+
+
+def test_finetune_learns_the_clips_own_labels(exported, manifest, tmp_path):
+    options = {"trainer__max_epochs": 40, "model__lr": 0.01, "model__layer_decay": 1.0}
+    assert finetuned(exported, manifest, tmp_path, **options) == 0
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv", newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert np.mean(losses[-10:]) < 0.3  # ln 2 at chance
+
+
 def test_finetune_of_several_labels(exported, manifest, tmp_path, capsys):
     several = manifest.with_name("several.csv")
     with open(manifest, newline="") as file:
