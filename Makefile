@@ -19,7 +19,7 @@ test: test-venv  ## all tests, in a fresh virtual environment
 
 ssl: .venv/ssl  ## three stems pre-trained alike on 13 MB of real sound and probed, as one table (ARGS="--small --steps 20")
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tinysoundfont
-	.venv/bin/python -m aape_ssl.compare $(ARGS)
+	.venv/bin/python -m benchmarks.evidence.compare $(ARGS)
 
 # One shell, so that the table is printed also where a peer was refused and its row has no figure.
 bench: .venv/dev  ## throughput beside the peers, as one table (nothing else should be running)

@@ -17,7 +17,6 @@ from . import embedding
 from . import probe as probes
 from .audio import AudioError
 from .checkpoints import CheckpointError, Part
-from .corpora import cache_folder
 from .pretrained import AudioEncoder, load
 from .sources import Clip, find
 
@@ -67,7 +66,7 @@ def probe(
         raise ValueError(f"scores: {scores} exists already")
     held_out = [str(fold) for fold in test] or None
     frames, where = frames or encoder.frames, _device(device)
-    folder = (cache or cache_folder()) / "embeddings"
+    folder = (cache or embedding.cache_folder()) / "embeddings"
 
     def cached(key: str, compute: Callable[[], embedding.Floats]) -> embedding.Floats:
         inside = hashlib.sha256(f"{key}\n{os.path.abspath(data)}".encode()).hexdigest()[:24]

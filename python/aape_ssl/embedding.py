@@ -18,7 +18,7 @@ from torch import Tensor
 from .audio import SAMPLE_RATE, AudioError, FrontEnd
 from .sources import Clip
 
-__all__ = ["Encoder", "cached", "embed", "embed_files", "first_window", "pool", "statistics"]
+__all__ = ["Encoder", "cache_folder", "cached", "embed", "embed_files", "first_window", "pool", "statistics"]
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -113,6 +113,13 @@ def _named(clip: Clip, compute: Callable[[Clip], T]) -> T:
         return compute(clip)
     except AudioError as error:
         raise AudioError(f"{clip.name}: {error}") from error
+
+
+def cache_folder() -> Path:
+    """`AAPE_SSL_CACHE`, else `aape_ssl` in `XDG_CACHE_HOME` or `~/.cache`."""
+    given = os.environ.get("AAPE_SSL_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(given) if given else Path(base) / "aape_ssl"
 
 
 def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, compute: Callable[[], Floats]) -> Floats:

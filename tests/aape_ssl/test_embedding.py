@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from aape_ssl import audio, demo
 from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, AudioError
-from aape_ssl.embedding import cached, embed, embed_files, pool, statistics
+from aape_ssl.embedding import cache_folder, cached, embed, embed_files, pool, statistics
 from aape_ssl.sources import Clip, find
 
 CLIPS = find(demo.bundled_clips()[0].parent)
@@ -110,6 +110,17 @@ def test_cache_is_for_these_clips_and_this_key(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     assert (cached(path, CLIPS[2:4], "b", compute(5)) == 5).all()
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    for name in ("AAPE_SSL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "aape_ssl"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "aape_ssl"
+    monkeypatch.setenv("AAPE_SSL_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
 
 
 # --- files ---

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import yaml
 
-from aape_ssl import compare, demo
+from aape_ssl import demo
 from aape_ssl.commands import embed_clips
-from aape_ssl.corpora import CorpusError
 from aape_ssl.probe import Score
 from aape_ssl.sources import Clip, read_manifest
+from benchmarks.evidence import compare
+from benchmarks.evidence.corpora import CorpusError
 
 
 def task(folds: str) -> list[Clip]:

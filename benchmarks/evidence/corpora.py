@@ -8,7 +8,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["SOUNDFONT", "VOICE", "CorpusError", "cache_folder", "fetch"]
+from aape_ssl.embedding import cache_folder
+
+__all__ = ["SOUNDFONT", "VOICE", "CorpusError", "fetch"]
 
 # package and where in it the sound lies; licences are in the package's usr/share/doc
 SOUNDFONT = ("timgm6mb-soundfont", "usr/share/sounds/sf2/TimGM6mb.sf2")  # 5.4 MB: 128 General MIDI programs
@@ -17,13 +19,6 @@ VOICE = ("gcin-voice", "usr/share/gcin-voice/ogg")  # 7.7 MB: 2,358 Mandarin syl
 
 class CorpusError(RuntimeError):
     """A package that cannot be fetched; the message is one line that names it and says why."""
-
-
-def cache_folder() -> Path:
-    """`AAPE_SSL_CACHE`, else `aape_ssl` in `XDG_CACHE_HOME` or `~/.cache`."""
-    given = os.environ.get("AAPE_SSL_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(given) if given else Path(base) / "aape_ssl"
 
 
 def fetch(corpus: tuple[str, str], cache: Path | None = None) -> Path:

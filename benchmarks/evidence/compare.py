@@ -1,7 +1,7 @@
 """Three stems side by side: pre-trained alike on the same real sound, then probed, beside what needs no training.
 
-    python -m aape_ssl.compare                      all of it; `make ssl`
-    python -m aape_ssl.compare --small --steps 20   a trial
+    python -m benchmarks.evidence.compare                      all of it; `make ssl`
+    python -m benchmarks.evidence.compare --small --steps 20   a trial
 
 Equal for the stems: data, order, crops, masks, steps, hyper-parameters (preset `laptop`, set before anything was seen)
 and feature size. The stems are AaPE, the plain convolution, and the control: the convolution plus an MLP branch of
@@ -21,13 +21,15 @@ import numpy as np
 import torch
 import yaml
 
-from . import embedding, probe
-from .audio import AudioError
-from .commands import embed_clips
-from .corpora import CorpusError, cache_folder
-from .pretrained import AudioEncoder, load
+from aape_ssl import embedding, pretrained, probe
+from aape_ssl.audio import AudioError
+from aape_ssl.commands import embed_clips
+from aape_ssl.embedding import cache_folder
+from aape_ssl.pretrained import AudioEncoder, load
+from aape_ssl.sources import Clip, read_manifest, write_manifest
+
+from .corpora import CorpusError
 from .soundfont import SoundFontError
-from .sources import Clip, read_manifest, write_manifest
 from .tasks import TASKS, make
 
 __all__ = ["main"]
@@ -35,7 +37,7 @@ __all__ = ["main"]
 STEMS = ("aape", "conv", "conv+mlp")
 TEST_FOLD = "0"
 FRAMES = 128  # 1.3 s: the tasks' clips are 0.3 to 1.5 s long
-PRESET = Path(__file__).with_name("presets") / "laptop.yaml"
+PRESET = Path(pretrained.__file__).with_name("presets") / "laptop.yaml"
 
 
 def say(text: str) -> None:
@@ -53,7 +55,7 @@ def pretraining_manifest(tasks: dict[str, list[Clip]], folder: Path) -> Path:
 
 def pretrain(stem: str, manifest: Path, steps: int, seed: int, folder: Path, batch_size: int = 32) -> Path:
     """The checkpoint of one stem's run, which is resumed if it was cut short."""
-    from .cli import main as aape_ssl
+    from aape_ssl.cli import main as aape_ssl
 
     out = folder / f"{stem.replace('+', '-')}-{steps}-seed{seed}"
     done = out / "last.ckpt"
@@ -90,7 +92,7 @@ def random_weights(stem: str, seed: int) -> AudioEncoder:
 
 def compare(tasks: dict[str, list[Clip]], steps: int, seeds: Sequence[int], folder: Path) -> Iterator[probe.Score]:
     """Scores of every encoder on every task, as they come; names begin with the task's."""
-    from .audio import FRONT_ENDS
+    from aape_ssl.audio import FRONT_ENDS
 
     manifest = pretraining_manifest(tasks, folder)
     for task, clips in tasks.items():
@@ -136,7 +138,9 @@ def differences(scores: Sequence[probe.Score]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns 0, or 1 with one line where something it needs cannot be had."""
-    parser = argparse.ArgumentParser(prog="python -m aape_ssl.compare", description="Three stems side by side.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence.compare", description="Three stems side by side."
+    )
     parser.add_argument("--steps", type=int, default=600, help="of pre-training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of pre-training (default: 0 1)")
     parser.add_argument(

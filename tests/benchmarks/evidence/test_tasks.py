@@ -13,11 +13,13 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl import corpora, demo, tasks
-from aape_ssl.corpora import SOUNDFONT, VOICE, CorpusError, fetch
-from aape_ssl.soundfont import SoundFontError, Synthesiser, components, samples_of
+from aape_ssl import demo, embedding
 from aape_ssl.sources import find
+from benchmarks.evidence import tasks
+from benchmarks.evidence.corpora import SOUNDFONT, VOICE, CorpusError, fetch
+from benchmarks.evidence.soundfont import SoundFontError, Synthesiser, components, samples_of
 
+ROOT = Path(__file__).parents[3]
 CLIPS = demo.bundled_clips()
 # three families; 1 shares with 0 and, above the melodic programs, 90; 11 with 9; 74 to 76 are one
 SHARING = {program: [program] for program in (*range(16), *range(72, 80))}
@@ -323,28 +325,18 @@ def test_fetch_says_why_not_in_one_line(tmp_path, debian, monkeypatch):
         fetch(VOICE, tmp_path)
 
 
-def test_cache_folder(monkeypatch, tmp_path):
-    for name in ("AAPE_SSL_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert corpora.cache_folder() == tmp_path / ".cache" / "aape_ssl"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert corpora.cache_folder() == tmp_path / "xdg" / "aape_ssl"
-    monkeypatch.setenv("AAPE_SSL_CACHE", str(tmp_path / "own"))
-    assert corpora.cache_folder() == tmp_path / "own"
-
-
 def test_help_says_what_there_is():
-    done = subprocess.run([sys.executable, "-m", "aape_ssl.tasks", "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.evidence.tasks", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
     assert "trill, family, initials" in done.stdout
 
 
 def test_real_packages(tmp_path):
     """Where the user's cache has them; counts of the packages that Debian 12 has."""
-    packages = corpora.cache_folder() / "packages"
+    packages = embedding.cache_folder() / "packages"
     if not all((packages / name / inside).exists() for name, inside in (SOUNDFONT, VOICE)):
-        pytest.skip("the packages are not in the cache: python -m aape_ssl.tasks fetches them")
+        pytest.skip("the packages are not in the cache: python -m benchmarks.evidence.tasks fetches them")
     (tmp_path / "packages").symlink_to(packages)
     component = components({n: own for n, own in samples_of(fetch(SOUNDFONT)).items() if n < tasks.PROGRAMS})
     assert len(component) == 80

@@ -1,6 +1,6 @@
 """Labelled tasks made from real sound: trill rate, instrument family, Mandarin initials.
 
-    python -m aape_ssl.tasks trill family initials
+    python -m benchmarks.evidence.tasks trill family initials
 
 Each is a folder in the cache with a manifest `file,label,fold,group` (`sources.read_manifest`). Folds never separate a
 group: programs that share samples of the soundfont, or one base syllable. Both soundfont tasks have the same programs
@@ -21,10 +21,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from .audio import SAMPLE_RATE
-from .corpora import SOUNDFONT, VOICE, CorpusError, cache_folder, fetch
+from aape_ssl.audio import SAMPLE_RATE
+from aape_ssl.embedding import cache_folder
+from aape_ssl.sources import Clip, write_manifest
+
+from .corpora import SOUNDFONT, VOICE, CorpusError, fetch
 from .soundfont import Note, SoundFontError, Synthesiser, components, samples_of
-from .sources import Clip, write_manifest
 
 __all__ = ["FAMILIES", "FOLDS", "INITIALS", "TASKS", "TRILL_RATES", "grouped_folds", "main", "make"]
 
@@ -143,7 +145,7 @@ def make(task: str, cache: Path | None = None, seed: int = 0, clips: int | None 
 
     Args:
         task: a name in `TASKS`: "trill" (8 classes), "family" (10) or "initials" (21).
-        cache: `corpora.cache_folder()` unless given.
+        cache: `embedding.cache_folder()` unless given.
         seed: of the clips and the folds.
         clips: at most so many, chosen at random; all unless given.
 
@@ -169,7 +171,9 @@ def make(task: str, cache: Path | None = None, seed: int = 0, clips: int | None 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the tasks that `argv` names; one line each. Returns 0, or 1 where one could not be made."""
-    parser = argparse.ArgumentParser(prog="python -m aape_ssl.tasks", description="Labelled tasks from real sound.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence.tasks", description="Labelled tasks from real sound."
+    )
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} (default: all)")
     parser.add_argument("--cache", type=Path, help="folder for packages and clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of clips and folds (default: %(default)s)")
