@@ -221,10 +221,9 @@ def embed(
     if proj_b is not None:
         parameters["proj_b"] = _check_tensor(proj_b, SHOWN["proj_b"], (dim,), ": (embed_dim)", x)
 
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if reference.autocasting(x.device):
         # the product in autocast's dtype; encoder and SBLU stay as they are
-        out_dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+        out_dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
         proj_w, fusion_w = proj_w.to(out_dtype), fusion_w.to(out_dtype)
         proj_b = None if proj_b is None else proj_b.to(out_dtype)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .geometry import PatchGrid
 
-__all__ = ["embed", "full_precision", "gather", "lambda_encoder", "sblu", "working_dtype"]
+__all__ = ["autocasting", "embed", "full_precision", "gather", "lambda_encoder", "sblu", "working_dtype"]
 
 # Below this |Λ| the gain and its derivative cancel, so they are summed as series (docs/maths.md §2.4). The
 # terms kept leave a remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
@@ -32,12 +32,23 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _can_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# What torch.compiler.assume_constant_result sets, which would import all of dynamo: that of torch 2.11 cannot trace the
+# question.
+_can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for `device`, of whatever kind."""
+    return _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Autocast off for what is kept in float32 (docs/maths.md §5); a no-op where no autocast is on (or can be)."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
 def power_series(coefficients: list[float], re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
