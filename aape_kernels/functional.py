@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .backends import Call, choose
 from .geometry import PatchGrid
 from .ranges import check_band, check_decay
 
-__all__ = ["analyse", "embed", "sblu"]
+__all__ = ["Responses", "analyse", "embed", "responses", "sblu"]
 
 KERNELS = ("bilateral", "quadrature")
 LAYOUTS = ("FT", "TF")
@@ -79,6 +80,28 @@ def _check_weight(weight: object, name: str, x: Tensor, grid: PatchGrid) -> Tens
     checked = _check_tensor(weight, name, shape, ": (states, channels, P_f)", x)
     if checked.shape[0] < 1:
         raise ValueError(f"{name}: expected at least one state, got shape {tuple(checked.shape)}")
+    return checked
+
+
+def check_states(states: int, features: str, name: str) -> int:
+    """The number of states, at least two where they are standardised."""
+    if states < 2 and features != "complex":
+        raise ValueError(
+            f"{name}: expected at least 2 states for features {features!r}, whose magnitudes are standardised over them, "
+            f"got {states}"
+        )
+    return states
+
+
+def _check_fusion(weight: object, dim: int, states: int, x: Tensor) -> Tensor:
+    """The fusion weight (D, planes, S)."""
+    name, meaning = SHOWN["fusion_w"], ": (embed_dim, planes, states)"
+    checked = _check_tensor(weight, name, (dim, "planes", states), meaning, x)
+    found = {planes: features for features, planes in reference.PLANES.items()}.get(checked.shape[1])
+    if found is None:
+        known = ", ".join(f"{planes} ({features})" for features, planes in reference.PLANES.items())
+        raise ValueError(f"{name}: expected planes {known}, got shape {tuple(checked.shape)}")
+    check_states(states, found, SHOWN["sblu_w"])
     return checked
 
 
@@ -163,7 +186,10 @@ def embed(
 
         r = w2 · SiLU(w1 · vec(patch) + b1) + b2               S decay logits, then S frequency logits
         α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
-        token = proj_w · vec(patch) + proj_b + fusion_w · [Re y ; Im y],     y = sblu(x, α, ω, sblu_w)
+        token = proj_w · vec(patch) + proj_b + fusion_w · f,   y = sblu(x, α, ω, sblu_w)
+        e = ½ log1p(|y|²/ε²),   ε = 0.1;   n = (e − mean e) / sqrt(var e + 1e-5), over the states of a token
+
+    where f is [Re y ; Im y ; n], [Re y ; Im y] or [n], as fusion_w has 3, 2 or 1 planes.
 
     Args:
         x: (B, C, F, T), or (B, C, T, F) for layout "TF"; any strides.
@@ -174,7 +200,8 @@ def embed(
         w2: (2S, H), its second.
         b2: (2S).
         sblu_w: (S, C, P_f).
-        fusion_w: (D, 2, S).
+        fusion_w: (D, planes, S): 3 planes for the features "both", 2 for "complex", 1 for "magnitude"; n, in 3 and 1,
+            wants S ≥ 2.
         stride: in the order of the input's axes; the patch size unless given.
         window: K in frames, of P_t's parity; P_t unless given.
         kernel: "bilateral" or "quadrature".
@@ -190,7 +217,7 @@ def embed(
     Without autocast x and proj_w must have one dtype, and the other parameters that one or float32.
 
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
-    Source: the paper's Lambda Encoder and Patch Fusion; their layers are ours (docs/maths.md §3, §4).
+    Source: the paper's Lambda Encoder and Patch Fusion; their layers and n are ours (docs/maths.md §3, §4).
     """
     check_name(layout, "layout", LAYOUTS)
     check_name(kernel, "kernel", KERNELS)
@@ -215,7 +242,7 @@ def embed(
         "w2": w2,
         "b2": _check_tensor(b2, SHOWN["b2"], (2 * states,), ": (2 * states)", x),
         "sblu_w": sblu_w,
-        "fusion_w": _check_tensor(fusion_w, SHOWN["fusion_w"], (dim, 2, states), ": (embed_dim, 2, states)", x),
+        "fusion_w": _check_fusion(fusion_w, dim, states, x),
     }
     _check_tensor(proj_w, SHOWN["proj_w"], (dim, *patch_shape), "", x)
     if proj_b is not None:
@@ -266,3 +293,49 @@ def analyse(
     x, _ = _check_input(x, w1.shape[1], grid, layout)
     _check_tensor(w1, SHOWN["w1"], tuple(w1.shape), "", x)
     return reference.lambda_encoder(reference.gather(x, grid), w1, b1, w2, b2, decay_range, band)
+
+
+class Responses(NamedTuple):
+    """What a stem hears in each patch; N_f × N_t patches, S states.
+
+    Attributes:
+        decay: α (B, N_f, N_t, S) in 1/frame.
+        frequency: ω (B, N_f, N_t, S) in rad/frame; ω/(2π · hop) is in Hz.
+        y: (B, N_f, N_t, 2, S), the responses: real plane, imaginary plane.
+        magnitude: n (B, N_f, N_t, S), log |y| standardised over the states of each patch; zeros where S = 1.
+    """
+
+    decay: Tensor
+    frequency: Tensor
+    y: Tensor
+    magnitude: Tensor
+
+
+def responses(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    sblu_w: Tensor,
+    stride: int | Sequence[int] | None = None,
+    window: int | None = None,
+    kernel: str = "quadrature",
+    decay: Sequence[float] | None = None,
+    band: Sequence[float] | None = None,
+    layout: str = "FT",
+    backend: str = "auto",
+) -> Responses:
+    """Decay and frequency as `analyse` gives them, and what the filters with them respond; arguments as for `embed`.
+
+    Everything is (B, N_f, N_t, …) whatever the layout, in float32 (float64 for float64 x), nothing rounded to x's
+    16 bits or autocast's.
+
+    Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument.
+    Source: the paper's SBLU; n is ours (docs/maths.md §4).
+    """
+    alpha, omega = analyse(x, w1, b1, w2, b2, stride, window, decay, band, layout)
+    wide = (x if layout == "FT" else x.transpose(2, 3)).to(alpha.dtype)
+    patch = (w1.shape[2], w1.shape[3])
+    y = sblu(wide, alpha, omega, sblu_w, patch, _mel_first(stride, layout), window, kernel, backend)
+    return Responses(alpha, omega, y, reference.magnitudes(y))

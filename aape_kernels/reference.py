@@ -18,13 +18,23 @@ from torch import Tensor
 
 from .geometry import PatchGrid
 
-__all__ = ["autocasting", "embed", "full_precision", "gather", "lambda_encoder", "sblu", "working_dtype"]
+__all__ = ["autocasting", "embed", "full_precision", "gather", "lambda_encoder", "magnitudes", "sblu", "working_dtype"]
 
 # Below this |Λ| the gain and its derivative cancel, so they are summed as series (docs/maths.md §2.4). The
 # terms kept leave a remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
 SMALL = 0.2
 EVEN_SERIES = [(-1) ** n / math.factorial(n + 1) for n in range(15)]
 ODD_SERIES = [0.25**n / math.factorial(2 * n + 1) for n in range(8)]
+
+# Of the log-magnitudes (docs/maths.md §4): responses below ε count as silence, and the variance's floor keeps a token
+# whose states all respond alike at zero.
+EPSILON = 0.1
+VARIANCE_FLOOR = 1e-5
+# Beyond this |y|/ε the 1 of log1p is lost in rounding, and the square on its way to overflowing.
+LOUD = 1e9
+
+# Planes of the fusion weight, by which `embed` knows the features.
+PLANES = {"magnitude": 1, "complex": 2, "both": 3}
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,6 +134,24 @@ def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: Patc
         return y.to(x.dtype)
 
 
+def magnitudes(y: Tensor) -> Tensor:
+    """n of docs/maths.md §4: each state's log-magnitude, standardised over the states of its token.
+
+        e_s = ½ log1p(|y_s|²/ε²),   n_s = (e_s − mean e) / sqrt(var e + 1e-5)
+
+    y (…, 2, S) -> (…, S).
+    """
+    re, im = (y / EPSILON).unbind(-2)
+    # either branch sees a harmless constant where the other one is taken, as in `gain`
+    loud = torch.maximum(re.abs(), im.abs()) > LOUD
+    quiet_re, quiet_im = torch.where(loud, 0.0, re), torch.where(loud, 0.0, im)
+    loud_re, loud_im = torch.where(loud, re, 1.0), torch.where(loud, im, 1.0)
+    quiet = 0.5 * torch.log1p(quiet_re.square() + quiet_im.square())
+    e = torch.where(loud, torch.log(torch.hypot(loud_re, loud_im)), quiet)
+    centred = e - e.mean(-1, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + VARIANCE_FLOOR)
+
+
 def gather(x: Tensor, grid: PatchGrid) -> Tensor:
     """The patches of x (B, C, F, T), each as one row: (B, N_f, N_t, C·P_f·P_t)."""
     patches = x.unfold(2, grid.patch[0], grid.stride[0]).unfold(3, grid.patch[1], grid.stride[1])
@@ -169,16 +197,21 @@ def embed(
     band: tuple[float, float],
     time_major: bool,
 ) -> Tensor:
-    """The whole stem: token = W_p vec(patch) + b_p + W_y [Re y ; Im y], as one product: docs/maths.md §4.
+    """The whole stem: token = W_p vec(patch) + b_p + W_y f, as one product: docs/maths.md §4.
 
-    x (B, C, F, T) -> (B, N, D) in proj_w's dtype, frequency-major unless `time_major`. y is computed in float32
+    The planes of fusion_w (D, planes, S) say what f is: [n], [Re y ; Im y], or [Re y ; Im y ; n].
+
+    x (B, C, F, T) -> (B, N, D) in proj_w's dtype, frequency-major unless `time_major`. f is computed in float32
     (float64 for float64) and rounded once, to the dtype of the product.
     """
     patches = gather(x, grid)
     decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
     y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, quadrature)
-    out_dtype = proj_w.dtype
-    operand = torch.cat([patches.to(out_dtype), y.flatten(3).to(out_dtype)], dim=-1)
+    planes, out_dtype = fusion_w.shape[1], proj_w.dtype
+    features = [y.flatten(3)] if planes != PLANES["magnitude"] else []
+    if planes != PLANES["complex"]:
+        features.append(magnitudes(y))
+    operand = torch.cat([value.to(out_dtype) for value in (patches, *features)], dim=-1)
     if time_major:
         operand = operand.transpose(1, 2)
     operand = operand.flatten(1, 2)

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import check_backend
 from .branch import LambdaEncoder, Weight
-from .functional import DTYPES, KERNELS, LAYOUTS, analyse, check_name, embed
+from .functional import DTYPES, KERNELS, LAYOUTS, Responses, analyse, check_name, check_states, embed, responses
 from .geometry import PatchGrid, pair
 from .ranges import check_band, check_decay
+from .reference import PLANES
 from .sizes import SizedStem
 
 __all__ = ["AaPE"]
@@ -41,10 +43,15 @@ def _factory(device: object, dtype: object) -> dict[str, Any]:
 class AaPE(SizedStem):
     """Aliasing-aware Patch Embedding: a drop-in for the `nn.Conv2d` stem of an audio ViT.
 
-        token = W_p · vec(patch) + b_p + W_y · [Re y ; Im y]
+        token = W_p · vec(patch) + b_p + W_y · f,   f = [Re y ; Im y ; n]
 
     where y is the response of S complex sinusoidal filters under a two-sided exponential window (`aape_kernels.sblu`),
-    whose decays and frequencies a small encoder estimates from the patch itself:
+    and n how strongly each of them responds, whatever the phase:
+
+        e = ½ log1p(|y|²/ε²),   ε = 0.1;   n = (e − mean e) / sqrt(var e + 1e-5), over the S states of a token
+
+    y turns with the phase of the modulation, so that its mean over time is nothing; n stays. A small encoder estimates
+    the filters' decays and frequencies from the patch itself:
 
         r = W2 · SiLU(W1 · vec(patch) + b1) + b2
         α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
@@ -55,11 +62,12 @@ class AaPE(SizedStem):
         in_chans: channels C of the spectrogram.
         embed_dim: size D of a token.
         stride: S_f × S_t; the patch size unless given. Overlap and gaps are allowed.
-        num_states: S, filters a patch.
+        num_states: S, filters a patch; at least 2 unless `features` is "complex".
         encoder_dim: hidden width of the encoder.
         window: K in frames, of P_t's parity; P_t unless given. With K > P_t a token also sees frames of its
             neighbours, which masked pre-training must not have.
         kernel: "quadrature" (h(−d) = conj h(d); ours) or "bilateral" (the paper's quoted formula).
+        features: f, what of the responses reaches the token: "both" (y and n), "complex" (y) or "magnitude" (n).
         band: (ω_lo, ω_hi) in rad/frame within [0, π]; `band_from_hz` converts. Unless given (π/S_t, π), the
             alias-prone band; required where S_t = 1.
         decay: (α_lo, α_hi) in 1/frame; `decay_from_hz` converts. (1/K, 2) unless given.
@@ -82,7 +90,7 @@ class AaPE(SizedStem):
     Shapes: x (B, C, F, T) -> tokens (B, N_f·N_t, D), contiguous, frequency-major (i·N_t + j); for layout "TF"
     x (B, C, T, F) -> time-major tokens.
 
-    Precision: encoder and filters run in float32 (float64 for float64 input), their response is rounded once; the
+    Precision: encoder and filters run in float32 (float64 for float64 input), the features are rounded once; the
     product and the tokens have the input's dtype, or autocast's. Without autocast x must have `proj.weight`'s dtype.
 
     Attributes: `proj` (the `nn.Conv2d` this replaces: its checkpoints load), `encoder`, `sblu`, `fusion`, `norm`;
@@ -90,7 +98,7 @@ class AaPE(SizedStem):
     `decay`.
 
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
-    Source: arXiv 2512.03637; layer sizes, ranges and initialisation are ours.
+    Source: arXiv 2512.03637; the magnitudes n, layer sizes, ranges and initialisation are ours.
 
     Examples:
         >>> stem = AaPE(embed_dim=192)
@@ -98,7 +106,8 @@ class AaPE(SizedStem):
         torch.Size([2, 512, 192])
     """
 
-    _version = 1
+    # 2: the fusion has a plane for n. See `_load_from_state_dict`.
+    _version = 2
 
     def __init__(
         self,
@@ -112,6 +121,7 @@ class AaPE(SizedStem):
         encoder_dim: int = 64,
         window: int | None = None,
         kernel: str = "quadrature",
+        features: str = "both",
         band: Sequence[float] | None = None,
         decay: Sequence[float] | None = None,
         bias: bool = True,
@@ -128,10 +138,11 @@ class AaPE(SizedStem):
         super().__init__()
         self.layout = check_name(layout, "layout", LAYOUTS)
         self.kernel = check_name(kernel, "kernel", KERNELS)
+        self.features = check_name(features, "features", tuple(PLANES))
         self.backend = check_backend(backend)
         self.in_chans = _positive(in_chans, "in_chans")
         self.embed_dim = _positive(embed_dim, "embed_dim")
-        self.num_states = _positive(num_states, "num_states")
+        self.num_states = check_states(_positive(num_states, "num_states"), features, "num_states")
         self.encoder_dim = _positive(encoder_dim, "encoder_dim")
         self.patch_size = pair(patch_size, "patch_size")
         self.stride = self.patch_size if stride is None else pair(stride, "stride")
@@ -149,7 +160,7 @@ class AaPE(SizedStem):
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
         self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
         self.sblu = Weight(num_states, in_chans, self._grid.patch[0], **factory)
-        self.fusion = Weight(embed_dim, 2, num_states, **factory)
+        self.fusion = Weight(embed_dim, PLANES[features], num_states, **factory)
         given = {name: value for name, value in factory.items() if value is not None}
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **given)
         self._reset_branch()
@@ -270,13 +281,60 @@ class AaPE(SizedStem):
             layout=self.layout,
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *context: Any) -> None:
+    @torch.no_grad()
+    def responses(self, x: Tensor) -> Responses:
+        """What the stem hears in each patch, to plot or to probe; without gradients.
+
+        x (B, C, F, T), or (B, C, T, F) for layout "TF" -> named tuple of decay (1/frame), frequency (rad/frame) and
+        magnitude n, each (B, N_f, N_t, S), and y (B, N_f, N_t, 2, S), whatever the layout and `features`; in float32
+        (float64 for float64 input).
+
+        Examples:
+            >>> heard = AaPE(embed_dim=8, num_states=4).responses(torch.randn(1, 1, 128, 64))
+            >>> {name: tuple(value.shape) for name, value in heard._asdict().items()}
+            {'decay': (1, 8, 4, 4), 'frequency': (1, 8, 4, 4), 'y': (1, 8, 4, 2, 4), 'magnitude': (1, 8, 4, 4)}
+        """
+        encoder = self.encoder
+        return responses(
+            self._fit(x),
+            encoder.w1,
+            encoder.b1,
+            encoder.w2,
+            encoder.b2,
+            self.sblu.weight,
+            stride=self.stride,
+            window=self.window,
+            kernel=self.kernel,
+            decay=self.decay,
+            band=self.band,
+            layout=self.layout,
+            backend=self.backend,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # a stem that was pickled whole before it had features
+        self.__dict__.setdefault("features", "complex")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *context: Any
+    ) -> None:
         # `replace_stem` leaves the branch beside the weight of the convolution: `proj.encoder.w1`, say
         for name in self.state_dict():
             beside = f"{prefix}proj.{name}"
             if not name.startswith("proj.") and beside in state_dict:
                 state_dict[prefix + name] = state_dict.pop(beside)
-        super()._load_from_state_dict(state_dict, prefix, *context)
+        # Version 1 had no n: a plane of zeros in its place gives the same tokens. Files such as safetensors' lose the
+        # version, which only n's plane could have changed.
+        fusion = state_dict.get(f"{prefix}fusion.weight")
+        if (
+            local_metadata.get("version", 1) < 2
+            and self.features == "both"
+            and isinstance(fusion, Tensor)
+            and tuple(fusion.shape) == (self.embed_dim, PLANES["complex"], self.num_states)
+        ):
+            state_dict[f"{prefix}fusion.weight"] = F.pad(fusion, (0, 0, 0, 1))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *context)
 
     def extra_repr(self) -> str:
         """The arguments that settle what is computed, with the ranges in the units of the formulas."""
@@ -284,6 +342,6 @@ class AaPE(SizedStem):
         image = "" if self.img_size is None else f"img_size={self.img_size}, grid_size={self.grid_size}, "
         return (
             f"{sizes}, {image}num_states={self.num_states}, encoder_dim={self.encoder_dim}, window={self.window}, "
-            f"kernel={self.kernel!r}, band=({self.band[0]:.4g}, {self.band[1]:.4g}) rad/frame, "
+            f"kernel={self.kernel!r}, features={self.features!r}, band=({self.band[0]:.4g}, {self.band[1]:.4g}) rad/frame, "
             f"decay=({self.decay[0]:.4g}, {self.decay[1]:.4g}) /frame, layout={self.layout!r}, backend={self.backend!r}"
         )

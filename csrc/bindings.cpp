@@ -69,9 +69,12 @@ const Kernels& kernels_named(const std::string& name) {
 
 void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
           const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
-          const py::object& y, int threads) {
+          const py::object& y, int64_t planes, const py::object& grad_features, const py::object& grad_y, int threads) {
   const Kernels& kernels = kernels_named(isa);
   SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  call.planes = planes;
+  call.grad_features = view(grad_features);
+  call.grad_y = view(grad_y);
   call.threads = threads;
   py::gil_scoped_release release;
   kernels.sblu(call);

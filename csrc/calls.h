@@ -25,12 +25,17 @@ struct Ranges {
 
 // x (B, C, F, T); decay, frequency (B, N_f, N_t, S); weight (S, C, P_f); y, grad_y (B, N_f, N_t, 2, S).
 // decay, frequency, weight and all gradients are float32, or float64 where x is.
+//
+// Forward, y may instead be the stem's features (docs/maths.md §4): n with one plane, Re y, Im y and n with three. Where
+// their cotangent `grad_features` (B, N_f, N_t, planes, S) is given, that of Re y and Im y is written to grad_y.
 struct SbluCall {
   Grid grid;
   Ranges ranges;
+  int64_t planes = 2;  // of y and of grad_features
   View x, decay, frequency, weight;
-  // Forward; also backward, where the responses come with the derivatives for nothing, unless data is null.
+  // Forward, unless data is null; also backward, where the responses come with the derivatives for nothing.
   View y;
+  View grad_features;
   View grad_y, grad_x, grad_decay, grad_frequency, grad_weight;  // backward; data is null where not needed
   int threads = 1;  // of the CPU
 };

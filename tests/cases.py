@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 GOLDEN = sorted((Path(__file__).parent / "data").glob("case-*.npz"))
+GOLDEN_STEMS = sorted((Path(__file__).parent / "data").glob("stem-*.npz"))
 NAMES = ("x", "decay", "frequency", "weight")
+STEM_NAMES = ("x", "proj_w", "proj_b", "w1", "b1", "w2", "b2", "sblu_w", "fusion_w")
 
 
 @dataclass(frozen=True)
@@ -94,4 +96,16 @@ def golden(path: Path, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, dict[s
     options = {key: tuple(data[key].tolist()) for key in ("patch_size", "stride")}
     options |= {"window": int(data["window"]), "kernel": str(data["kernel"])}
     want = [torch.tensor(data[name]) for name in ("y", *(f"grad_{name}" for name in NAMES))]
+    return inputs, torch.tensor(data["cotangent"], dtype=dtype), options, want
+
+
+def golden_stem(
+    path: Path, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor, dict[str, object], dict[str, Tensor]]:
+    """Inputs by their names in `embed`, cotangent, options of `embed`, and "tokens" and "grad_<name>" in float64."""
+    data = np.load(path)
+    inputs = {name: torch.tensor(data[name], dtype=dtype) for name in STEM_NAMES if name in data}
+    options: dict[str, object] = {key: tuple(data[key].tolist()) for key in ("stride", "decay", "band")}
+    options |= {"window": int(data["window"]), "kernel": str(data["kernel"])}
+    want = {name: torch.tensor(data[name]) for name in ("tokens", *(f"grad_{name}" for name in inputs))}
     return inputs, torch.tensor(data["cotangent"], dtype=dtype), options, want

@@ -37,6 +37,15 @@ def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, patch, str
     return torch.stack(rows, dim=1)
 
 
+def features(y: Tensor, planes: int) -> Tensor:
+    """What of one token's y (B, 2, S) reaches it: n with 1 plane, y with 2, both with 3."""
+    energy = torch.complex(y[:, 0], y[:, 1]).abs().square()
+    level = torch.log1p(100 * energy) / 2
+    spread = torch.sqrt(torch.var(level, dim=1, correction=0, keepdim=True) + 1e-5)
+    n = (level - level.sum(1, keepdim=True) / y.shape[2]) / spread
+    return {1: n.unsqueeze(1), 2: y, 3: torch.cat([y, n.unsqueeze(1)], 1)}[planes]
+
+
 def embed(x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, stride, window, kernel, decay, band) -> Tensor:
     """Frequency-major tokens of x (B, C, F, T), one patch at a time."""
     patch = tuple(proj_w.shape[2:])
@@ -59,7 +68,7 @@ def embed(x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, stride, window, k
     for i in range(n_f):
         for j in range(n_t):
             token = torch.einsum("bcpt,dcpt->bd", patch_at(i, j), proj_w)
-            token = token + torch.einsum("bks,dks->bd", y[:, i, j], fusion_w)
+            token = token + torch.einsum("bks,dks->bd", features(y[:, i, j], fusion_w.shape[1]), fusion_w)
             tokens.append(token if proj_b is None else token + proj_b)
     return torch.stack(tokens, 1)
 

@@ -168,7 +168,7 @@ TABLE = {
     "fusion-shape": (
         call_embed(fusion_w=torch.randn(8, 64)),
         ValueError,
-        r"fusion_w \(AaPE's fusion\.weight\): expected shape \(8, 2, 32\)",
+        r"fusion_w \(AaPE's fusion\.weight\): expected shape \(8, planes, 32\)",
     ),
     "bias-shape": (call_embed(proj_b=torch.zeros(9)), ValueError, r"proj_b .*: expected shape \(8\).*got \(9,\)"),
     # windows, kernels, backends, layouts

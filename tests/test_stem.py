@@ -8,11 +8,15 @@ import pickle
 import oracle
 import pytest
 import torch
+from cases import GOLDEN_STEMS, STEM_NAMES, Case, cases, golden_stem
 from checks import compare
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import bound, relative_error
 from torch import nn
 
 from aape_kernels import AaPE, embed, sblu
+from aape_kernels.reference import PLANES
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -24,7 +28,7 @@ STATE = {
     "encoder.w2": (14, 5),
     "encoder.b2": (14,),
     "sblu.weight": (7, 2, 6),
-    "fusion.weight": (24, 2, 7),
+    "fusion.weight": (24, 3, 7),
 }
 OPTIONS = {
     "plain": {},
@@ -32,6 +36,11 @@ OPTIONS = {
     "gapped": {"stride": (7, 5)},
     "short-window": {"window": 2},
     "long-window": {"window": 8, "kernel": "bilateral"},
+    "complex": {"features": "complex"},
+    "magnitude": {"features": "magnitude"},
+    "magnitude-overlap": {"features": "magnitude", "stride": (4, 3), "window": 8, "kernel": "bilateral"},
+    "few-states": {"num_states": 4},
+    "many-states": {"num_states": 70},
     "ranges": {"band": (0.0, 1.0), "decay": (0.5, 9.0)},
     "no-bias": {"bias": False},
 }
@@ -88,17 +97,108 @@ def test_tokens_and_gradients(options, dtype, layout):
     check(stem, torch.randn(2, 2, 21, 19).to(dtype), dtype)
 
 
+def check_golden(path, dtype: torch.dtype) -> None:
+    inputs, cotangent, options, want = golden_stem(path, dtype)
+    leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+    tokens = embed(**{"proj_b": None} | leaves, **options)
+    got = torch.autograd.grad(tokens, list(leaves.values()), cotangent)
+    compare([tokens, *got], list(want.values()), leaves.values(), dtype, tuple(leaves), whole_stem=True)
+
+
+def test_golden_cases_are_there():
+    assert len(GOLDEN_STEMS) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("path", GOLDEN_STEMS, ids=lambda path: path.stem)
+def test_golden(path, dtype):
+    check_golden(path, dtype)
+
+
+def check_geometry(case: Case, planes: int, dtype: torch.dtype) -> None:
+    """`embed` of any geometry against the second writing, forward and every gradient."""
+    channels, states, hidden, dim = case.channels, case.states + 3, 3, 5
+    shapes = [
+        (case.batch, channels, *case.size), (dim, channels, *case.patch), (dim,), (hidden, channels, *case.patch),
+        (hidden,), (2 * states, hidden), (2 * states,), (states, channels, case.patch[0]), (dim, planes, states),
+    ]  # fmt: skip
+    inputs = {name: torch.randn(shape).to(dtype) for name, shape in zip(STEM_NAMES, shapes, strict=True)}
+    leaves = [value.requires_grad_() for value in inputs.values()]
+    decay, band = (0.1, 2.1), (0.2, 3.0)
+    options = {"stride": case.stride, "window": case.window, "kernel": case.kernel, "decay": decay, "band": band}
+    tokens = embed(*leaves, **options)
+    cotangent = torch.randn_like(tokens)
+    got = torch.autograd.grad(tokens, leaves, cotangent)
+    wide = [value.detach().double().requires_grad_() for value in leaves]
+    want = oracle.embed(*wide, *options.values())
+    wanted = torch.autograd.grad(want, wide, cotangent.double())
+    compare([tokens, *got], [want, *wanted], leaves, dtype, STEM_NAMES, whole_stem=True)
+
+
+def test_any_geometry_and_features():
+    seen = []
+
+    @settings(max_examples=120)
+    @given(case=cases(), planes=st.sampled_from([1, 2, 3]))
+    def every(case, planes):
+        seen.append((planes, case.hard))
+        check_geometry(case, planes, torch.float64)
+
+    every()
+    assert {planes for planes, _ in seen} == {1, 2, 3}
+    assert sum(hard for _, hard in seen) >= len(seen) / 2
+
+
+@pytest.mark.parametrize("features", PLANES)
+@pytest.mark.parametrize("states", [2, 3])
+def test_two_and_three_states(states, features):
+    """The tokens. What is left of a cotangent of n, without its mean and what lies along n, has S − 2 dimensions: with
+    so few states its gradient is mostly rounding (docs/maths.md §4)."""
+    stem = small(torch.float32, num_states=states, features=features)
+    x = torch.randn(2, 2, 21, 19)
+    want = oracle_tokens(stem, x.double(), {name: value.double() for name, value in stem.named_parameters()})
+    assert relative_error(stem(x), want) <= bound(torch.float32, whole_stem=True)
+
+
+def test_loud_and_quiet_responses():
+    """|y|² neither overflows nor vanishes: in float32, for responses from 1e-12 to 1e30, within one token too."""
+    x = torch.randn(1, 1, 16, 64)
+    x *= torch.logspace(-12, 30, 4).repeat_interleave(16)
+    stem = AaPE(embed_dim=24, num_states=8, features="magnitude")
+    with torch.no_grad():
+        stem.proj.weight.zero_()  # its products drown n
+        stem.encoder.w1.zero_()  # logits of 1e30 have one end of the range only
+        stem.sblu.weight *= torch.logspace(-6, 6, 8)[:, None, None]
+    wide = copy.deepcopy(stem).double()
+    assert relative_error(stem(x), wide(x.double())) <= bound(torch.float32, whole_stem=True)
+    tokens = stem(x)
+    (grad,) = torch.autograd.grad(tokens.sum(), stem.sblu.weight)
+    (want,) = torch.autograd.grad(wide(x.double()).sum(), wide.sblu.weight)
+    assert relative_error(grad, want) <= bound(torch.float32, whole_stem=True, gradient=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_pixel_makes_its_own_token_non_finite(value):
+    stem, x = AaPE(embed_dim=8, num_states=4, features="magnitude"), torch.randn(1, 1, 32, 48)
+    x[0, 0, 20, 20] = value
+    with torch.no_grad():
+        stem.proj.weight.zero_()
+        assert stem(x).isfinite().all(-1).tolist() == [[True, True, True, True, False, True]]
+
+
+@pytest.mark.parametrize("features", PLANES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_input_projection_and_tokens(dtype):
+def test_16_bit_input_projection_and_tokens(dtype, features):
     """docs/maths.md §6, the rows of 16 bits: x, proj and tokens in 16 bits, the rest float32."""
-    stem = AaPE(embed_dim=64, num_states=8)
+    stem = AaPE(embed_dim=64, num_states=8, features=features)
     stem.proj.to(dtype)
     check_16_bit_forward_and_gradients(stem, dtype)
 
 
+@pytest.mark.parametrize("features", PLANES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_whole_module_in_16_bits(dtype):
-    check_16_bit_forward_and_gradients(AaPE(embed_dim=64, num_states=8).to(dtype), dtype)
+def test_whole_module_in_16_bits(dtype, features):
+    check_16_bit_forward_and_gradients(AaPE(embed_dim=64, num_states=8, features=features).to(dtype), dtype)
 
 
 def check_16_bit_forward_and_gradients(stem: AaPE, dtype: torch.dtype) -> None:
@@ -139,7 +239,8 @@ def test_embed_is_what_the_module_calls():
 
 @pytest.mark.parametrize("layout", ["FT", "TF"])
 def test_analyse_feeds_sblu(layout):
-    """Tokens are the projected patches plus the fused response at the decays and frequencies that analyse reports."""
+    """Tokens are the projected patches plus the fused features that `responses` reports, at the decays and frequencies
+    of `analyse`."""
     stem = small(layout=layout)
     x = torch.randn(2, 2, 13, 17, dtype=torch.float64)
     given = x if layout == "FT" else x.transpose(2, 3)
@@ -149,8 +250,11 @@ def test_analyse_feeds_sblu(layout):
     assert (decay.min() > 1 / 4) & (decay.max() < 2)
     assert (math.pi / 4 < frequency.min()) & (frequency.max() < math.pi)
     y = sblu(x, decay, frequency, stem.sblu.weight, (6, 4))
+    heard = stem.responses(given)
+    assert all(torch.equal(got, want) for got, want in zip(heard, (decay, frequency, y), strict=False))
     plain = stem.proj(given).flatten(2).transpose(1, 2)
-    fused = torch.einsum("bijks,dks->bijd", y, stem.fusion.weight)
+    features = torch.cat([y, heard.magnitude.unsqueeze(3)], 3)
+    fused = torch.einsum("bijks,dks->bijd", features, stem.fusion.weight)
     fused = fused.flatten(1, 2) if layout == "FT" else fused.transpose(1, 2).flatten(1, 2)
     assert relative_error(stem(given), plain + fused) <= 1e-13
 
@@ -188,7 +292,7 @@ def test_initial_values():
         (stem.proj.weight, bound_w1),
         (stem.encoder.w1, bound_w1),
         (stem.sblu.weight, 1 / math.sqrt(2 * 16)),
-        (stem.fusion.weight, 1 / math.sqrt(2 * 32)),
+        (stem.fusion.weight, 1 / math.sqrt(3 * 32)),
     ):
         assert weight.abs().max() <= limit
         assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.1)
@@ -212,7 +316,7 @@ def test_starts_as_a_fixed_bank_over_the_band():
 def test_state_dict():
     stem = small()
     assert {name: tuple(value.shape) for name, value in stem.state_dict().items()} == STATE
-    assert stem.state_dict()._metadata[""]["version"] == 1
+    assert stem.state_dict()._metadata[""]["version"] == 2
     other = small()
     x = torch.randn(1, 2, 12, 12, dtype=torch.float64)
     assert not torch.equal(other(x), stem(x))
@@ -253,6 +357,7 @@ def test_repr_says_what_is_computed():
         "num_states=8",
         "window=8",
         "kernel='quadrature'",
+        "features='both'",
         "band=(0.1963, 3.142) rad/frame",
         "decay=(0.125, 2) /frame",
     ):

@@ -38,9 +38,9 @@ class _Layout:
             return rows.view(self.batch, n_t, n_f, *rest).transpose(1, 2)
         return rows.view(self.batch, n_f, n_t, *rest)
 
-    def by_plane(self, y: Tensor) -> Tensor:
-        """Responses (B·N, 2S) as (B, N_f, N_t, 2, S), a view."""
-        return self.by_token(y.view(-1, 2, self.states))
+    def by_plane(self, features: Tensor) -> Tensor:
+        """Features (B·N, planes·S) as (B, N_f, N_t, planes, S), a view."""
+        return self.by_token(features.unflatten(1, (-1, self.states)))
 
     def gather(self, x: Tensor, patches: Tensor) -> None:
         """Fill in patches (B·N, C·P_f·P_t)."""
@@ -116,7 +116,8 @@ def embed(
         empty = [x.new_empty(0, width, dtype=work) for width in (w2.shape[0], w1.shape[0])]
         return x.new_empty(shape, dtype=out), empty[0], empty[1]
 
-    operand = x.new_empty(layout.rows, layout.patch + 2 * layout.states, dtype=out)  # [patch | y]
+    features = fusion_w.shape[1] * layout.states
+    operand = x.new_empty(layout.rows, layout.patch + features, dtype=out)  # [patch | features]
     patches = operand[:, : layout.patch]
     layout.gather(x, patches)
     if out != work:  # the encoder's are not to be rounded
@@ -125,8 +126,8 @@ def embed(
     hidden = _product(patches, w1.to(work).flatten(1), b1.to(work))
     r = _product(F.silu(hidden), w2.to(work), b2.to(work))
     alpha, omega = layout.by_token(r).chunk(2, dim=-1)
-    y = layout.by_plane(operand[:, layout.patch :])
-    native.sblu(x, alpha, omega, sblu_w.to(work), y, grid, quadrature, _ranges(decay, band))
+    by_plane = layout.by_plane(operand[:, layout.patch :])
+    native.sblu(x, alpha, omega, sblu_w.to(work), by_plane, grid, quadrature, _ranges(decay, band))
     weight = torch.cat([proj_w.flatten(1), fusion_w.to(out).flatten(1)], dim=1)
     tokens = _product(operand, weight, None if proj_b is None else proj_b.to(out))
     return tokens.view(shape), r, hidden
@@ -175,8 +176,8 @@ def embed_backward(
 class _Backward:
     """One backward of the stem: block by block, sums over tokens in the blocks' order.
 
-    The operand is gathered again, transposed, with a row of ones between patches and responses, [patch | 1 | y]ᵀ: the
-    products with the cotangents of tokens and of hidden then read both sides as they lie, and give the biases'
+    The operand is gathered again, transposed, with a row of ones between patches and features, [patch | 1 | features]ᵀ:
+    the products with the cotangents of tokens and of hidden then read both sides as they lie, and give the biases'
     gradients too.
     """
 
@@ -199,7 +200,7 @@ class _Backward:
         self.x, self.r, self.hidden, self.grid = x, r, hidden, grid
         self.quadrature, self.time_major = quadrature, time_major
         self.proj_w = proj_w.flatten(1)  # [D, C·P_f·P_t]
-        self.fusion_w = fusion_w.to(self.out).flatten(1)  # [D, 2S]
+        self.planes, self.fusion_w = fusion_w.shape[1], fusion_w.to(self.out).flatten(1)  # [D, planes · S]
         self.w1, self.w2, self.sblu_w = w1.to(self.work).flatten(1), w2.to(self.work), sblu_w.to(self.work)
         self.need_x = "x" in wanted
         self.need_hidden = bool(wanted & {"x", "w1", "b1"})
@@ -215,7 +216,7 @@ class _Backward:
         flat = grad.reshape(x.shape[0] * tokens, -1)
         grad_r = torch.empty_like(self.r)
         grad_x = torch.zeros(x.shape, dtype=work) if self.need_x else None
-        product: Tensor | None = None  # [patch | 1 | y]ᵀ · grad
+        product: Tensor | None = None  # [patch | 1 | features]ᵀ · grad
         encoder: Tensor | None = None  # [patch | 1]ᵀ · grad_hidden
         sblu_w: Tensor | None = None
         for first in range(0, x.shape[0], clips):
@@ -223,21 +224,27 @@ class _Backward:
             rows = slice(first * tokens, first * tokens + some.shape[0] * tokens)
             layout = _Layout(some, self.grid, self.sblu_w.shape[0], self.time_major)
             part = flat[rows]
-            y = flat.new_empty(layout.rows, 2 * layout.states)
+            features = flat.new_empty(layout.rows, self.planes * layout.states)
             alpha, omega = layout.by_token(self.r[rows]).chunk(2, dim=-1)
             grad_hidden: Tensor | None = None
             if self.need_logits:
-                grad_y = _product(part, self.fusion_w.t())
+                grad_y = layout.by_plane(_product(part, self.fusion_w.t()))
+                y: Tensor | None = layout.by_plane(features)
+                if self.planes != 2:  # back through n, which takes y of all states: the features come with it
+                    grad_features = grad_y
+                    grad_y = layout.by_plane(flat.new_empty(layout.rows, 2 * layout.states, dtype=work))
+                    self.respond(some, layout, alpha, omega, features, ranges, grad_features, grad_y)
+                    y = None
                 grad_some = None if grad_x is None else grad_x[first : first + clips]
                 grad_sblu = torch.empty_like(self.sblu_w) if self.need_sblu else None
                 gradients = (grad_some, *layout.by_token(grad_r[rows]).chunk(2, dim=-1), grad_sblu)
                 native.sblu_backward(
-                    layout.by_plane(grad_y),
+                    grad_y,
                     some,
                     alpha,
                     omega,
                     self.sblu_w,
-                    layout.by_plane(y),
+                    y,
                     gradients,
                     self.grid,
                     self.quadrature,
@@ -253,9 +260,9 @@ class _Backward:
                     grad_patch.addmm_(grad_hidden, self.w1)
                     grad_some += _scatter(grad_patch, some, layout)
             elif self.need_product:
-                native.sblu(some, alpha, omega, self.sblu_w, layout.by_plane(y), self.grid, self.quadrature, ranges)
+                self.respond(some, layout, alpha, omega, features, ranges)
             if self.need_product:
-                columns = self.columns(some, layout, y, self.out)
+                columns = self.columns(some, layout, features, self.out)
                 product = _accumulate(product, columns, part)
             if self.need_encoder and grad_hidden is not None:
                 if not self.need_product or self.out != work:
@@ -278,15 +285,30 @@ class _Backward:
             got["x"] = grad_x
         return got
 
+    def respond(
+        self,
+        x: Tensor,
+        layout: _Layout,
+        alpha: Tensor,
+        omega: Tensor,
+        features: Tensor,
+        ranges: native.Ranges,
+        grad_features: Tensor | None = None,
+        grad_y: Tensor | None = None,
+    ) -> None:
+        """Fill in features (tokens, planes·S) and, with their cotangent, that of y."""
+        by_plane = layout.by_plane(features)
+        native.sblu(x, alpha, omega, self.sblu_w, by_plane, self.grid, self.quadrature, ranges, grad_features, grad_y)
+
     @staticmethod
-    def columns(x: Tensor, layout: _Layout, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[patch | 1 | y]ᵀ, or [patch | 1]ᵀ."""
-        height = layout.patch + 1 + (0 if y is None else y.shape[1])
+    def columns(x: Tensor, layout: _Layout, features: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """[patch | 1 | features]ᵀ, or [patch | 1]ᵀ."""
+        height = layout.patch + 1 + (0 if features is None else features.shape[1])
         columns = x.new_empty(height, layout.rows, dtype=dtype)
         layout.gather(x, columns[: layout.patch].t())
         columns[layout.patch] = 1
-        if y is not None:
-            columns[layout.patch + 1 :] = y.t()
+        if features is not None:
+            columns[layout.patch + 1 :] = features.t()
         return columns
 
 

@@ -32,7 +32,16 @@ class Kernels:
 
     In all of them decay and frequency are (B, N_f, N_t, S) of one set of strides, or with `ranges` the Lambda Encoder's
     logits; they are in the arithmetic's dtype or in x's. `weight` is (S, C·P_f), contiguous.
+
+    Features are rows (tokens, planes·S): [Re y | Im y], [n] or [Re y | Im y | n], as there are 2, 1 or 3 planes. n, the
+    standardised log-magnitudes (docs/maths.md §4), needs all states of a token at once.
+
+    Attributes:
+        most_states: as many as one program can have all of. With more, `standardise` makes n of y in a pass of its own,
+            and kernels are not asked for it.
     """
+
+    most_states: int
 
     def __init__(self, x: Tensor, states: int, grid: PatchGrid, quadrature: bool, time_major: bool) -> None:
         self.x, self.grid, self.states, self.quadrature, self.time_major = x, grid, states, quadrature, time_major
@@ -51,9 +60,17 @@ class Kernels:
         return rows.view(batch, self.n_f, self.n_t, *rest)
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, y: Tensor, ranges: Ranges | None = None
-    ) -> None:
-        """Write y into rows (tokens, 2S) that may lie apart."""
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        grad: Tensor | None = None, grad_y: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write features into rows `out`, which may lie apart; with `grad`, the features' cotangent in rows that may lie
+        apart too, also that of y into `grad_y` (tokens, 2S), contiguous, in the arithmetic's dtype. One of out and
+        grad may be missing."""
+        raise NotImplementedError
+
+    def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
+        """Write the features of y (tokens, 2S), contiguous, in the arithmetic's dtype, into rows `out`; with `grad`,
+        their cotangent, that of y in place of y. Either may be missing; any number of states."""
         raise NotImplementedError
 
     def grad_states(
@@ -86,8 +103,28 @@ class Kernels:
         self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
         r: Tensor, ranges: Ranges,
     ) -> None:  # fmt: skip
-        """Write rows of the operand [patch | y], of hidden (tokens, H) and of r (tokens, 2S); w1 is (H, C·P_f·P_t)."""
+        """Write rows of hidden (tokens, H), of r (tokens, 2S), and of the operand [patch | features], which has as many
+        planes as its width leaves room for; none for the patches alone. w1 is (H, C·P_f·P_t)."""
         raise NotImplementedError
+
+    def features(
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges,
+        grad: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Write features into rows `out`; with `grad`, their cotangent, (tokens, planes·S), return that of y,
+        (tokens, 2S) in the arithmetic's dtype. Any number of states. Either may be missing."""
+        rows = out if grad is None else grad
+        if rows is None:
+            return None
+        shape = (self.rows, 2 * self.states)
+        if rows.shape[1] == shape[1] or self.states <= self.most_states:
+            grad_y = None if grad is None else self.x.new_empty(shape, dtype=self.work)
+            self.responses(decay, frequency, weight, out, ranges, grad, grad_y)
+            return grad_y
+        y = self.x.new_empty(shape, dtype=self.work)
+        self.responses(decay, frequency, weight, y, ranges)
+        self.standardise(y, out, grad)
+        return None if grad is None else y
 
 
 class Operations(NamedTuple):
@@ -138,14 +175,19 @@ def operations(kernels: type[Kernels]) -> Operations:
         time_major: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
-        states = sblu_w.shape[0]
+        states, planes = sblu_w.shape[0], fusion_w.shape[1]
         call = kernels(x, states, grid, quadrature, time_major)
-        operand = x.new_empty(call.rows, call.patch + 2 * states, dtype=proj_w.dtype)  # [patch | y]
+        operand = x.new_empty(call.rows, call.patch + planes * states, dtype=proj_w.dtype)  # [patch | features]
         r = x.new_empty(call.rows, 2 * states, dtype=call.work)
         hidden = x.new_empty(call.rows, w1.shape[0], dtype=call.work)
         if call.rows:
             encoder = (_weight_rows(w1), b1.contiguous(), w2.contiguous(), b2.contiguous())
-            call.prologue(*encoder, _weight_rows(sblu_w), operand, hidden, r, _ranges(decay, band))
+            weight, ranges = _weight_rows(sblu_w), _ranges(decay, band)
+            at_once = planes == 2 or states <= call.most_states
+            call.prologue(*encoder, weight, operand if at_once else operand[:, : call.patch], hidden, r, ranges)
+            if not at_once:
+                logits = call.by_token(r).chunk(2, dim=-1)
+                call.features(*logits, weight, operand[:, call.patch :], ranges)
         weight = torch.cat([proj_w.flatten(1), fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
         tokens = F.linear(operand, weight, None if proj_b is None else proj_b.to(proj_w.dtype))
         return tokens.view(x.shape[0], call.n_f * call.n_t, proj_w.shape[0]), r, hidden
@@ -195,21 +237,25 @@ def _stem_gradients(
 
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
     weight = _weight_rows(sblu_w)
-    operand = x.new_empty(call.rows, patch + 2 * states, dtype=out) if need_product else None  # [patch | y]
-    y = None if operand is None else operand[:, patch:]
+    planes = inputs["fusion_w"].shape[1]
+    operand = x.new_empty(call.rows, patch + planes * states, dtype=out) if need_product else None  # [patch | features]
+    features = None if operand is None else operand[:, patch:]
     grad_y = grad_hidden = None
     if need_logits or "sblu_w" in wanted:
         rows = flat @ inputs["fusion_w"].to(out).flatten(1)
+        if planes != 2:  # back through n, which takes y of all states: features come with it
+            rows, features = call.features(decay, frequency, weight, features, ranges, rows), None
         grad_y = call.by_token(rows.view(-1, 2, states))
     if need_logits and grad_y is not None:
         grad_r = torch.empty_like(r)
         grad_logits = grad_r[:, :states], grad_r[:, states:]
-        call.grad_states(grad_y, decay, frequency, weight, *grad_logits, y, ranges)
+        call.grad_states(grad_y, decay, frequency, weight, *grad_logits, features, ranges)
+        features = None
         got |= {"b2": grad_r.sum(0), "w2": grad_r.t() @ F.silu(hidden)}
         if need_hidden:
             grad_hidden = torch.ops.aten.silu_backward(grad_r @ w2, hidden)
-    elif y is not None:
-        call.responses(decay, frequency, weight, y, ranges)
+    if features is not None:
+        call.features(decay, frequency, weight, features, ranges)
     if "sblu_w" in wanted and grad_y is not None:
         got["sblu_w"] = call.grad_weight(grad_y, decay, frequency, ranges)
 

@@ -61,18 +61,27 @@ def sblu(
     decay: Tensor,
     frequency: Tensor,
     weight: Tensor,
-    y: Tensor,
+    features: Tensor | None,
     grid: PatchGrid,
     quadrature: bool,
     ranges: Ranges | None = None,
+    grad_features: Tensor | None = None,
+    grad_y: Tensor | None = None,
 ) -> None:
-    """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. All strides are taken."""
+    """Write the features (B, N_f, N_t, planes, S): y with 2 planes, n with 1, y and n with 3 (docs/maths.md §4).
+
+    With their cotangent, that of y is written to grad_y (B, N_f, N_t, 2, S). decay, frequency and weight are in the
+    arithmetic's dtype. All strides are taken.
+    """
+    (like, *_) = (value for value in (features, grad_features) if value is not None)
     load().sblu(
         instruction_set(),
         sizes(x, grid, weight.shape[0]),
         quadrature,
         ranges,
-        *map(view, (x, decay, frequency, weight, y)),
+        *map(view, (x, decay, frequency, weight, features)),
+        like.shape[3],
+        *map(view, (grad_features, grad_y)),
         torch.get_num_threads(),
     )
 

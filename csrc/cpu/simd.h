@@ -45,6 +45,14 @@ struct VectorMath {
     Mask bits = (Mask)(n + kRound) - (Mask)splat(kRound);
     return (V)((bits << kMantissa) + (Mask)splat(T(1)));
   }
+  // x = 2^exponent · result, the result from √½ to √2; for positive normal x
+  static AAPE_FN V split(V x, V& exponent) {
+    constexpr T least = T(0.70710678118654752440);
+    const Mask bits = (Mask)x - (Mask)splat(least);
+    const Mask n = bits >> kMantissa;
+    exponent = (V)(n + (Mask)splat(kRound)) - kRound;
+    return (V)((Mask)x - (n << kMantissa));
+  }
   static AAPE_FN bool any(Mask mask) {
     typedef int64_t Half __attribute__((vector_size(16)));
     Half part[AAPE_VECTOR_BYTES / 16];

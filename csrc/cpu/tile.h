@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 
 #include "convert.h"

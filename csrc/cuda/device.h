@@ -71,6 +71,20 @@ struct ScalarMath {
   static AAPE_FN T round(T x) { return kDouble ? T(rint(double(x))) : T(rintf(float(x))); }
   static AAPE_FN T floor(T x) { return kDouble ? T(::floor(double(x))) : T(floorf(float(x))); }
   static AAPE_FN T exp2(T n) { return kDouble ? T(ldexp(1.0, int(n))) : T(ldexpf(1.0f, int(n))); }
+  // x = 2^exponent · result, the result from √½ to √2; for positive normal x
+  static AAPE_FN T split(T x, T& exponent) {
+    using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
+    constexpr int kMantissa = kDouble ? 52 : 23;
+    const T least = T(0.70710678118654752440);
+    Bits bits, from;
+    memcpy(&bits, &x, sizeof(T));
+    memcpy(&from, &least, sizeof(T));
+    const Bits n = (bits - from) >> kMantissa;
+    exponent = T(n);
+    bits -= n * (Bits(1) << kMantissa);
+    memcpy(&x, &bits, sizeof(T));
+    return x;
+  }
   static AAPE_FN bool any(bool mask) { return mask; }
 };
 template <>
