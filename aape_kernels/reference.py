@@ -34,7 +34,7 @@ VARIANCE_FLOOR = 1e-5
 LOUD = 1e9
 
 # Planes of the fusion weight, by which `embed` knows the features.
-PLANES = {"magnitude": 1, "complex": 2, "both": 3}
+PLANES = {"both": 3, "complex": 2, "magnitude": 1}
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

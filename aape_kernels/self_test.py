@@ -39,14 +39,15 @@ class Geometry:
     size: tuple[int, int]
     grid: PatchGrid
     kernel: str
+    planes: int  # of the fusion weight
 
 
 GEOMETRIES = (
     # the stem's defaults
-    Geometry(1, 32, (32, 64), PatchGrid((16, 16), (16, 16), 16), "quadrature"),
+    Geometry(1, 32, (32, 64), PatchGrid((16, 16), (16, 16), 16), "quadrature", 3),
     # overlap on both axes, odd K > P_t, two channels, mel bins and frames left over; states enough that no gradient is
-    # mostly a sum that cancels
-    Geometry(2, 11, (10, 19), PatchGrid((3, 5), (2, 4), 9), "bilateral"),
+    # mostly a sum that cancels; magnitudes alone
+    Geometry(2, 11, (10, 19), PatchGrid((3, 5), (2, 4), 9), "bilateral", 1),
 )
 BATCH, HIDDEN, DIM = 4, 64, 24
 
@@ -98,7 +99,7 @@ def _problem(op: str, geometry: Geometry, dtype: torch.dtype) -> Problem:
             normal(2 * states, HIDDEN, fan_in=HIDDEN),
             normal(2 * states),
             weight,
-            normal(DIM, 2, states, fan_in=2 * states).to(dtype),
+            normal(DIM, geometry.planes, states, fan_in=geometry.planes * states).to(dtype),
         ]
         cotangent = normal(BATCH, tokens[0] * tokens[1], DIM)
     cotangent = cotangent.to(dtype)

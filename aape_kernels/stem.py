@@ -312,7 +312,7 @@ class AaPE(SizedStem):
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # a stem that was pickled whole before it had features
         self.__dict__.setdefault("features", "complex")
 
@@ -342,6 +342,7 @@ class AaPE(SizedStem):
         image = "" if self.img_size is None else f"img_size={self.img_size}, grid_size={self.grid_size}, "
         return (
             f"{sizes}, {image}num_states={self.num_states}, encoder_dim={self.encoder_dim}, window={self.window}, "
-            f"kernel={self.kernel!r}, features={self.features!r}, band=({self.band[0]:.4g}, {self.band[1]:.4g}) rad/frame, "
+            f"kernel={self.kernel!r}, features={self.features!r}, "
+            f"band=({self.band[0]:.4g}, {self.band[1]:.4g}) rad/frame, "
             f"decay=({self.decay[0]:.4g}, {self.decay[1]:.4g}) /frame, layout={self.layout!r}, backend={self.backend!r}"
         )

@@ -165,6 +165,20 @@ TABLE = {
         ValueError,
         r"sblu_w .*: expected shape \(states, 1, 16\)",
     ),
+    "fusion-planes": (
+        call_embed(fusion_w=torch.randn(8, 4, 32)),
+        ValueError,
+        r"fusion_w .*: expected planes 3 \(both\), 2 \(complex\), 1 \(magnitude\), got shape \(8, 4, 32\)",
+    ),
+    "one-state-embed": (
+        call_embed(
+            sblu_w=torch.randn(1, 1, 16), w2=torch.randn(2, 64), b2=torch.randn(2), fusion_w=torch.randn(8, 1, 1)
+        ),
+        ValueError,
+        r"sblu_w \(AaPE's sblu\.weight\): expected at least 2 states for features 'magnitude', .*got 1",
+    ),
+    "one-state": (make(num_states=1), ValueError, "num_states: expected at least 2 states for features 'both', .*got 1"),
+    "features": (make(features="all"), ValueError, "features: expected one of both, complex, magnitude, got 'all'"),
     "fusion-shape": (
         call_embed(fusion_w=torch.randn(8, 64)),
         ValueError,

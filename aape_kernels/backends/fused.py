@@ -63,9 +63,9 @@ class Kernels:
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write features into rows `out`, which may lie apart; with `grad`, the features' cotangent in rows that may lie
-        apart too, also that of y into `grad_y` (tokens, 2S), contiguous, in the arithmetic's dtype. One of out and
-        grad may be missing."""
+        """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`,
+        (tokens, 2S), contiguous, in the arithmetic's dtype. Rows of out and grad may lie apart; either may be missing.
+        """
         raise NotImplementedError
 
     def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:

@@ -1,9 +1,9 @@
-"""A golden stem's outputs with 40 digits, by mpmath and central differences: nothing of the product's, nor of float64's.
+"""A golden stem's outputs with 40 digits, by mpmath and central differences, apart from the product and from float64.
 
     python tests/data/precise.py tests/data/stem-both-quiet.npz        rewrites tokens and gradients
 
-`stem-both-quiet` needs it: as it came it had been computed with log(|y|² + ε²), whose rounding in float64 is 5e-12 of the
-tokens, more than the 1e-12 that float64 is held to (docs/maths.md §6); the other cases agree to 1e-15 as they came.
+`stem-both-quiet` needs it: as it came it had been computed with log(|y|² + ε²), whose rounding in float64 is 5e-12 of
+the tokens, more than the 1e-12 that float64 is held to (docs/maths.md §6). The others agree to 1e-15 as they came.
 """
 
 import sys
