@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ __all__ = [
     "LastCheckpoint",
     "check_resumable",
     "load_encoder",
+    "made_with",
     "one_line",
     "read_pretraining",
 ]
@@ -150,6 +152,23 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: expected a checkpoint to resume from, it lacks {', '.join(missing)}")
 
 
+def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for another checkpoint's.
+
+    Stems from before AaPE had `features` saw responses only, and the MLP had their size: they are those of "complex".
+    """
+    options = dict(checkpoint.get("options", {}))
+    given = options.get("stem_options") or {}
+    last = {"aape": "fusion.weight", "conv+mlp": "branch.4.weight"}.get(options.get("stem", ""))
+    weight = checkpoint.get("state_dict", {}).get(f"objective.student.stem.{last}")
+    if isinstance(weight, Tensor) and "features" not in given:
+        # (D, 2, S) of AaPE, (D, 2S, 1, 1) of the MLP
+        columns = weight.shape[1:].numel()
+        if columns == 2 * given.get("num_states", 32):
+            options["stem_options"] = {**given, "features": "complex"}
+    return options
+
+
 def read_pretraining(
     path: str | os.PathLike[str], part: Part = "teacher"
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
@@ -158,7 +177,7 @@ def read_pretraining(
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    options, prefix = checkpoint.get("options", {}), f"objective.{part}."
+    options, prefix = made_with(checkpoint), f"objective.{part}."
     state = checkpoint.get("state_dict", {})
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     needed = ("size", "stem", "patch_size", "stem_options")

@@ -262,7 +262,8 @@ class FinetuningModule(LightningModule):
         exempt, last = self.model.no_weight_decay(), len(self.model.encoder.layers) + 1
         groups: dict[tuple[int, bool], list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
-            groups.setdefault((_depth(name, last), decays(name, parameter, exempt)), []).append(parameter)
+            if parameter.requires_grad:
+                groups.setdefault((_depth(name, last), decays(name, parameter, exempt)), []).append(parameter)
         return [
             {
                 "params": groups[depth, decayed],

@@ -12,9 +12,21 @@ from torch import Tensor, nn
 
 from aape_kernels import AaPE
 
-__all__ = ["SIZES", "ConvMLPStem", "ConvStem", "Encoder", "Predictor", "Size", "make_stem", "sincos_positions"]
+__all__ = [
+    "PLANES",
+    "SIZES",
+    "ConvMLPStem",
+    "ConvStem",
+    "Encoder",
+    "FixedAaPE",
+    "Predictor",
+    "Size",
+    "make_stem",
+    "sincos_positions",
+]
 
-StemName = Literal["aape", "conv", "conv+mlp"]
+StemName = Literal["aape", "aape-fixed", "conv", "conv+mlp"]
+PLANES = {"complex": 2, "magnitude": 1, "both": 3}  # of what AaPE's fusion sees, by its `features`
 
 
 class Size(NamedTuple):
@@ -58,13 +70,44 @@ class ConvStem(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
+class FixedAaPE(AaPE):
+    """AaPE whose filters are the same for every patch: `encoder.w2` is 0 and the encoder is frozen.
+
+    Decays and frequencies stay at their initial values, the frequencies evenly over the band; filters, magnitudes and
+    fusion are AaPE's and learn as they do there. Arguments and parameters are AaPE's too: a checkpoint of one loads
+    into the other. `requires_grad_(True)` on the whole lets the encoder learn.
+
+    Source: ours; what choosing the filters by the patch brings, beyond having filters.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._fix()
+
+    def reset_parameters(self) -> None:
+        """As the constructor leaves them."""
+        super().reset_parameters()
+        self._fix()
+
+    def _fix(self) -> None:
+        nn.init.zeros_(self.encoder.w2)
+        self.encoder.requires_grad_(False)
+
+
 class ConvMLPStem(ConvStem):
     """The control: the plain patch embedding, and beside it an MLP of the size of AaPE's branch instead of filters.
 
         token = W_p · vec(patch) + b_p + W_y · SiLU(W2 · SiLU(W1 · vec(patch) + b1) + b2)
 
-    with the widths of AaPE's encoder and fusion; W1 is widened so that the parameters are as many as AaPE's, to within
-    half of a hidden unit's, as there is no projection B.
+    with W_y (D, pS) as wide as AaPE's fusion, p = 3 planes for the features "both", 2 for "complex". The hidden width
+    h makes the parameters as many as AaPE's, to within half of a hidden unit's (P + 1 + pS), P being the pixels of a
+    patch: AaPE's encoder (W1, b1, W2, b2) and projection B have H (P + 1) + 2S (H + 1) + S C P_f, and so
+
+        h = round( (H (P + 1) + 2S (H + 1) + S C P_f − pS) / (P + 1 + pS) )
+
+    Args:
+        patch_size, in_chans, embed_dim: of the convolution.
+        num_states, encoder_dim, features: S, H and what tells p, of the AaPE whose size it has.
 
     Source: ours; whether AaPE's gain is its filters', or that of any branch of its size.
     """
@@ -76,17 +119,21 @@ class ConvMLPStem(ConvStem):
         embed_dim: int,
         num_states: int = 32,
         encoder_dim: int = 64,
+        features: str = "both",
     ) -> None:
         super().__init__(patch_size, in_chans, embed_dim)
-        pixels = in_chans * math.prod(self.proj.kernel_size)
+        if features not in PLANES:
+            raise ValueError(f"features: expected one of {', '.join(PLANES)}, got {features!r}")
+        pixels, width = in_chans * math.prod(self.proj.kernel_size), PLANES[features] * num_states
+        encoder = encoder_dim * (pixels + 1) + 2 * num_states * (encoder_dim + 1)
         projection = num_states * in_chans * self.proj.kernel_size[0]
-        hidden = encoder_dim + round(projection / (pixels + 1 + 2 * num_states))
+        hidden = max(1, round((encoder + projection - width) / (pixels + 1 + width)))
         self.branch = nn.Sequential(
             nn.Conv2d(in_chans, hidden, patch_size, patch_size),
             nn.SiLU(),
-            nn.Conv2d(hidden, 2 * num_states, 1),
+            nn.Conv2d(hidden, width, 1),
             nn.SiLU(),
-            nn.Conv2d(2 * num_states, embed_dim, 1, bias=False),
+            nn.Conv2d(width, embed_dim, 1, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,17 +144,20 @@ class ConvMLPStem(ConvStem):
 def make_stem(
     name: StemName, patch_size: int | tuple[int, int], embed_dim: int, options: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """The stem called "aape", "conv" or "conv+mlp", whose tokens see their own patch and nothing else.
+    """The stem of that name, whose tokens see their own patch and nothing else.
 
-    options: further keywords of `AaPE`, or `num_states` and `encoder_dim` of the control; "conv" has none.
+    name: "aape", "aape-fixed" (`FixedAaPE`), "conv" or "conv+mlp" (`ConvMLPStem`).
+    options: further keywords of `AaPE`, for the fixed one too, or `num_states`, `encoder_dim` and `features` of the
+    MLP; "conv" has none.
 
     Errors: `ValueError` for another name, and for an AaPE whose tokens see pixels of their neighbours' patches
     (a window longer than the patch, a shorter stride), which would give masked pre-training's answer away, or not all
     pixels (a longer stride).
     """
     options = dict(options or {})
-    if name == "aape":
-        stem = AaPE(patch_size=patch_size, embed_dim=embed_dim, **options)
+    if name in ("aape", "aape-fixed"):
+        kind = AaPE if name == "aape" else FixedAaPE
+        stem = kind(patch_size=patch_size, embed_dim=embed_dim, **options)
         if stem.window > stem.patch_size[1] or stem.stride != stem.patch_size:
             raise ValueError(
                 f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
@@ -137,7 +187,7 @@ class Encoder(nn.Module):
 
     Args:
         size: "tiny" (D 192, 12 layers, 3 heads), "small" (384, 12, 6), "base" (768, 12, 12), or (D, layers, heads).
-        stem: "aape", "conv" or "conv+mlp" (the control; `ConvMLPStem`).
+        stem: "aape", "aape-fixed" (without adapting), "conv" or "conv+mlp" (of AaPE's size): `make_stem`.
         patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
         stem_options: further keywords of the stem (`make_stem`).
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from aape_kernels import AaPE, sblu
 
+from .model import PLANES
+
 __all__ = ["CheckpointError", "Responses", "kernels", "load_stem", "respond", "strongest_frequency", "untrained_stem"]
 
 
@@ -48,10 +50,10 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
             may stand under a prefix such as `patch_embed.`, in a bigger state dict, itself under a key such as
             `state_dict`. Of several stems the first is taken.
 
-    Patch, states, encoder and embedding sizes follow from the tensors' shapes. What shapes do not tell is taken as
-    the defaults of `AaPE`: stride, window, kernel, band and decay range. Parameters become float32; a stem of layout
-    "TF" becomes the equal one of layout "FT" where its patch is not square (a square one does not tell its layout,
-    which only reorders what `proj` sees).
+    Features and the sizes of patch, states, encoder and embedding follow from the tensors' shapes. What shapes do not
+    tell is taken as the defaults of `AaPE`: stride, window, kernel, band and decay range. Parameters become float32; a
+    stem of layout "TF" becomes the equal one of layout "FT" where its patch is not square (a square one does not tell
+    its layout, which only reorders what `proj` sees).
 
     Errors: `CheckpointError`.
     """
@@ -67,6 +69,7 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
             embed_dim=tensors["proj.weight"].shape[0],
             num_states=tensors["sblu.weight"].shape[0],
             encoder_dim=tensors["encoder.w1"].shape[0],
+            features=_features(tensors["fusion.weight"]),
             bias="proj.bias" in tensors,
         )
         stem.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -78,6 +81,14 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
     if not all(bool(parameter.isfinite().all()) for parameter in stem.parameters()):
         raise CheckpointError("its stem holds weights that are not finite")
     return stem.eval(), prefix
+
+
+def _features(fusion: Tensor) -> str:
+    planes = fusion.shape[1] if fusion.dim() == 3 else None
+    known = {count: features for features, count in PLANES.items()}
+    if planes not in known:
+        raise CheckpointError(f"its fusion.weight is {tuple(fusion.shape)}, expected (D, 1 to 3 planes, S)")
+    return known[planes]
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -150,13 +161,10 @@ class Responses:
     decay: Tensor
 
 
-@torch.no_grad()
 def respond(stem: AaPE, x: Tensor, hop: float) -> Responses:
     """The stem's own y for a spectrogram x (F, T) of frames `hop` seconds apart."""
-    x = x[None, None]
-    decay, frequency = stem.analyse(x)
-    y = sblu(x, decay, frequency, stem.sblu.weight, stem.patch_size, stem.stride, stem.window, stem.kernel)
-    return Responses(y.square().sum(-2)[0], frequency[0] / (2 * math.pi * hop), decay[0] / hop)
+    heard = stem.responses(x[None, None])
+    return Responses(heard.y.square().sum(-2)[0], heard.frequency[0] / (2 * math.pi * hop), heard.decay[0] / hop)
 
 
 def strongest_frequency(responses: Responses) -> float:

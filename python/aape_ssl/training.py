@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._lightning import LightningModule, rank_zero_warn
+from .checkpoints import made_with
 from .masks import MaskSampler
 from .model import Encoder, Predictor, StemName
 from .objective import Pretraining, Terms
@@ -182,7 +183,7 @@ class PretrainingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume as another run."""
-        theirs = checkpoint.get("options", {})
+        theirs = made_with(checkpoint)
         for name, here in self.options.items():
             if theirs.get(name) != here:
                 raise ValueError(f"{name}: the checkpoint was made with {theirs.get(name)!r}, this run has {here!r}")

@@ -87,11 +87,11 @@ def test_filter_statistics():
     assert (moved.decay_at_bounds, moved.frequency_at_bounds) == (0.25, 0.5)
 
 
-@pytest.mark.parametrize("name", ["aape", "conv+mlp"])
+@pytest.mark.parametrize("name", ["aape", "aape-fixed", "conv+mlp"])
 def test_branch_ratio(name):
     """Doubles with the branch, and is that of its own output."""
     stem, x = make_stem(name, 4, 8, {"num_states": 4}), torch.randn(3, 1, 16, 16)
-    last = stem.fusion.weight if name == "aape" else stem.branch[-1].weight
+    last = stem.fusion.weight if name.startswith("aape") else stem.branch[-1].weight
     ratio = diagnostics.branch_ratio(stem, x)
     with torch.no_grad():
         whole = stem(x)
@@ -178,7 +178,7 @@ def test_the_picture_hides_what_the_student_does_not_see():
     torch.testing.assert_close(got[22:].flip(0), attention)
 
 
-@pytest.mark.parametrize("stem", ["aape", "conv", "conv+mlp"])
+@pytest.mark.parametrize("stem", ["aape", "aape-fixed", "conv", "conv+mlp"])
 def test_the_attention_is_the_first_clips_under_its_first_mask(stem):
     objective, x = ssl_case.module(stem=stem).objective, torch.randn(3, 1, 16, 16)
     masks = MaskSampler(2, "random")(torch.arange(3), (4, 4), 0)

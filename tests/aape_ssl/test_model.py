@@ -7,11 +7,12 @@ import torch
 
 from aape_kernels import AaPE
 from aape_ssl.masks import MaskSampler
-from aape_ssl.model import SIZES, ConvMLPStem, Encoder, Predictor, make_stem, sincos_positions
+from aape_ssl.model import SIZES, ConvMLPStem, Encoder, FixedAaPE, Predictor, make_stem, sincos_positions
 
 TINY = (16, 2, 2)
 GRID = (4, 6)
 SMALL_BRANCH = {"num_states": 3, "encoder_dim": 5}
+STEMS = ["aape", "aape-fixed", "conv", "conv+mlp"]
 
 
 def tiny(stem: str = "aape", **options) -> Encoder:
@@ -36,7 +37,7 @@ def test_positions_are_the_formula():
             torch.testing.assert_close(got[i * 5 + j], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("stem", ["aape", "conv", "conv+mlp"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_visible_tokens_are_encoded_each_mask_by_itself(stem):
     """Those of one mask as if it were alone; all of them, in any order, as the whole clip."""
     encoder, x = tiny(stem), clips()
@@ -51,7 +52,7 @@ def test_visible_tokens_are_encoded_each_mask_by_itself(stem):
     torch.testing.assert_close(shuffled, encoder(x).gather(1, order[:, 0, :, None].expand(-1, -1, 16)))
 
 
-@pytest.mark.parametrize("stem", ["aape", "conv", "conv+mlp"])
+@pytest.mark.parametrize("stem", STEMS)
 def test_no_masked_pixel_influences_the_visible_tokens(stem):
     """The gradient is exactly zero, mask by mask, and a masked pixel that is no number changes no bit."""
     encoder, x = tiny(stem), clips().requires_grad_()
@@ -92,12 +93,21 @@ def test_any_grid_with_the_same_weights():
     assert torch.equal(encoder(x), encoder(x[..., :16, :40].clone()))
 
 
+@pytest.mark.parametrize(("features", "planes"), [("both", 3), ("complex", 2), ("magnitude", 1)])
+@pytest.mark.parametrize("states", [8, 16, 32])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_control_is_of_aapes_size(size):
-    dim, hidden = SIZES[size].dim, 64
-    aape, control = (sum(p.numel() for p in make_stem(name, 16, dim).parameters()) for name in ("aape", "conv+mlp"))
-    unit = 256 + 1 + hidden  # parameters of one hidden unit: its row of W1, its bias, its column of W2
+def test_the_control_is_of_aapes_size(size, states, features, planes):
+    dim, options = SIZES[size].dim, {"num_states": states, "features": features}
+    aape, control = (
+        sum(p.numel() for p in make_stem(name, 16, dim, options).parameters()) for name in ("aape", "conv+mlp")
+    )
+    unit = 256 + 1 + planes * states  # parameters of one hidden unit: its row of W1, its bias, its column of W2
     assert abs(aape - control) <= unit / 2
+
+
+def test_the_default_control_is_of_the_default_aapes_size():
+    aape, control = (sum(p.numel() for p in make_stem(name, 16, 192).parameters()) for name in ("aape", "conv+mlp"))
+    assert abs(aape - control) <= (256 + 1 + 96) / 2
 
 
 def test_the_controls_branch_is_a_plain_mlp():
@@ -109,6 +119,29 @@ def test_the_controls_branch_is_a_plain_mlp():
     y = silu(silu(patches @ first.weight.flatten(1).T + first.bias) @ second.weight.flatten(1).T + second.bias)
     expected = patches @ stem.proj.weight.flatten(1).T + stem.proj.bias + y @ last.weight.flatten(1).T
     torch.testing.assert_close(stem(x), expected)
+
+
+def test_fixed_filters_are_those_of_every_patch():
+    """AaPE with its encoder's last weight at 0: the same tokens, filters that no patch moves, and no others learn."""
+    torch.manual_seed(0)
+    fixed = make_stem("aape-fixed", 4, 16, SMALL_BRANCH)
+    torch.manual_seed(0)
+    aape, x = make_stem("aape", 4, 16, SMALL_BRANCH), clips()
+    assert isinstance(fixed, FixedAaPE)
+    assert (aape.analyse(x)[1] - fixed.analyse(x)[1]).abs().max() > 1e-4
+    torch.nn.init.zeros_(aape.encoder.w2)
+    assert torch.equal(fixed(x), aape(x))
+    decay, frequency = fixed.analyse(x)
+    low, high = fixed.band
+    torch.testing.assert_close(frequency, (low + (high - low) * (torch.arange(3) + 0.5) / 3).expand_as(frequency))
+    assert (decay == decay[0, 0, 0]).all()
+    learning = {name for name, parameter in fixed.named_parameters() if parameter.requires_grad}
+    assert learning == {"proj.weight", "proj.bias", "sblu.weight", "fusion.weight"}
+    fixed(x).square().sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in fixed.parameters())
+    fixed.reset_parameters()
+    assert not fixed.encoder.w2.any()
+    assert not fixed.encoder.w1.requires_grad
 
 
 def test_stem_options_reach_aape():
@@ -168,8 +201,12 @@ def test_attention_is_the_softmax():
     [
         (lambda: Encoder("huge"), r"size: expected one of tiny, small, base or \(D, layers, heads\), got 'huge'"),
         (lambda: Encoder((18, 1, 3)), "size: expected a D divisible by 4 and by the heads"),
-        (lambda: tiny("fft"), "stem: expected one of aape, conv, conv[+]mlp, got 'fft'"),
+        (lambda: tiny("fft"), "stem: expected one of aape, aape-fixed, conv, conv[+]mlp, got 'fft'"),
         (lambda: tiny("conv", stem_options={"window": 4}), "stem_options: expected none.*got window"),
+        (
+            lambda: tiny("conv+mlp", stem_options={"features": "phase"}),
+            "features: expected one of complex, magnitude, both, got 'phase'",
+        ),
         (
             lambda: tiny()(torch.zeros(2, 16, 16)),
             r"x: expected shape \(batch, 1, mel bins, frames\), got \(2, 16, 16\)",

@@ -133,7 +133,7 @@ def test_gradients_reach_the_student_and_not_the_teacher():
     assert without == {name for name, _ in model.named_parameters() if name.startswith("teacher.")}
 
 
-@pytest.mark.parametrize("stem", ["aape", "conv", "conv+mlp"])
+@pytest.mark.parametrize("stem", ["aape", "aape-fixed", "conv", "conv+mlp"])
 def test_masked_pixels_reach_the_loss_through_the_teacher_alone(stem):
     """With the teacher's targets held, the loss has exactly no gradient by a pixel that every mask hides."""
     model = pretraining(stem)

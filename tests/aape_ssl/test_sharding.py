@@ -93,8 +93,8 @@ def compile_eagerly(monkeypatch) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stem": "conv+mlp", "contrastive_weight": 0.0}, {"stem": "conv", "compile": True}],
-    ids=["aape", "without the contrastive term", "compiled"],
+    [{}, {"stem": "aape-fixed"}, {"stem": "conv+mlp", "contrastive_weight": 0.0}, {"stem": "conv", "compile": True}],
+    ids=["aape", "fixed filters", "without the contrastive term", "compiled"],
 )
 # dynamo hides it, which a test's filter undoes
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -106,6 +106,8 @@ SIZES = [
     {},
     {"num_states": 5, "encoder_dim": 7, "embed_dim": 24, "bias": False},
     {"patch_size": (8, 12), "embed_dim": 24},
+    {"features": "complex"},
+    {"features": "magnitude", "embed_dim": 24},
 ]
 
 
@@ -165,6 +167,7 @@ BAD_CHECKPOINTS = {
     "a part missing": (_without("encoder.w2"), "lacks encoder.w2"),
     "two channels": (AaPE(in_chans=2, embed_dim=8).state_dict(), "2 input channels"),
     "unequal sizes": ({**AaPE(embed_dim=8).state_dict(), "encoder.b2": torch.zeros(3)}, "do not fit"),
+    "four planes": ({**AaPE(embed_dim=8).state_dict(), "fusion.weight": torch.zeros(8, 4, 32)}, "1 to 3 planes"),
     "wrong rank": ({**AaPE(embed_dim=8).state_dict(), "encoder.w1": torch.zeros(3)}, "do not fit"),
     "not finite": ({**_without("x"), "encoder.b2": torch.full((64,), math.nan)}, "not finite"),
     "code": (AaPE(embed_dim=8), r"got one that torch\.load\(weights_only=True\) refuses"),

@@ -18,6 +18,7 @@ from torch import nn
 from aape_ssl import objective, training
 from aape_ssl._lightning import Callback, CSVLogger
 from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
+from aape_ssl.pretrained import AudioEncoder
 
 
 class StoppedError(Exception):
@@ -161,7 +162,9 @@ def test_what_decays(tmp_path):
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"stem": "conv"}, {"stem": "conv+mlp"}, {"precision": "bf16-mixed"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"stem": "aape-fixed"}, {"stem": "conv"}, {"stem": "conv+mlp"}, {"precision": "bf16-mixed"}]
+)
 def test_it_learns(tmp_path, options):
     """The prediction of the masked tokens of twelve clips gets better than their mean, which is 1."""
     of_trainer = {name: options.pop(name) for name in ["precision"] if name in options}
@@ -182,6 +185,77 @@ def test_the_encoder_of_a_checkpoint(tmp_path, part):
     torch.save({"state_dict": encoder.state_dict()}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=f"other.pt: expected a checkpoint of pre-training with a {part}"):
         load_encoder(tmp_path / "other.pt", part)
+
+
+def as_before_features(path: Path) -> None:
+    """A checkpoint of a "complex" stem as the first release wrote it: its options do not say so."""
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["options"]["stem_options"].pop("features") == "complex"
+    for name in list(checkpoint["state_dict"]._metadata):
+        checkpoint["state_dict"]._metadata[name].pop("version", None)
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("stem", ["aape", "conv+mlp"])
+def test_checkpoints_from_before_features(tmp_path, stem):
+    """They give the tokens they gave, resume to the same bits as "complex" stems, and are refused as others."""
+    options = {"stem": stem, "stem_options": {"num_states": 3}}
+    named = {"stem": stem, "stem_options": {"num_states": 3, "features": "complex"}}
+
+    def fit(folder: Path, options: dict, steps: int = 9) -> dict:
+        last = folder / "last.ckpt"
+        ssl_case.trainer(folder, steps, callbacks=[StopAt(4)] if not last.exists() and steps == 9 else []).fit(
+            ssl_case.module(**options),
+            ssl_case.Tensors(),
+            ckpt_path=str(last) if last.exists() else None,
+            weights_only=True,
+        )
+        return ssl_case.last_checkpoint(folder)
+
+    with pytest.raises(StoppedError):
+        fit(tmp_path / "old", named)
+    x, path = torch.randn(2, 1, 16, 24), tmp_path / "old" / "last.ckpt"
+    before = load_encoder(path)(x)
+    as_before_features(path)
+    assert torch.equal(load_encoder(path)(x), before)
+    with pytest.raises(ValueError, match=r"stem_options: the checkpoint was made with .*'complex'.*, this run") as e:
+        fit(tmp_path / "old", options)
+    assert "\n" not in str(e.value)
+    ssl_case.trainer(tmp_path / "whole").fit(ssl_case.module(**named), ssl_case.Tensors())
+    assert_same_bits(fit(tmp_path / "old", named), ssl_case.last_checkpoint(tmp_path / "whole"))
+
+
+def test_old_exported_encoders_give_the_tokens_they_gave(tmp_path):
+    x, size = torch.randn(2, 1, 128, 32), (16, 1, 2)
+    encoder = AudioEncoder(size, "aape", stem_options={"features": "complex"}).eval()
+    encoder.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"features": "complex"', ""))
+    torch.testing.assert_close(AudioEncoder.from_pretrained(tmp_path).eval()(x), encoder(x))
+
+
+def test_fixed_filters_stay(tmp_path):
+    """Through training, the teacher's average, an interruption and what is read of the checkpoint."""
+    options = {"stem": "aape-fixed", "stem_options": {"num_states": 3}, "weight_decay": 0.5}
+    start = ssl_case.module(**options).objective.student.stem.state_dict()
+    ssl_case.trainer(tmp_path / "whole").fit(ssl_case.module(**options), ssl_case.Tensors())
+    for callbacks in ([StopAt(4)], []):
+        last = tmp_path / "parts" / "last.ckpt"
+        trainer = ssl_case.trainer(tmp_path / "parts", callbacks=callbacks)
+        given = {"ckpt_path": str(last) if last.exists() else None, "weights_only": True}
+        if callbacks:
+            with pytest.raises(StoppedError):
+                trainer.fit(ssl_case.module(**options), ssl_case.Tensors(), **given)
+        else:
+            trainer.fit(ssl_case.module(**options), ssl_case.Tensors(), **given)
+    whole, parts = (ssl_case.last_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert_same_bits(parts, whole)
+    for part in ("student", "teacher"):
+        stem = load_encoder(tmp_path / "parts" / "last.ckpt", part).stem
+        for name, value in stem.state_dict().items():
+            assert torch.equal(value, start[name]) == name.startswith("encoder."), name
+        assert not stem.encoder.w2.any()
+        assert not stem.encoder.w1.requires_grad
 
 
 def test_compiled(tmp_path, monkeypatch):
