@@ -9,7 +9,13 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from aape_kernels.backends.triton import configurations  # noqa: E402  # it imports triton
-from aape_kernels.backends.triton.configurations import CANDIDATES, DEFAULTS, Configuration, configuration  # noqa: E402
+from aape_kernels.backends.triton.configurations import (  # noqa: E402
+    CANDIDATES,
+    DEFAULTS,
+    Configuration,
+    candidates,
+    configuration,
+)
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 FASTEST = CANDIDATES[3]
@@ -67,7 +73,7 @@ def test_no_search_on_the_cpu(search):
 def test_search_takes_the_fastest_and_keeps_it(search):
     file, launched = search
     assert configuration("sblu_fwd", 100, "S=32", GPU, launched.append) == FASTEST
-    assert set(launched) == {DEFAULTS["sblu_fwd", "small"], *CANDIDATES}
+    assert sorted(map(str, launched)) == sorted(map(str, {DEFAULTS["sblu_fwd", "small"], *CANDIDATES}))
     count = len(launched)
     assert configuration("sblu_fwd", 200, "S=32", GPU, launched.append) == FASTEST  # the same size class
     configurations._kept.cache_clear()  # as a new process finds it
@@ -76,6 +82,51 @@ def test_search_takes_the_fastest_and_keeps_it(search):
     configuration("sblu_fwd", 100, "S=8", GPU, launched.append)
     assert len(launched) == 2 * count
     assert len(json.loads(file.read_text())) == 2
+
+
+def test_stages_are_searched_where_they_make_a_difference():
+    assert candidates("sblu_fwd") == CANDIDATES
+    assert {candidate.num_stages for candidate in candidates("stem_fwd")} == {1, 2, 3}
+    assert set(CANDIDATES) < set(candidates("stem_fwd"))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no\nsuch layout"), RuntimeError("Triton Error [CUDA]: invalid argument")]
+)
+def test_a_candidate_that_fails_is_left_out_with_a_line(search, monkeypatch, caplog, error):
+    _, launched = search
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def run(candidate):
+        if candidate.tokens == 16:
+            raise error
+        launched.append(candidate)
+
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, warmup, rep: run() or 1.0)
+    with caplog.at_level(logging.WARNING, logger="aape_kernels"):
+        assert configuration("sblu_fwd", 100, "S=32", GPU, run).tokens == 32
+    failed = [line for line in caplog.messages if "cannot run" in line]
+    assert len(failed) == sum(candidate.tokens == 16 for candidate in CANDIDATES)
+    assert all("Some GPU, sblu_fwd small S=32 with Configuration(tokens=16" in line for line in failed)
+    assert type(error).__name__ in failed[0]
+
+
+def test_a_candidate_that_loses_the_device_ends_the_search(search, monkeypatch):
+    file, launched = search
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def run(candidate):
+        launched.append(candidate)
+        lost()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    message = r"Some GPU, sblu_fwd small S=32 with Configuration\(tokens=16.*the device is lost.*illegal memory access"
+    with pytest.raises(RuntimeError, match=message):
+        configuration("sblu_fwd", 100, "S=32", GPU, run)
+    assert len(launched) == 1
+    assert not file.exists()
 
 
 def test_processes_side_by_side_keep_each_others_results(search):

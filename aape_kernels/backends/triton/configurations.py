@@ -10,14 +10,14 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 
-__all__ = ["CANDIDATES", "DEFAULTS", "Configuration", "configuration"]
+__all__ = ["CANDIDATES", "DEFAULTS", "Configuration", "candidates", "configuration"]
 
 LOG = logging.getLogger("aape_kernels")
 
@@ -57,15 +57,22 @@ DEFAULTS = {
     ("gather", "large"): Configuration(32, 4, 1),
 }
 
-# (major compute capability, kernel, size class) -> what is better there. Twice the tokens of the default read the
-# encoder's weights half as often; eight warps would spill on AMD, whose warps are twice as wide.
-TABLE = {(major, "stem_fwd", "large"): Configuration(32, 8, 1) for major in (8, 9, 10, 12)}
+# (major compute capability, kernel, size class) -> what was measured to be better there. Nothing has been yet.
+TABLE: dict[tuple[int, str, str], Configuration] = {}
 
 # What `AAPE_AUTOTUNE=1` tries.
 CANDIDATES = tuple(
-    Configuration(tokens, warps, stages) for tokens in (16, 32, 64) for warps in (2, 4, 8) for stages in (1, 2, 3)
-    if tokens * 32 <= warps * 32 * 32
-)  # fmt: skip
+    Configuration(tokens, warps, 1) for tokens in (16, 32, 64) for warps in (2, 4, 8) if tokens * 32 <= warps * 32 * 32
+)
+# Kernels whose loops Triton pipelines: to the others the stages make no difference, in the machine code either.
+PIPELINED = ("stem_fwd",)
+STAGES = (1, 2, 3)
+
+
+def candidates(kernel: str) -> tuple[Configuration, ...]:
+    """What a search tries for `kernel`."""
+    stages = STAGES if kernel in PIPELINED else STAGES[:1]
+    return tuple(replace(candidate, num_stages=n) for n in stages for candidate in CANDIDATES)
 
 
 def configuration(
@@ -81,7 +88,7 @@ def configuration(
     found = TABLE.get((_capability(device), kernel, size))
     usual = DEFAULTS[kernel, size] if found is None else found
     if device.type == "cuda" and os.environ.get("AAPE_AUTOTUNE") == "1":
-        return _searched(f"{_machine(device.index or 0)} {kernel} {size} {key}", run, usual)
+        return _searched(f"{_machine(device.index or 0)} {kernel} {size} {key}", kernel, run, usual)
     return usual
 
 
@@ -103,23 +110,43 @@ def cache_file() -> Path:
     return Path(os.environ.get("AAPE_AUTOTUNE_CACHE") or os.path.join(folder, "aape_kernels", "autotune.json"))
 
 
-def _searched(key: str, run: Callable[[Configuration], None], usual: Configuration) -> Configuration:
-    """The fastest candidate by `triton.testing.do_bench`, kept in memory and in `cache_file()`; while a graph is being
-    captured, when nothing can be timed, what was found before or the usual one."""
+def _searched(key: str, kernel: str, run: Callable[[Configuration], None], usual: Configuration) -> Configuration:
+    """The fastest candidate, kept in memory and in `cache_file()`; while a graph is being captured, when nothing can be
+    timed, what was found before or the usual one."""
     kept = _kept()
     if key not in kept:
         if torch.cuda.is_current_stream_capturing():
             return usual
-        times: dict[Configuration, float] = {}
-        for candidate in (usual, *CANDIDATES):
-            try:
-                times[candidate] = triton.testing.do_bench(functools.partial(run, candidate), warmup=5, rep=20)
-            except triton.runtime.errors.OutOfResources:
-                continue
+        times = timed(key, run, dict.fromkeys((usual, *candidates(kernel))))
         kept[key] = min(times, key=times.__getitem__, default=usual)
         LOG.info("AAPE_AUTOTUNE: %s takes %s", key, kept[key])
         _keep(key, kept[key])
     return kept[key]
+
+
+def timed(
+    key: str, run: Callable[[Configuration], None], chosen: Iterable[Configuration]
+) -> dict[Configuration, float]:
+    """Milliseconds of each that can run, by `triton.testing.do_bench`.
+
+    One that cannot is left out, whatever the reason: a search must not fail where the usual configuration works.
+
+    Errors: `RuntimeError` where a candidate has left the device in an error, as an illegal access does: whatever comes
+        after it in this process fails, too.
+    """
+    times: dict[Configuration, float] = {}
+    for candidate in chosen:
+        try:
+            times[candidate] = triton.testing.do_bench(functools.partial(run, candidate), warmup=5, rep=20)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        except Exception as error:
+            try:
+                torch.cuda.synchronize()
+            except Exception as sticky:
+                raise RuntimeError(f"AAPE_AUTOTUNE: {key} with {candidate}: the device is lost: {sticky}") from error
+            LOG.warning("AAPE_AUTOTUNE: %s with %s cannot run: %s: %s", key, candidate, type(error).__name__, error)
+    return times
 
 
 def _read() -> dict[str, Configuration]:
