@@ -10,11 +10,16 @@ from pathlib import Path
 
 from aape_ssl.embedding import cache_folder
 
-__all__ = ["SOUNDFONT", "VOICE", "CorpusError", "fetch"]
+__all__ = ["DRUM_KITS", "DRUM_KITS_OF_HYDROGEN", "LMMS", "SONIC_PI", "SOUNDFONT", "VOICE", "CorpusError", "fetch"]
 
 # package and where in it the sound lies; licences are in the package's usr/share/doc
 SOUNDFONT = ("timgm6mb-soundfont", "usr/share/sounds/sf2/TimGM6mb.sf2")  # 5.4 MB: 128 General MIDI programs
 VOICE = ("gcin-voice", "usr/share/gcin-voice/ogg")  # 7.7 MB: 2,358 Mandarin syllables by two speakers
+# 143, 7, 8 and 22 MB: one-shots of drums and percussion
+DRUM_KITS = ("hydrogen-drumkits", "usr/share/hydrogen/data/drumkits")
+DRUM_KITS_OF_HYDROGEN = ("hydrogen-data", "usr/share/hydrogen/data/drumkits")
+LMMS = ("lmms-common", "usr/share/lmms/samples/drums")
+SONIC_PI = ("sonic-pi-samples", "usr/share/sonic-pi/samples")
 
 
 class CorpusError(RuntimeError):
@@ -27,7 +32,7 @@ def fetch(corpus: tuple[str, str], cache: Path | None = None) -> Path:
     Unpacked beside its place and then moved there, so that no half of a package is ever found.
 
     Args:
-        corpus: `SOUNDFONT` or `VOICE`.
+        corpus: a package and where its sound lies in it, such as `SOUNDFONT`.
         cache: `cache_folder()` unless given.
 
     Errors: `CorpusError`.

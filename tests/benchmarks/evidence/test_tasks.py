@@ -5,7 +5,8 @@ import stat
 import struct
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,17 @@ import torch
 
 from aape_ssl import demo, embedding
 from aape_ssl.sources import find
-from benchmarks.evidence import tasks
-from benchmarks.evidence.corpora import SOUNDFONT, VOICE, CorpusError, fetch
+from benchmarks.evidence import drums, tasks
+from benchmarks.evidence.corpora import (
+    DRUM_KITS,
+    DRUM_KITS_OF_HYDROGEN,
+    LMMS,
+    SONIC_PI,
+    SOUNDFONT,
+    VOICE,
+    CorpusError,
+    fetch,
+)
 from benchmarks.evidence.soundfont import SoundFontError, Synthesiser, components, samples_of
 
 ROOT = Path(__file__).parents[3]
@@ -82,17 +92,30 @@ def tiny_soundfont(path: Path, sharing: dict[int, list[int]]) -> Path:
 
 @pytest.fixture
 def cache(tmp_path):
-    """Both packages, small: every initial with 6 base syllables in up to two tones by two speakers."""
+    """All packages, small: every initial with 6 base syllables in two or three tones by two speakers; 14 kits."""
     tiny_soundfont(tmp_path / "packages" / SOUNDFONT[0] / SOUNDFONT[1], SHARING)
     voice = tmp_path / "packages" / VOICE[0] / VOICE[1]
     for initial in tasks.INITIALS:
         for number, final in enumerate(["ㄚ", "ㄛ", "ㄞ", "ㄠ", "ㄢ", "ㄤ"]):
-            for tone in ("", "3", "4")[number % 2 :]:
+            for tone in ("", "3", "1")[number % 2 :]:
                 (voice / f"{initial}{final}{tone}").mkdir(parents=True)
                 for speaker in (3, 5):
                     (voice / f"{initial}{final}{tone}" / f"{speaker}.ogg").touch()
     (voice / "ㄢ4").mkdir()
     (voice / "ㄢ4" / "3.ogg").touch()
+    kits = ["GMRockKit", "The Black Pearl 1.0", "Gimme A Hand 1.0", *"ABCDEF", "Millo-Drums_v.1", "Millo_MultiLayered2"]
+    for number, kit in enumerate(kits):
+        package, inside = DRUM_KITS_OF_HYDROGEN if number < 3 else DRUM_KITS
+        folder = tmp_path / "packages" / package / inside / kit
+        drumkit(folder, [("Kick", ["kick.wav"]), ("Snare", ["snare.wav"])])
+        noise(folder / "kick.wav", 2 * number)
+        noise(folder / "snare.wav", 2 * number + 1)
+    for number, (package, inside) in enumerate((LMMS, SONIC_PI)):
+        folder = tmp_path / "packages" / package / inside
+        folder.mkdir(parents=True)
+        noise(folder / "kick.wav", 100 + number)
+        noise(folder / "snare.wav", 200 + number)
+    noise(tmp_path / "packages" / LMMS[0] / LMMS[1] / "zap.wav", 300)
     return tmp_path
 
 
@@ -166,7 +189,7 @@ def test_soundfont_tasks(cache, monkeypatch, task):
     tasks.make(task, cache, clips=240)
     assert {path.name: path.read_bytes() for path in manifest.parent.iterdir()} == before
     assert other.read_text() != manifest.read_text()
-    assert sorted(path.name for path in (cache / "tasks").iterdir()) == [f"{task}-seed0-240", f"{task}-seed1-240"]
+    assert sorted(path.name for path in (cache / "tasks").iterdir()) == [f"{task}-v1-seed0-240", f"{task}-v1-seed1-240"]
 
 
 def test_both_soundfont_tasks_have_the_same_folds(cache, monkeypatch):
@@ -183,8 +206,9 @@ def test_a_smaller_task_is_part_of_the_whole(cache, monkeypatch):
     for task in tasks.TASKS:
         whole, part = (find(tasks.make(task, cache, clips=count)) for count in (150, 50))
         strip = [{(clip.name, clip.label, clip.split, clip.group) for clip in clips} for clips in (whole, part)]
-        assert strip[1] < strip[0]
-        assert 40 < len(part) <= 50
+        assert strip[1] <= strip[0]
+        assert 10 < len(part) <= 50
+        assert len(part) < len(whole) or task == "drums"
 
 
 def test_initials(cache):
@@ -196,9 +220,139 @@ def test_initials(cache):
         assert clip.path.resolve().exists()
         syllable = clip.path.parent.name
         assert clip.label == syllable[0] == clip.group[0]
-        assert clip.group == syllable.rstrip("34")
+        assert clip.group == syllable.rstrip("31")
     for fold in "01234":
         assert {clip.label for clip in clips if clip.split == fold} == set(tasks.INITIALS)
+
+
+KIT = """<drumkit_info{namespace}><name>k</name><instrumentList>{instruments}</instrumentList></drumkit_info>"""
+
+
+def drumkit(folder: Path, instruments: list[tuple[str, list[str]]], namespace: str = "") -> None:
+    folder.mkdir(parents=True)
+    text = "".join(
+        f"<instrument><name>{name}</name>"
+        + "".join(f"<layer><filename>{file}</filename></layer>" for file in files)
+        + "</instrument>"
+        for name, files in instruments
+    )
+    (folder / "drumkit.xml").write_text(KIT.format(namespace=namespace, instruments=text))
+
+
+def noise(path: Path, seed: int, samples: int = 2000) -> None:
+    soundfile.write(path, 0.3 * np.random.default_rng(seed).standard_normal(samples), 16000)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Kick-Softest", "kick"),
+        ("drum_bass_hard", "kick"),
+        ("PearlSnareRimshot-Med", "snare"),
+        ("Snare (Pearl Free Floating Maple 14x3.5)", "snare"),
+        ("FloorTom", "tom"),
+        ('Ride (Custom, Zagrebin 22")', "ride/bell"),
+        ("HatPedal-Hard", "closed hi-hat"),
+        ("hhclosed_01", "closed hi-hat"),
+        ("FX_Chh_01", "closed hi-hat"),
+        ("Sabian Hat Semi-Open", "open hi-hat"),
+        ("VP Hat 1 Op", "open hi-hat"),
+        ("Zildjian Splash Choke", "crash/splash"),
+        ("Bell", "ride/bell"),
+        ("SideStick-Soft", "stick/wood"),
+        ("Woodblock Lo", "stick/wood"),
+        ("Agogo High (Pearl ECB-23)", "cowbell/agogo"),
+        ("Finger Snaps", "clap/snap"),
+        ("Sangban1 Bell Hit", None),
+        ("Hat Low", None),
+        ("bass_woodsy_c", None),
+        ("Tambourine Pedal (Pearl PTM-10GH)", None),
+    ],
+)
+def test_drums_are_what_they_are_called(name, expected):
+    assert drums.classes_of(name) == ({expected} if expected else set())
+
+
+def test_drum_recordings(tmp_path):
+    """A label where file and instruments agree; the rest is left out with the reason."""
+    kits, lmms, sonic_pi = (tmp_path / name for name in ("kits", "lmms", "sonic-pi"))
+    named = [("Kick", ["a1.wav", "tom1.wav"]), ("Crash/Ride", ["b.wav"]), ("Conga", ["c.wav"]), ("Snare", ["gone.wav"])]
+    drumkit(kits / "A", named)
+    drumkit(kits / "The Black Pearl 1.0", [("Hat Open", ["h.wav"])], ' xmlns="http://hydrogen.example"')
+    (kits / "no kit").mkdir()
+    lmms.mkdir()
+    sonic_pi.mkdir()
+    for seed, path in enumerate(["A/a1.wav", "A/tom1.wav", "A/b.wav", "A/c.wav", "The Black Pearl 1.0/h.wav"]):
+        noise(kits / path, seed)
+    noise(lmms / "kick9.wav", 0)
+    noise(lmms / "snare1.wav", 9, 559)
+    noise(lmms / "snare2.wav", 9, 560)
+    (lmms / "kick04.ogg").write_bytes(b"RIFF nothing")
+    noise(sonic_pi / "loop_amen.wav", 11)
+    found = {str(each.path.relative_to(tmp_path)): each for each in drums.recordings([kits], lmms, sonic_pi)}
+    assert {path: (each.label, each.group) for path, each in found.items() if each.label} == {
+        "kits/A/a1.wav": ("kick", "A"),
+        "kits/The Black Pearl 1.0/h.wav": ("open hi-hat", "GMRockKit"),
+        "lmms/snare2.wav": ("snare", "lmms"),
+    }
+    assert {path: each.why for path, each in found.items() if not each.label} == {
+        "kits/A/tom1.wav": "called kick and tom",
+        "kits/A/b.wav": "called crash/splash and ride/bell",
+        "kits/A/c.wav": "of no class",
+        "lmms/kick9.wav": "the same samples as ../kits/A/a1.wav",
+        "lmms/snare1.wav": "shorter than two frames: 35 ms",
+        "lmms/kick04.ogg": found["lmms/kick04.ogg"].why,
+        "sonic-pi/loop_amen.wav": "of no class",
+    }
+    assert found["lmms/kick04.ogg"].why.startswith("cannot be decoded: cannot be read as sound")
+    assert not any(each.why for each in found.values() if each.label)
+
+
+def test_drum_task(cache):
+    manifest = tasks.make("drums", cache)
+    clips = find(manifest)
+    folds = check_disjoint(clips)
+    assert folds.keys() == {"GMRockKit", "Millo", *"ABCDEF", "lmms", "sonic-pi"}
+    assert {clip.label for clip in clips} == {"kick", "snare"}
+    for clip in clips:
+        assert clip.path.resolve().exists()
+        assert clip.label in clip.path.stem
+    assert tasks.left_out(manifest) == {
+        "../../packages/lmms-common/usr/share/lmms/samples/drums/zap.wav": "of no class"
+    }
+
+
+def test_tones_are_the_clips_and_folds_of_initials(cache):
+    for most in (None, 150):
+        initials, tones = (find(tasks.make(task, cache, clips=most)) for task in ("initials", "tones"))
+        left = tasks.left_out(tasks.make("tones", cache, clips=most))
+        assert set(left.values()) == {"of the neutral tone"}
+        of = {clip.path.resolve(): clip for clip in initials}
+        assert {clip.path.resolve() for clip in tones} == {path for path in of if not path.parent.name.endswith("1")}
+        assert len(left) == len(initials) - len(tones) > 0
+        for clip in tones:
+            same = of[clip.path.resolve()]
+            assert (clip.name, clip.split, clip.group) == (same.name, same.split, same.group)
+            assert clip.path.parent.name == clip.group + (clip.label if clip.label != "1" else "")
+    assert tasks.TASKS["tones"].held_out == tasks.TASKS["initials"].held_out
+
+
+def test_what_is_left_out_is_said(cache, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "Synthesiser", Sines)
+    folder = cache / "packages" / LMMS[0] / LMMS[1]
+    (folder / "kick04.ogg").write_bytes(b"RIFF nothing")
+    assert tasks.main(["family", "drums", "--cache", str(cache)]) == 0
+    out = capsys.readouterr().out
+    assert "left out: silent 75" in out
+    assert "left out: cannot be decoded 1, of no class 1" in out
+    assert "drums/kick04.ogg: cannot be decoded: cannot be read as sound" in out
+    assert len(tasks.left_out(tasks.make("family", cache))) == 75
+
+
+def test_versions_have_their_own_caches(cache, monkeypatch):
+    first = tasks.make("tones", cache)
+    monkeypatch.setitem(tasks.TASKS, "tones", replace(tasks.TASKS["tones"], version=2))
+    assert tasks.make("tones", cache) != first
 
 
 def test_sizes():
@@ -242,14 +396,16 @@ def test_the_command(cache, monkeypatch, capsys):
     monkeypatch.setattr(tasks, "Synthesiser", Sines)
     monkeypatch.setattr(tasks, "SMALL", 50)
     assert tasks.main(["trill", "initials", "--cache", str(cache), "--small"]) == 0
-    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    assert "  50 clips in " in out
+    paths = [Path(line) for line in out.splitlines() if not line.startswith(" ")]
     counts = [len(find(path)) for path in paths]
     assert 40 < counts[0] <= 50  # without the silent ones
     assert counts[1] == 50
-    assert tasks.main(["trill", "tone", "--cache", str(cache)]) == 1
+    assert tasks.main(["initials", "pitch", "--cache", str(cache)]) == 1
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 1
-    assert captured.err.startswith("tone: task: expected one of trill, family, initials")
+    assert len(captured.out.splitlines()) == 3
+    assert captured.err.startswith("pitch: task: expected one of trill, family, initials, tones, drums")
 
 
 # --- rendering ---
@@ -329,7 +485,7 @@ def test_help_says_what_there_is():
     command = [sys.executable, "-m", "benchmarks.evidence.tasks", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    assert "trill, family, initials" in done.stdout
+    assert "trill, family, initials, tones, drums" in done.stdout
 
 
 def test_real_packages(tmp_path):
@@ -345,6 +501,20 @@ def test_real_packages(tmp_path):
     assert len(initials) == 2111
     assert len(check_disjoint(initials)) == 378
     assert len(initials[0].load()) > 1000
+    assert Counter(clip.label for clip in find(tasks.make("tones", tmp_path))) == {
+        "1": 558,
+        "2": 425,
+        "3": 524,
+        "4": 584,
+    }
+    if all((packages / name / inside).exists() for name, inside in (DRUM_KITS, DRUM_KITS_OF_HYDROGEN, LMMS, SONIC_PI)):
+        found = find(tasks.make("drums", tmp_path))
+        assert len(found) == 628
+        assert len(check_disjoint(found)) == 13
+        assert Counter(clip.label for clip in found) == {
+            "kick": 89, "snare": 120, "tom": 96, "closed hi-hat": 69, "open hi-hat": 54, "crash/splash": 53,
+            "ride/bell": 60, "stick/wood": 32, "cowbell/agogo": 26, "clap/snap": 29,
+        }  # fmt: skip
     pytest.importorskip("tinysoundfont")
     for task, classes in (("trill", 8), ("family", 10)):
         clips = find(tasks.make(task, tmp_path, clips=300))
