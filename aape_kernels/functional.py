@@ -87,7 +87,7 @@ def check_states(states: int, features: str, name: str) -> int:
     """The number of states, at least two where they are standardised."""
     if states < 2 and features != "complex":
         raise ValueError(
-            f"{name}: expected at least 2 states for features {features!r}, as magnitudes are standardised over states, "
+            f"{name}: expected at least 2 states for features {features!r}, as magnitudes are standardised over them, "
             f"got {states}"
         )
     return states

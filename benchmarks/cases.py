@@ -33,9 +33,13 @@ class Sizes:
     states: int = 32
     hidden: int = 64
     kernel: str = "quadrature"
+    features: str = "both"
 
     def __str__(self) -> str:
-        return f"{self.mel_bins} × {self.frames}, D = {self.dim}"
+        usual = Sizes()
+        more = f", S = {self.states}" if self.states != usual.states else ""
+        more += f", {self.features}" if self.features != usual.features else ""
+        return f"{self.mel_bins} × {self.frames}, D = {self.dim}{more}"
 
     @property
     def grid(self) -> PatchGrid:
@@ -58,6 +62,7 @@ class Sizes:
             encoder_dim=self.hidden,
             window=self.window,
             kernel=self.kernel,
+            features=self.features,
             backend=backend,
             **factory,
         )

@@ -24,6 +24,15 @@ OTHERS = {
     "short-D192": Sizes(mel_bins=80, frames=208, dim=192),
 }
 
+# What of the responses reaches the token, and how many states there are to respond.
+FEATURES = {
+    f"{features}-S{states}-D{dim}": Sizes(dim=dim, states=states, features=features)
+    for dim in (768, 192)
+    for states in (16, 32)
+    for features in ("complex", "magnitude", "both")
+    if (dim, states, features) not in {(768, 32, "both"), (192, 32, "both")}  # which are above
+}
+
 IMPORT = """
 import time
 import torch
@@ -46,6 +55,13 @@ def test_stem(benchmark: Any, session: Session, stem: Peer, direction: str, batc
 @directions
 def test_other_sizes(benchmark: Any, session: Session, own_stem: Peer, direction: str, sizes: Sizes) -> None:
     """This package's stems at batch 8 where Conv2d's product is small."""
+    session.measure(benchmark, own_stem, "stem", direction, 8, sizes)
+
+
+@pytest.mark.parametrize("sizes", FEATURES.values(), ids=FEATURES.keys())
+@directions
+def test_features(benchmark: Any, session: Session, own_stem: Peer, direction: str, sizes: Sizes) -> None:
+    """This package's stems at batch 8 by features and states."""
     session.measure(benchmark, own_stem, "stem", direction, 8, sizes)
 
 

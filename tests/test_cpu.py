@@ -14,6 +14,7 @@ from oracle import bound, relative_error
 from aape_kernels import AaPE, ops, sblu
 from aape_kernels.backends import BACKENDS, Call, _log_fallback, choose, cpu, native
 from aape_kernels.geometry import PatchGrid
+from aape_kernels.reference import PLANES
 
 pytestmark = pytest.mark.skipif(not cpu.NATIVE_BUILT, reason="the native module was not built")
 
@@ -209,13 +210,14 @@ def test_only_what_is_asked_for_is_computed():
         assert torch.equal(one[k], every[k])
 
 
-def small_stem():
-    stem = AaPE(patch_size=(3, 4), in_chans=1, embed_dim=3, stride=(2, 3), num_states=2, encoder_dim=3, backend="cpu")
-    return stem.double()
+def small_stem(features="both"):
+    sizes = {"patch_size": (3, 4), "embed_dim": 3, "stride": (2, 3), "num_states": 3, "encoder_dim": 3}
+    return AaPE(**sizes, features=features, backend="cpu").double()
 
 
-def test_derivatives_of_the_whole_stem(isa):
-    stem, x = small_stem(), torch.randn(1, 1, 5, 8, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("features", PLANES)
+def test_derivatives_of_the_whole_stem(isa, features):
+    stem, x = small_stem(features), torch.randn(1, 1, 5, 8, dtype=torch.float64, requires_grad=True)
     names, values = zip(*stem.named_parameters(), strict=True)
 
     def f(x, *values):

@@ -390,6 +390,16 @@ def test_from_conv_computes_what_the_conv_computes(stride, layout, dtype):
     assert stem.fusion.weight.requires_grad
 
 
+@pytest.mark.parametrize("features", PLANES)
+def test_from_conv_is_silent_at_first_whatever_the_features(features):
+    conv, x = nn.Conv2d(1, 24, 16, 16), torch.randn(2, 1, 32, 64)
+    stem = AaPE.from_conv(conv, features=features)
+    assert stem.fusion.weight.shape == (24, PLANES[features], 32)
+    assert relative_error(stem(x), conv(x).flatten(2).transpose(1, 2)) <= 1e-6
+    stem(x).square().sum().backward()
+    assert (stem.fusion.weight.grad.abs().amax((0, 2)) > 0).all()
+
+
 def test_from_conv_moves_with_the_first_step():
     stem = AaPE.from_conv(nn.Conv2d(1, 16, 16, 16))
     stem(torch.randn(1, 1, 32, 32)).square().sum().backward()

@@ -23,6 +23,8 @@ GEOMETRIES = {
     "window-shorter": replace(SMALL, window=2),
     "one-frame": replace(SMALL, patch=(4, 5), stride=(4, 5), window=1),
     "two-channels": replace(SMALL, channels=2, stride=(3, 6)),
+    "complex": replace(SMALL, features="complex"),
+    "magnitude": replace(SMALL, features="magnitude", states=5),
     "one-token": replace(SMALL, mel_bins=4, frames=6),
 }
 CPU = torch.device("cpu")
