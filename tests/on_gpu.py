@@ -2,12 +2,15 @@
 
 import contextlib
 import copy
+import os
+import sys
+import time
 
 import pytest
 import torch
 from checks import compare
 
-from aape_kernels import AaPE, sblu
+from aape_kernels import AaPE, embed, sblu
 from aape_kernels.backends import BACKENDS, Call, reasons
 
 DEVICE = torch.device("cuda")
@@ -23,6 +26,20 @@ def running() -> list[str]:
     if not torch.cuda.is_available():
         return named
     return [name for name, why in reasons(Call("sblu", DEVICE, torch.float32)).items() if why is None and name in named]
+
+
+@pytest.fixture(autouse=True)
+def a_lost_device_ends_the_process():
+    """After an illegal access everything fails in this process: where tests run side by side, a new one takes over."""
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(f"the device is lost to this process: {error}", file=sys.stderr, flush=True)
+        time.sleep(1)  # the failed test is still being reported
+        os._exit(1)
 
 
 def needs(gigabytes: float) -> None:
@@ -43,6 +60,13 @@ def check(inputs, cotangent, options, backend: str) -> None:
     got = run(inputs, cotangent, options, backend)
     want = run([value.double() for value in inputs], cotangent.double(), options, "reference")
     compare(got, want, inputs, inputs[0].dtype)
+
+
+def run_embed(inputs: dict[str, torch.Tensor], cotangent, options, backend: str) -> list[torch.Tensor]:
+    """Tokens and the gradients of `embed`'s tensors, by their names."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    tokens = embed(**{"proj_b": None} | leaves, **options, backend=backend)
+    return [tokens, *torch.autograd.grad(tokens, list(leaves.values()), cotangent)]
 
 
 def filling(sizes, dtype: torch.dtype, kernel="quadrature", **options):

@@ -1,97 +1,128 @@
-"""Every CUDA kernel on a GPU under compute-sanitizer: memcheck, racecheck and initcheck over the golden cases.
+"""Every CUDA kernel on a GPU under compute-sanitizer's tools, all at once, over the golden cases and a few stems.
 
-    python tests/sanitized_on_gpu.py                 each tool in turn, a summary line for each
+    python tests/sanitized_on_gpu.py                 each tool, a summary line for each
+    python tests/sanitized_on_gpu.py memcheck        that one alone
     python tests/sanitized_on_gpu.py --run           the kernels alone: what the tools run
 
-`make gpu` runs it. Status 1 if a tool found something, or ended in a way that it should not; where compute-sanitizer is
-missing or cannot work on this machine, a line says so.
+`make gpu-sanitize` runs it. Status 1 if a tool found something in a kernel of this package, or ended in a way that it
+should not; where compute-sanitizer is missing or cannot work on this machine, a line says so.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 
 import torch
-from cases import GOLDEN, golden
+from cases import GOLDEN, GOLDEN_STEMS, golden, golden_stem
 
-from aape_kernels import ops
-from aape_kernels.backends.cuda import CudaKernels
-from aape_kernels.geometry import PatchGrid
+from aape_kernels import AaPE, embed, sblu
 
-TOOLS = ("memcheck", "racecheck", "initcheck")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # What it says where the machine's runtime does not let it in.
 REFUSED = ("Device not supported", "not supported on this", "Failed to initialize")
-SECONDS = 25
+# How the kernels' names are said: those of libraries, which run among them, are another matter.
+OURS = "aape::"
+SECONDS = 150
+DONE = "golden cases and stems have run"
 
 
-def run(device: torch.device) -> None:
-    """No library's kernels but copies and fills among them: SBLU, then what the stem has besides."""
+def run(device: torch.device, backend: str = "cuda") -> None:
+    """SBLU and the stem with their gradients."""
     for path in GOLDEN:
         inputs, cotangent, options, want = golden(path, torch.float32)
-        *inputs, cotangent = (value.to(device) for value in (*inputs, cotangent))
-        sizes = (options["patch_size"], options["stride"], options["window"], options["kernel"] == "quadrature")
-        y = ops.sblu(*inputs, *sizes, "cuda")
-        ops.sblu_backward(cotangent, *inputs, *sizes, [True] * 4, "cuda")
+        leaves = [value.to(device).requires_grad_() for value in inputs]
+        y = sblu(*leaves, **options, backend=backend)
+        torch.autograd.grad(y, leaves, cotangent.to(device))
         assert torch.allclose(y.cpu().double(), want[0], rtol=1e-3, atol=1e-4), path
-
-        x, _, _, weight = inputs
-        states, grid = weight.shape[0], PatchGrid(*sizes[:3])
-        call = CudaKernels(x, states, grid, sizes[3], time_major=False)
-        units = 40
-        encoder = [
-            torch.rand(*shape, device=device) * 0.1
-            for shape in ((units, call.patch), (units,), (2 * states, units), (2 * states,))
-        ]
-        operand = x.new_empty(call.rows, call.patch + 2 * states)
-        hidden, r = x.new_empty(call.rows, units), x.new_empty(call.rows, 2 * states)
-        ranges = (0.1, 3.0, 0.2, 2.9)
-        call.prologue(*encoder, weight.flatten(1).contiguous(), operand, hidden, r, ranges)
-        patches = x.new_empty(call.rows, call.patch)
-        call.gather(patches)
-        grad_x = torch.empty_like(x)
-        call.overlap_add(patches, grad_x)
-        assert torch.equal(operand[:, : call.patch], patches)
-        assert all(value.isfinite().all() for value in (operand, hidden, r, grad_x))
-    print(f"{len(GOLDEN)} golden cases")
+    for path in GOLDEN_STEMS:
+        inputs, cotangent, options, want = golden_stem(path, torch.float32)
+        leaves = {name: value.to(device).requires_grad_() for name, value in inputs.items()}
+        tokens = embed(**{"proj_b": None} | leaves, **options, backend=backend)
+        torch.autograd.grad(tokens, list(leaves.values()), cotangent.to(device))
+        assert torch.allclose(tokens.cpu().double(), want["tokens"], rtol=1e-3, atol=1e-3), path
+    # the default patch, where kernels take their shortest way, and more states than a block has
+    for states, dtype in ((32, torch.float32), (32, torch.bfloat16), (16, torch.bfloat16), (70, torch.float32)):
+        stem = AaPE(embed_dim=32, num_states=states, backend=backend, device=device, dtype=dtype)
+        x = torch.randn(2, 1, 32, 160, device=device).to(dtype).requires_grad_()
+        tokens = stem(x)
+        gradients = torch.autograd.grad(tokens, [x, *stem.parameters()], torch.randn_like(tokens))
+        assert all(value.isfinite().all() for value in (tokens, *gradients)), (states, dtype)
+    print(DONE)
 
 
-def check(tool: str, sanitizer: str) -> bool:
-    """Whether `tool` has nothing to say."""
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--run"]
-    # an allocation of its own for every tensor, so that what lies beyond one is seen
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    except subprocess.TimeoutExpired:
-        print(f"{tool}: not done in {SECONDS} s")
-        return False
-    said = done.stdout + done.stderr
+@dataclass
+class Check:
+    """One tool at work."""
+
+    tool: str
+    sanitizer: str
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        command = [self.sanitizer, "--tool", self.tool, "--error-exitcode", "9", sys.executable, __file__, "--run"]
+        # an allocation of its own for every tensor, so that what lies beyond one is seen
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, errors="replace",
+            start_new_session=True,
+        )  # fmt: skip
+
+    def clean(self, seconds: float) -> bool:
+        """Whether the tool has nothing to say of this package's kernels; its line is printed."""
+        try:
+            said, _ = self.process.communicate(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it runs
+            said, _ = self.process.communicate()
+            print(f"{self.tool}: FAILED: not done in {time.monotonic() - self.started:.0f} s")
+            print(said[-2000:])
+            return False
+        good, line = verdict(said, self.process.returncode)
+        print(f"{self.tool}: {line}")
+        if not good:
+            print(said[:4000])
+        return good
+
+
+def verdict(said: str, status: int) -> tuple[bool, str]:
+    """Whether a tool's output and status are as they should be, and why in one line."""
+    last = said.strip().splitlines()[-1] if said.strip() else "no output"
     if any(words in said for words in REFUSED):
-        print(f"{tool}: compute-sanitizer cannot work on this machine: {said.strip().splitlines()[-1]}")
-        return True
-    clean = done.returncode == 0 and "golden cases" in said
-    print(f"{tool}: {'clean' if clean else 'FAILED'}; {said.strip().splitlines()[-1] if said.strip() else 'no output'}")
-    if not clean:
-        print(said[-6000:])
-    return clean
+        return True, f"compute-sanitizer cannot work on this machine: {last}"
+    if DONE not in said:
+        return False, f"FAILED: the program did not end well (status {status}): {last}"
+    ours = re.findall(rf"[^\n]*{OURS}[^\n]*", said)
+    if ours:
+        return False, f"FAILED: {len(ours)} lines about this package's kernels; the first: {ours[0].strip()}"
+    return True, "clean" if status == 0 else f"clean but for kernels of other libraries: {last}"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Status of the whole."""
-    if "--run" in sys.argv:
+    if arguments == ["--run"]:
         run(torch.device("cuda"))
         torch.cuda.synchronize()
         return 0
-    sanitizer = shutil.which("compute-sanitizer")
+    unknown = [name for name in arguments if name not in TOOLS]
+    if unknown:
+        print(f"expected some of {', '.join(TOOLS)}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         print("compute-sanitizer was not found: the kernels have not run under it")
         return 0
-    clean = [check(tool, sanitizer) for tool in TOOLS]  # every one, whatever the others say
+    checks = [Check(tool, sanitizer) for tool in arguments or TOOLS]
+    until = time.monotonic() + SECONDS
+    clean = [check.clean(until - time.monotonic()) for check in checks]  # every one, whatever the others say
     return 0 if all(clean) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,9 +6,23 @@ import copy
 
 import pytest
 import torch
-from cases import AWKWARD, GOLDEN, SQUARE, Case, golden
+from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, golden, golden_stem
 from checks import BEYOND, check_strides, compare, far_apart, same_bits
-from on_gpu import DEVICE, FULL, MODEST, check, check_stem, filling, needs, run, run_stem, running, stem_and_input
+from on_gpu import (
+    DEVICE,
+    FULL,
+    MODEST,
+    a_lost_device_ends_the_process,  # noqa: F401  # a fixture
+    check,
+    check_stem,
+    filling,
+    needs,
+    run,
+    run_embed,
+    run_stem,
+    running,
+    stem_and_input,
+)
 from oracle import relative_error
 from test_stem import OPTIONS, small
 
@@ -48,6 +62,30 @@ def test_golden_in_float64(path, gpu):
     compare(run(inputs, cotangent, options, gpu), on_device(want), inputs, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("path", GOLDEN_STEMS, ids=lambda path: path.stem)
+def test_golden_stem(path, dtype, gpu):
+    inputs, cotangent, options, want = golden_stem(path, dtype)
+    inputs, cotangent = {name: value.to(DEVICE) for name, value in inputs.items()}, cotangent.to(DEVICE)
+    if dtype == torch.float32:
+        expected = on_device(want.values())
+    else:
+        wide = {name: value.double() for name, value in inputs.items()}
+        expected = run_embed(wide, cotangent.double(), options, "reference")
+    got = run_embed(inputs, cotangent, options, gpu)
+    compare(got, expected, inputs.values(), dtype, tuple(inputs), whole_stem=True)
+
+
+@pytest.mark.parametrize("path", GOLDEN_STEMS, ids=lambda path: path.stem)
+def test_golden_stem_in_float64(path, gpu):
+    if reasons(Call("embed", DEVICE, torch.float64))[gpu] is not None:
+        pytest.skip(f"{gpu} does not compute in float64")
+    inputs, cotangent, options, want = golden_stem(path, torch.float64)
+    inputs = {name: value.to(DEVICE) for name, value in inputs.items()}
+    got = run_embed(inputs, cotangent.to(DEVICE), options, gpu)
+    compare(got, on_device(want.values()), inputs.values(), torch.float64, tuple(inputs), whole_stem=True)
+
+
 @pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_sblu_at_a_size_that_fills_the_chip(dtype, kernel, gpu):
@@ -73,6 +111,28 @@ def test_blocks_that_are_half_empty(dtype, patch, states, gpu):
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_stem_at_a_size_that_fills_the_chip(dtype, layout, gpu):
     stem, x = stem_and_input(FULL, gpu, dtype, layout=layout)
+    check_stem(stem, x, dtype)
+
+
+@pytest.mark.parametrize("features", ["complex", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stem_of_fewer_features_at_a_size_that_fills_the_chip(dtype, features, gpu):
+    stem, x = stem_and_input(FULL, gpu, dtype, features=features)
+    check_stem(stem, x, dtype)
+
+
+@pytest.mark.parametrize("features", ["both", "complex", "magnitude"])
+@pytest.mark.parametrize("states", [16, 40, 70])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_stem_of_any_number_of_states(dtype, states, features, gpu):
+    """Fewer than a program has at once, a part of a block over, and more than one block."""
+    stem, x = stem_and_input(MODEST | {"states": states}, gpu, dtype, features=features)
+    check_stem(stem, x, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_stem_of_few_states_at_a_size_that_fills_the_chip(dtype, gpu):
+    stem, x = stem_and_input(FULL | {"dim": 192, "states": 16}, gpu, dtype)
     check_stem(stem, x, dtype)
 
 
