@@ -18,7 +18,18 @@ from torch import Tensor
 from .audio import SAMPLE_RATE, AudioError, FrontEnd
 from .sources import Clip
 
-__all__ = ["Encoder", "cache_folder", "cached", "embed", "embed_files", "first_window", "pool", "statistics"]
+__all__ = [
+    "Encoder",
+    "cache_folder",
+    "cached",
+    "embed",
+    "embed_files",
+    "first_window",
+    "named",
+    "own_columns",
+    "pool",
+    "statistics",
+]
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -46,14 +57,19 @@ def pool(tokens: Tensor, grid: tuple[int, int], own: Tensor | None = None) -> Te
     return (x * inside.unsqueeze(2)).sum(1) / own.unsqueeze(1)
 
 
-def _windows(clip: Clip, front_end: FrontEnd, frames: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _windows(
+    clip: Clip, front_end: FrontEnd, frames: int, most: int | None = None, shift: int = 0
+) -> tuple[Tensor, Tensor]:
     """Normalised log-mels of consecutive windows (W, F, frames), and the share of each that is the clip's own, (W).
 
-    The last window is padded with silence. At most `most` windows. Errors: `AudioError`.
+    The last window is padded with silence. At most `most` windows. The clip begins `shift` frames after the first
+    window does, and what is before it counts as its own. Errors: `AudioError`.
     """
-    step = frames * round(front_end.hop * SAMPLE_RATE)
+    hop = round(front_end.hop * SAMPLE_RATE)
+    step = frames * hop
     samples = max(round(front_end.seconds(frames) * SAMPLE_RATE), step)  # the last frame may reach beyond the step
     waveform = clip.load(None if most is None else (step * (most - 1) + samples) / SAMPLE_RATE)
+    waveform = torch.nn.functional.pad(waveform, (shift * hop, 0))
     length = len(waveform)
     count = max(1, -(-(length - (samples - step)) // step))
     count = count if most is None else min(count, most)
@@ -65,31 +81,50 @@ def _windows(clip: Clip, front_end: FrontEnd, frames: int, most: int | None = No
 
 def first_window(clip: Clip, front_end: FrontEnd, frames: int) -> Tensor:
     """The beginning of a clip as normalised log-mel (1, F, frames), padded with silence. Errors: `AudioError`."""
-    return _named(clip, lambda clip: _windows(clip, front_end, frames, 1)[0])
+    return named(clip, lambda clip: _windows(clip, front_end, frames, 1)[0])
 
 
-def _own_columns(own: Tensor, grid: tuple[int, int]) -> Tensor:
+def own_columns(own: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How many columns of tokens (B) hold something of the clip, from the share of the window (B) that it reaches."""
     return (own * grid[1]).ceil().long().clamp(1, grid[1])
 
 
 @torch.inference_mode()
 def embed(
-    encoder: Encoder, clips: Sequence[Clip], front_end: FrontEnd, frames: int, batch_size: int = 64, device: str = "cpu"
+    encoder: Encoder,
+    clips: Sequence[Clip],
+    front_end: FrontEnd,
+    frames: int,
+    batch_size: int = 64,
+    device: str = "cpu",
+    shift: int = 0,
 ) -> Floats:
     """Clip embeddings, (clips, N_f D): each clip's first `frames` frames, padded with silence, encoded and pooled.
 
     Columns of tokens that hold padding only are left out of the mean.
 
-    Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not compare.
+    Args:
+        encoder: (B, 1, F, frames), normalised -> tokens and grid.
+        clips: what to embed.
+        front_end, frames: as in training.
+        batch_size, device: of the encoder's batches.
+        shift: delays each clip by so many frames of silence. Its content moves against the patch grid and nothing of
+            its beginning is lost; `frames` frames are looked at all the same, so that what of the clip reaches beyond
+            them is not. Source: the paper tests robustness to shifts; this definition is ours.
+
+    Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not compare;
+    `ValueError` for a negative shift.
     """
+    if shift < 0:
+        raise ValueError(f"shift: expected at least 0 frames, got {shift}")
     rows = []
     for first in range(0, len(clips), batch_size):
         windows = [
-            _named(clip, lambda clip: _windows(clip, front_end, frames, 1)) for clip in clips[first:][:batch_size]
+            named(clip, lambda clip: _windows(clip, front_end, frames, 1, shift)) for clip in clips[first:][:batch_size]
         ]
         x, own = (torch.cat(parts).to(device) for parts in zip(*windows, strict=True))
         tokens, grid = encoder(x.unsqueeze(1))
-        rows.append(pool(tokens, grid, _own_columns(own, grid)).float().cpu())
+        rows.append(pool(tokens, grid, own_columns(own, grid)).float().cpu())
     return torch.cat(rows).numpy()
 
 
@@ -105,10 +140,11 @@ def statistics(clips: Sequence[Clip], front_end: FrontEnd) -> Floats:
             raise AudioError(f"expected at least 2 frames, got {x.shape[1]}")
         return torch.cat([x.mean(1), x.std(1, correction=0), x.diff(dim=1).abs().mean(1)])
 
-    return torch.stack([_named(clip, row) for clip in clips]).numpy()
+    return torch.stack([named(clip, row) for clip in clips]).numpy()
 
 
-def _named(clip: Clip, compute: Callable[[Clip], T]) -> T:
+def named(clip: Clip, compute: Callable[[Clip], T]) -> T:
+    """What `compute` gives; its `AudioError` begins with the clip's name."""
     try:
         return compute(clip)
     except AudioError as error:
@@ -206,7 +242,7 @@ def embed_files(
         found = []
         for part, share in zip(x.split(batch_size), own.split(batch_size), strict=True):
             tokens, grid = encoder(part.unsqueeze(1).to(device))
-            inside = torch.arange(grid[1]) < _own_columns(share, grid).unsqueeze(1)
+            inside = torch.arange(grid[1]) < own_columns(share, grid).unsqueeze(1)
             found.append(columns(tokens, grid).float().cpu()[inside])
         features = torch.cat(found)
         if level == "clip":

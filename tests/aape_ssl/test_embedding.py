@@ -65,6 +65,19 @@ def test_embed_is_the_encoder_on_each_clip(name):
     np.testing.assert_allclose(got, embed(encoder, CLIPS, front_end, frames, batch_size=1), atol=1e-4)
 
 
+def test_a_shift_delays_the_clip(tmp_path):
+    delayed = []
+    for clip in CLIPS:
+        path = tmp_path / f"{clip.path.stem}.wav"
+        soundfile.write(path, np.pad(clip.load().numpy(), (5 * 160, 0)), 16000, subtype="FLOAT")
+        delayed.append(Clip(path.name, path))
+    got = embed(patches, CLIPS, AUDIOSET128, 96, shift=5)
+    np.testing.assert_allclose(got, embed(patches, delayed, AUDIOSET128, 96), atol=1e-3)
+    assert np.abs(got - embed(patches, CLIPS, AUDIOSET128, 96)).max() > 0.01
+    with pytest.raises(ValueError, match="shift: expected at least 0 frames, got -1"):
+        embed(patches, CLIPS, AUDIOSET128, 96, shift=-1)
+
+
 def test_padding_is_left_out(tmp_path):
     """A clip of 2 columns has the same embedding however many frames are asked for."""
     clip = Clip("loud", tmp_path / "loud.wav")
