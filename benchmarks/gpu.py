@@ -1,9 +1,11 @@
-"""The GPU benchmark as one command: stem and SBLU beside their peers, with the figures the project aims at.
+"""The GPU benchmark: stem and SBLU beside their peers, the steps they are made of, and the figures the project aims at.
 
-python -m benchmarks.gpu --out build/gpu
+python -m benchmarks.gpu --out build/gpu                    the tables
+python -m benchmarks.gpu --out build/gpu --part search      what searching launch configurations would gain
+python -m benchmarks.gpu --out build/gpu --part precision   float32 products as three of TF32 beside exact ones
 
-Writes gpu.json and gpu.md, and rewrites them after every part, so that a run cut short loses only what it had not
-reached; autotune.json holds the launch configurations found. Every part runs whatever became of those before it.
+Writes gpu.json and gpu.md, gpu-search.json or gpu-precision.json, and rewrites them after every case, so that a run cut
+short loses only what it had not reached. Every case runs whatever became of those before it.
 """
 
 from __future__ import annotations
@@ -23,18 +25,23 @@ import torch
 
 from aape_kernels.backends import BACKENDS
 
-from .cases import Problem, Sizes, Truth, truth
+from . import gpu_steps
+from .cases import Problem, Truth, truth
 from .check import BOUNDS, DIRECTIONS, WrongOutput, check, runner
 from .environment import describe_gpu
-from .gpu_cases import BATCHES, MODES, QUICK, floor_bytes, problem_of, work_of
+from .gpu_cases import QUICK, USUAL, Case, cases, floor_bytes, problem_of, work_of
 from .gpu_clock import Clock, graph_of, kernel_times
-from .gpu_search import SEARCHED, compile_ahead, searching
+from .gpu_search import SEARCH_SECONDS, SEARCHED, compile_ahead, search_ahead, searching
 from .gpu_table import figures, render
 from .measure import spread
 from .memory import held_bytes, peak_bytes
 from .peers import CONV2D, Peer, peers
 
 __all__ = ["main"]
+
+FILES = {"tables": "gpu", "search": "gpu-search", "precision": "gpu-precision"}
+# What is taken apart, too, as soon as it has been timed.
+TAKEN_APART = (Case("stem", "bfloat16"), Case("sblu", "float32"), Case("stem", "float32"))
 
 
 def _brief(error: Exception) -> str:
@@ -45,22 +52,23 @@ def _brief(error: Exception) -> str:
 class Run:
     """One run: the device, its clock, and what has been measured so far."""
 
-    def __init__(self, device: torch.device, out: Path, quick: bool, budget: float) -> None:
-        self.device, self.out, self.quick = device, out, quick
-        self.deadline = time.monotonic() + budget
+    def __init__(self, device: torch.device, out: Path, quick: bool, budget: float, part: str = "tables") -> None:
+        self.device, self.out, self.quick, self.part_name = device, out, quick, part
         self.started = time.monotonic()
-        self.sizes, self.batches = (QUICK, (2,)) if quick else (Sizes(), BATCHES)
+        self.deadline = self.started + budget
         self.clock = Clock(device, seconds=0.0, min_rounds=3) if quick else Clock(device)
         machine = describe_gpu(device)
         missing = machine["missing_backends"]["embed"]
         self.backends = [name for name, one in BACKENDS.items() if name not in missing and one.device == device.type]
+        sizes = QUICK if quick else USUAL
         self.data: dict[str, Any] = {
-            "machine": machine, "sizes": str(self.sizes), "batches": list(self.batches), "backends": self.backends,
-            "copy_bytes_per_second": None, "rows": [], "tuned": [], "configurations": [], "precision": [],
-            "kernels": [], "figures": [], "faults": [],
+            "machine": machine, "spectrogram": f"{sizes.mel_bins} × {sizes.frames}", "backends": self.backends,
+            "copy_bytes_per_second": None, "matmul_per_second": None, "rows": [], "steps": [], "kernels": [],
+            "tuned": [], "searches": [], "precision": [], "figures": [], "faults": [], "not_run": [],
         }  # fmt: skip
-        self._problems: dict[tuple[str, str, int], Problem] = {}
-        self._truths: dict[tuple[str, str, int, str], Truth] = {}
+        self._problem: tuple[Case, Problem] | None = None
+        self._truths: dict[str, Truth] = {}
+        self._conv_graphs: dict[tuple[Case, str], dict[str, float] | None] = {}
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.started:6.1f} s] {text}", flush=True)
@@ -70,14 +78,16 @@ class Run:
         self.data["faults"].append(text)
 
     def save(self) -> None:
-        """Both files as of now."""
-        self.data["figures"] = figures(self.data)
-        (self.out / "gpu.json").write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        (self.out / "gpu.md").write_text(render(self.data), encoding="utf-8")
+        """The files as of now."""
+        self.data["figures"] = figures(self.data) if self.part_name == "tables" else []
+        path = self.out / f"{FILES[self.part_name]}.json"
+        path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        if self.part_name == "tables":
+            path.with_suffix(".md").write_text(render(self.data), encoding="utf-8")
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """One part: what goes wrong in it is a fault, and the next one runs."""
+    def section(self, name: str) -> Iterator[None]:
+        """What goes wrong in it is a fault, and the next one runs."""
         self.say(name)
         try:
             yield
@@ -86,51 +96,57 @@ class Run:
             self.fault(f"{name}: {_brief(error)}")
         self.save()
 
-    def problem(self, op: str, mode: str, batch: int) -> Problem:
+    def problem(self, case: Case) -> Problem:
         """Kept for one case only: a batch of 64 is large."""
-        key = op, mode, batch
-        if key not in self._problems:
-            self._problems.clear()
+        if self._problem is None or self._problem[0].key != case.key:
+            self._problem = None
             self._truths.clear()
-            self._problems[key] = problem_of(op, mode, self.sizes, batch, self.device)
-        return self._problems[key]
+            self._problem = case, problem_of(case, self.device)
+        return self._problem[1]
 
-    def truth(self, op: str, mode: str, batch: int, formula: str) -> Truth:
+    def truth(self, case: Case, formula: str) -> Truth:
         """The float64 result of one case."""
-        problem = self.problem(op, mode, batch)
-        key = op, mode, batch, formula
-        if key not in self._truths:
-            self._truths[key] = truth(problem, formula)
-        return self._truths[key]
+        problem = self.problem(case)
+        if formula not in self._truths:
+            self._truths[formula] = truth(problem, formula)
+        return self._truths[formula]
 
-    def peers(self, op: str, mode: str, batch: int) -> list[Peer]:
-        """Those of a case: compiled ones only where a figure asks for them, as each takes half a minute to compile."""
-        dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
-        asked = op == "sblu" and mode == "float32" and batch == max(self.batches) and not self.quick
-        chosen = [peer for peer in peers(op, self.device, dtype) if asked or not peer.compiled]
+    def peers(self, case: Case) -> list[Peer]:
+        """Those of a case."""
+        if not (case.others or case.compiled):
+            return self.ours(case.op)
+        dtype = torch.bfloat16 if case.mode == "bfloat16" else torch.float32
+        chosen = [peer for peer in peers(case.op, self.device, dtype) if peer.compiled == case.compiled]
         # complex numbers have no 16 bits
         return [peer for peer in chosen if dtype == torch.float32 or "complex" not in peer.name]
 
-    def row(self, peer: Peer, op: str, mode: str, direction: str, batch: int) -> dict[str, Any]:
+    def ours(self, op: str) -> list[Peer]:
+        """This package's GPU backends."""
+        names = {f"{'AaPE' if op == 'stem' else 'sblu'}, {backend}" for backend in self.backends}
+        return [peer for peer in peers(op, self.device) if peer.name in names]
+
+    def row(self, peer: Peer, case: Case, direction: str) -> dict[str, Any]:
         """Check one peer and time it. A wrong one raises `WrongOutput`."""
-        problem = self.problem(op, mode, batch)
+        problem = self.problem(case)
         if peer.compiled:
             torch.compiler.reset()  # every one starts from nothing, as where it was compiled ahead
-        work = work_of(peer, problem, mode)
-        errors = check(work, direction, problem, self.truth(op, mode, batch, peer.formula))
+        work = work_of(peer, problem, case.mode)
+        errors = check(work, direction, problem, self.truth(case, peer.formula))
         call = runner(work, direction, problem.cotangent)
-        row: dict[str, Any] = {"op": op, "mode": mode, "direction": direction, "batch": batch, "peer": peer.name}
-        plain = runner(work_of(CONV2D, problem, mode), direction, problem.cotangent) if op == "stem" else None
-        if plain is not None:
+        row: dict[str, Any] = case.key | {"direction": direction, "peer": peer.name}
+        if case.op == "stem":
+            plain = runner(work_of(CONV2D, problem, case.mode), direction, problem.cotangent)
             conv, mine = self.clock.times(plain, call)
             row["conv2d_ms"] = spread(conv)
             row["ratio"] = spread([a / b for a, b in zip(mine, conv, strict=True)])
+            if (case, direction) not in self._conv_graphs:
+                self._conv_graphs[case, direction] = self.graph(plain)[0]
         else:
             (mine,) = self.clock.times(call)
             row["floor_bytes"] = floor_bytes(problem)
         given = [problem.x, *problem.parameters.values(), *work.wrt.values()]
         graph_ms, why = self.graph(call)
-        conv_ms = None if plain is None or graph_ms is None else self.graph(plain)[0]
+        conv_ms = self._conv_graphs.get((case, direction))
         return row | {
             "ms": spread(mine),
             "rounds": len(mine),
@@ -153,118 +169,127 @@ class Run:
             torch.cuda.synchronize()
             return None, _brief(error)
 
-    def rows(self, into: str, op: str, mode: str, batch: int, chosen: list[Peer]) -> None:
+    def rows(self, into: str, case: Case, chosen: list[Peer]) -> None:
         """The rows of one case, both directions."""
         for direction in DIRECTIONS:
             for peer in chosen:
                 try:
-                    row = self.row(peer, op, mode, direction, batch)
+                    row = self.row(peer, case, direction)
                 except WrongOutput as error:
-                    self.fault(f"{peer.name}, {mode}, batch {batch}: {error}")
-                    row = {"op": op, "mode": mode, "direction": direction, "batch": batch, "peer": peer.name,
-                           "refused": str(error)}  # fmt: skip
+                    self.fault(f"{case}: {peer.name}: {error}")
+                    row = case.key | {"direction": direction, "peer": peer.name, "refused": str(error)}
                 except Exception as error:
                     traceback.print_exc()
-                    self.fault(f"{peer.name}, {op}, {mode}, {direction}, batch {batch}: {_brief(error)}")
+                    self.fault(f"{case}: {peer.name}, {direction}: {_brief(error)}")
                     continue
                 self.data[into].append(row)
                 if "ms" in row:
                     graph = "" if row["graph_ms"] is None else f", as a graph {row['graph_ms']['median']:.3f} ms"
-                    self.say(f"  {op}, {mode}, {direction}, B{batch}, {peer.name}: {row['ms']['median']:.3f} ms{graph}")
+                    self.say(f"  {case}: {peer.name}, {direction}: {row['ms']['median']:.3f} ms{graph}")
 
-    def ours(self, op: str) -> list[Peer]:
-        """This package's GPU backends."""
-        names = {f"{'AaPE' if op == 'stem' else 'sblu'}, {backend}" for backend in self.backends}
-        return [peer for peer in peers(op, self.device) if peer.name in names]
-
-    def in_time(self, part: str) -> bool:
-        """Whether there is time for one more part; a part left out is a fault."""
+    def in_time(self, what: str) -> bool:
+        """Whether there is time for one more."""
         if time.monotonic() < self.deadline:
             return True
-        self.fault(f"{part}: not run, the time for the benchmark was over")
+        self.say(f"not run, the time for the benchmark is over: {what}")
+        self.data["not_run"].append(what)
         self.save()
         return False
 
-    def everything(self) -> None:
-        """All parts, the figures' own rows first."""
-        largest = max(self.batches)
-        with self.part("copy bandwidth"):
+    def ceilings(self) -> None:
+        """What the card does at most."""
+        with self.section("the card's ceilings"):
             self.data["copy_bytes_per_second"] = self.clock.copy_bandwidth()
-            self.say(f"  {self.data['copy_bytes_per_second'] / 1e9:.0f} GB/s")
-        if self.device.type == "cuda":
-            if not self.backends:
-                self.fault(f"no GPU backend can run here: {self.data['machine']['missing_backends']['embed']}")
-            if not self.quick:
-                with self.part("compiling ahead"):
-                    self.say(f"  {compile_ahead(self.device, largest, 'triton' in self.backends)}")
-        cases = [
-            (op, mode, batch) for batch in sorted(self.batches, reverse=True) for op in MODES for mode in MODES[op]
-        ]
-        for op, mode, batch in cases:
-            if self.in_time(f"{op}, {mode}, batch {batch}"):
-                with self.part(f"{op}, {mode}, batch {batch}"):
-                    self.rows("rows", op, mode, batch, self.peers(op, mode, batch))
-        if self.device.type != "cuda":
-            return
-        for op, mode in (("stem", "bfloat16"), ("sblu", "float32")):
-            if self.in_time(f"kernels of {op}"):
-                with self.part(f"kernels of {op}, {mode}, batch {largest}"):
-                    self.kernels(op, mode, largest)
-        if "triton" not in self.backends:
-            return
-        if self.in_time("float32 as tf32x3"):
-            with self.part("float32 as tf32x3"):
-                self.precision(largest)
-        if self.in_time("AAPE_AUTOTUNE=1"):
-            with self.part("AAPE_AUTOTUNE=1"):
-                self.tuned(largest)
+            self.say(f"  copying {self.data['copy_bytes_per_second'] / 1e9:.0f} GB/s")
+            self.data["matmul_per_second"] = self.clock.matmul_rate()
+            self.say(f"  bfloat16 products {self.data['matmul_per_second'] / 1e12:.0f} TFLOP/s")
 
-    def kernels(self, op: str, mode: str, batch: int) -> None:
+    def tables(self) -> None:
+        """All cases, the figures' own rows first; what is slow or new to the project is taken apart in between."""
+        self.ceilings()
+        if self.device.type == "cuda" and not self.backends:
+            self.fault(f"no GPU backend can run here: {self.data['machine']['missing_backends']['embed']}")
+        for case in cases(self.quick):
+            if self.in_time(str(case)):
+                with self.section(str(case)):
+                    self.rows("rows", case, self.peers(case))
+            apart = next((one for one in TAKEN_APART if one.key == case.key), None)
+            if apart and self.device.type == "cuda" and not case.compiled and self.in_time(f"{case}, taken apart"):
+                with self.section(f"{case}, taken apart"):
+                    self.steps(case)
+                    self.kernels(case)
+
+    def steps(self, case: Case) -> None:
+        """The steps of a forward and backward of each of this package's backends."""
+        problem = self.problem(case)
+        for peer in self.ours(case.op):
+            kernels = gpu_steps.kernels_of(peer.name.rpartition(" ")[2])
+            if kernels is None:
+                continue
+            with gpu_steps.recording(kernels) as steps:
+                runner(work_of(peer, problem, case.mode), DIRECTIONS[1], problem.cotangent)()
+            timed = [
+                {"step": step.name, "ms": gpu_steps.times(self.clock, step), "floor_bytes": step.floor_bytes}
+                for step in steps
+            ]
+            self.data["steps"].append({"call": f"{case}: {peer.name}", "steps": timed})
+
+    def kernels(self, case: Case) -> None:
         """The kernels of one call of each of this package's backends, and of Conv2d beside a stem."""
-        problem = self.problem(op, mode, batch)
-        for peer in [*self.ours(op), *([CONV2D] if op == "stem" else [])]:
+        problem = self.problem(case)
+        for peer in [*self.ours(case.op), *([CONV2D] if case.op == "stem" else [])]:
             for direction in DIRECTIONS:
-                found = kernel_times(runner(work_of(peer, problem, mode), direction, problem.cotangent))
-                name = f"{peer.name}, {op}, {mode}, {direction}, batch {batch}"
+                found = kernel_times(runner(work_of(peer, problem, case.mode), direction, problem.cotangent))
+                name = f"{case}: {peer.name}, {direction}"
                 if found:
                     self.data["kernels"].append({"call": name, "kernels": found})
                 else:
                     self.say(f"  {name}: the profiler has seen no kernel")
 
-    def precision(self, batch: int) -> None:
+    def precision(self) -> None:
         """Time and error of Triton's float32 products, exact and as three of TF32: to decide between them."""
         from aape_kernels.backends.triton import launch
 
-        for op in MODES:
-            problem = self.problem(op, "float32", batch)
-            (peer,) = (peer for peer in self.ours(op) if peer.name.endswith("triton"))
-            for direction in DIRECTIONS:
-                for precision in ("ieee", "tf32x3"):
-                    with mock.patch.object(launch, "_precision", lambda device, chosen=precision: chosen):
-                        # as wrong as it may be: the error is what is asked for
-                        free = (float("inf"), float("inf"))
-                        with mock.patch.dict(BOUNDS, dict.fromkeys(BOUNDS, free)):
-                            work = work_of(peer, problem, "float32")
-                            errors = check(work, direction, problem, self.truth(op, "float32", batch, peer.formula))
-                        call = runner(work, direction, problem.cotangent)
-                        (times,) = self.clock.times(call)
-                        graph_ms, _ = self.graph(call)
-                    one = {"peer": peer.name, "direction": direction, "batch": batch, "precision": precision,
-                           "ms": spread(times), "graph_ms": graph_ms, "errors": errors}  # fmt: skip
-                    self.data["precision"].append(one)
-                    self.say(f"  {peer.name}, {direction}, {precision}: {one['ms']['median']:.3f} ms, {errors}")
+        for case in (Case("stem", "float32"), Case("sblu", "float32")):
+            if not self.in_time(f"{case}, products of float32"):
+                continue
+            with self.section(f"{case}, products of float32"):
+                problem = self.problem(case)
+                (peer,) = (peer for peer in self.ours(case.op) if peer.name.endswith("triton"))
+                for direction in DIRECTIONS:
+                    for precision in ("ieee", "tf32x3"):
+                        with mock.patch.object(launch, "_precision", lambda device, chosen=precision: chosen):
+                            # as wrong as it may be: the error is what is asked for
+                            free = (float("inf"), float("inf"))
+                            with mock.patch.dict(BOUNDS, dict.fromkeys(BOUNDS, free)):
+                                work = work_of(peer, problem, case.mode)
+                                errors = check(work, direction, problem, self.truth(case, peer.formula))
+                            call = runner(work, direction, problem.cotangent)
+                            (times,) = self.clock.times(call)
+                            graph_ms, _ = self.graph(call)
+                        one = {"peer": peer.name, "direction": direction, "precision": precision,
+                               "ms": spread(times), "graph_ms": graph_ms, "errors": errors}  # fmt: skip
+                        self.data["precision"].append(one)
+                        self.say(f"  {peer.name}, {direction}, {precision}: {one['ms']['median']:.3f} ms, {errors}")
 
-    def tuned(self, batch: int) -> None:
-        """This package's Triton rows again, each kernel with the fastest configuration that a search finds."""
+    def search(self) -> None:
+        """This package's Triton rows as they are and with the fastest configuration that a search finds."""
+        with self.section("compiling what is searched"):
+            self.say(f"  {compile_ahead(search_ahead(self.device), SEARCH_SECONDS)}")
         file = self.out / "autotune.json"
         file.unlink(missing_ok=True)
-        for op, mode in SEARCHED:
-            with searching(file) as chosen:
-                own = [peer for peer in self.ours(op) if peer.name.endswith("triton")]
-                self.rows("tuned", op, mode, batch, own)
-            for (kernel, rows, _), found in chosen.items():
-                sizes = {name: getattr(found, name) for name in ("tokens", "num_warps", "num_stages")}
-                self.data["configurations"].append({"kernel": kernel, "rows": rows, "of": f"{op}, {mode}", **sizes})
+        for case in SEARCHED:
+            if not self.in_time(str(case)):
+                continue
+            with self.section(str(case)):
+                own = [peer for peer in self.ours(case.op) if peer.name.endswith("triton")]
+                self.rows("rows", case, own)
+                with searching(file) as found:
+                    self.rows("tuned", case, own)
+                for one in found:
+                    each = [{"tokens": c.tokens, "num_warps": c.num_warps, "num_stages": c.num_stages, "ms": ms}
+                            for c, ms in one.times.items()]  # fmt: skip
+                    self.data["searches"].append({"kernel": one.kernel, "of": str(case), "candidates": each})
 
 
 def refusal(name: str) -> str | None:
@@ -283,16 +308,19 @@ def refusal(name: str) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 1 if any part failed, or 2 where it could not start."""
+    """The command line; returns 0, 1 if anything failed, 2 where it could not start, 3 if time was short for a part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), metavar="FOLDER", help="default: %(default)s")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a trial (default: %(default)s)")
+    parser.add_argument("--part", choices=FILES, default="tables", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, nothing compiled: to try the command itself")
     parser.add_argument(
-        "--budget", type=float, default=180, metavar="SECONDS", help="no part starts later (default: %(default)s)"
+        "--budget", type=float, default=180, metavar="SECONDS", help="no case starts later (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     why = refusal(options.device)
+    if why is None and options.part != "tables" and torch.device(options.device).type != "cuda":
+        why = f"--part {options.part}: needs a CUDA device"
     if why is not None:
         print(f"{parser.prog}: {why}", file=sys.stderr)
         return 2
@@ -306,11 +334,17 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{parser.prog}: --out {options.out}: {error.strerror}", file=sys.stderr)
         return 2
-    run = Run(device, options.out, options.quick, options.budget)
-    run.everything()
+    run = Run(device, options.out, options.quick, options.budget, options.part)
+    if options.part != "tables" and "triton" not in run.backends:
+        print(f"{parser.prog}: --part {options.part}: the Triton backend does not run here", file=sys.stderr)
+        return 2
+    getattr(run, options.part)()
     run.save()
     print(render(run.data))
-    return 1 if run.data["faults"] else 0
+    faults, not_run = len(run.data["faults"]), len(run.data["not_run"])
+    rows = sum(len(run.data[name]) for name in ("rows", "tuned", "precision"))
+    print(f"{rows} rows; {faults} failed or refused; {not_run} cases not run")
+    return 1 if faults else 3 if not_run else 0
 
 
 if __name__ == "__main__":

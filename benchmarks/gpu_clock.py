@@ -1,4 +1,4 @@
-"""Clocks of the GPU benchmark: calls by events with a cold cache, graphs, copy bandwidth, times by kernel.
+"""Clocks of the GPU benchmark: calls by events with a cold cache, graphs, the card's ceilings, times by kernel.
 
 Each works on a CPU as well, by the host's clock and without graphs, so that it can be tried without a GPU.
 """
@@ -29,7 +29,7 @@ class Clock:
     """
 
     device: torch.device
-    seconds: float = 0.4
+    seconds: float = 0.15
     min_rounds: int = 10
     _buffer: torch.Tensor = field(init=False, repr=False)
 
@@ -87,6 +87,14 @@ class Clock:
         target = torch.empty_like(source)
         (times,) = self.times(lambda: target.copy_(source))
         return 2 * size / (1e-3 * statistics.median(times))
+
+    def matmul_rate(self, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Operations a second of a large square product, a multiply-add counted as two, of random numbers: zeros run
+        faster."""
+        size = 8192 if self.device.type == "cuda" else 128
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        (times,) = self.times(lambda: a @ b)
+        return 2 * size**3 / (1e-3 * statistics.median(times))
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], None]:

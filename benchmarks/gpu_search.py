@@ -1,6 +1,7 @@
 """The Triton backend with searched configurations, and compiling ahead of the GPU benchmark, side by side.
 
-`python -m benchmarks.gpu_search DEVICE K N` compiles the Kth of N parts of what a search tries.
+python -m benchmarks.gpu_search peers DEVICE      what torch.compile makes of the peers
+python -m benchmarks.gpu_search DEVICE K N        the Kth of N parts of what a search tries
 """
 
 from __future__ import annotations
@@ -13,67 +14,71 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from .cases import Sizes
 from .check import DIRECTIONS, runner
-from .gpu_cases import BATCHES, problem_of, work_of
+from .gpu_cases import LARGE, Case, problem_of, work_of
 from .gpu_table import COMPILED
 from .peers import peers
 
-__all__ = ["SEARCHED", "compile_ahead", "main", "searching"]
+__all__ = ["SEARCHED", "SEARCH_SECONDS", "Found", "compile_ahead", "main", "peers_ahead", "search_ahead", "searching"]
 
-SEARCHED = (("sblu", "float32"), ("sblu", "bfloat16"), ("stem", "float32"), ("stem", "bfloat16"))  # op, mode
-SECONDS = 80  # that compiling ahead may take
+SEARCHED = (Case("stem", "bfloat16"), Case("stem", "float32"), Case("sblu", "float32"), Case("sblu", "bfloat16"))
+# Seconds that compiling ahead may take: the peers' beside the tests, a search's before it.
+PEERS_SECONDS, SEARCH_SECONDS = 170, 80
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one search has timed, in milliseconds, the usual configuration first."""
+
+    kernel: str
+    times: dict[Any, float]
 
 
 @contextlib.contextmanager
-def searching(file: Path) -> Iterator[dict[tuple[str, int, str], Any]]:
-    """AAPE_AUTOTUNE=1 with its cache in `file`; what was chosen, by kernel, tokens and key."""
-    from aape_kernels.backends.triton import configurations, launch
+def searching(file: Path) -> Iterator[list[Found]]:
+    """AAPE_AUTOTUNE=1 with its cache in `file`; what is searched meanwhile."""
+    from aape_kernels.backends.triton import configurations
 
-    chosen: dict[tuple[str, int, str], Any] = {}
-    plain = launch.configuration
+    found: list[Found] = []
+    kernels = sorted({kernel for kernel, _ in configurations.DEFAULTS})
+    plain = configurations.timed
 
-    def choose(kernel: str, rows: int, key: str, *rest: Any) -> Any:
-        found = chosen[kernel, rows, key] = plain(kernel, rows, key, *rest)
-        return found
+    def timed(key: str, *rest: Any) -> dict[Any, float]:
+        times = plain(key, *rest)
+        found.append(Found(next(kernel for kernel in kernels if f" {kernel} " in key), times))
+        return times
 
     configurations._kept.cache_clear()
     try:
         with (
             mock.patch.dict(os.environ, AAPE_AUTOTUNE="1", AAPE_AUTOTUNE_CACHE=str(file)),
-            mock.patch.object(launch, "configuration", choose),
+            mock.patch.object(configurations, "timed", timed),
         ):
-            yield chosen
+            yield found
     finally:
         configurations._kept.cache_clear()
 
 
-def compile_ahead(device: torch.device, batch: int, search: bool) -> str:
-    """Compile in other processes what would otherwise be compiled one after the other: the compiled peers at `batch`
-    and, if asked, every configuration that a search tries. Their caches on disk serve the rows; what is not there in
-    time is compiled later. Returns how it went; what failed is printed.
+def compile_ahead(commands: list[list[str]], seconds: float) -> str:
+    """Run modules side by side, in other processes, for what they leave in the compilers' caches on disk; what is not
+    there in time is compiled later. Returns how it went; what failed is printed.
     """
-    # Horner's forward is the same graph in both directions
-    jobs = [*((COMPILED[0], direction) for direction in DIRECTIONS), (COMPILED[1], DIRECTIONS[1])]
-    commands = [
-        ["benchmarks.warm", str(device), str(torch.get_num_threads()), json.dumps([["sblu", peer, direction, batch]])]
-        for peer, direction in jobs
-    ]
-    if search:
-        parts = max(1, min(12, (os.cpu_count() or 1) - len(commands)))
-        commands += [["benchmarks.gpu_search", str(device), str(part), str(parts)] for part in range(parts)]
+    # each compiles on its own thread: with helpers of their own they would only be in each other's way
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    root = Path(__file__).parents[1]
     with tempfile.TemporaryFile() as log:
         workers = [
-            subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log, cwd=Path(__file__).parents[1])
+            subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log, cwd=root, env=environment)
             for command in commands
         ]
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + seconds
         late = failed = 0
         for worker in workers:
             try:
@@ -88,14 +93,35 @@ def compile_ahead(device: torch.device, batch: int, search: bool) -> str:
     return f"{len(workers)} processes, {late} not in time, {failed} failed"
 
 
-def main(device_name: str, part: str, parts: str) -> None:
-    """Compile every `parts`th configuration that a search tries, from the `part`th on, by one launch of each."""
+def peers_ahead(device: torch.device) -> list[list[str]]:
+    """The commands that compile the compiled peers."""
+    # Horner's forward is the same graph in both directions
+    jobs = [*((COMPILED[0], direction) for direction in DIRECTIONS), (COMPILED[1], DIRECTIONS[1])]
+    threads = str(torch.get_num_threads())
+    return [
+        ["benchmarks.warm", str(device), threads, json.dumps([["sblu", peer, direction, LARGE]])]
+        for peer, direction in jobs
+    ]
+
+
+def search_ahead(device: torch.device) -> list[list[str]]:
+    """The commands that compile what a search tries, one for each part."""
+    parts = max(1, min(12, (os.cpu_count() or 1) - 2))
+    return [["benchmarks.gpu_search", str(device), str(part), str(parts)] for part in range(parts)]
+
+
+def main(*arguments: str) -> None:
+    """Compile the compiled peers; or every Nth configuration that a search tries, from the Kth on, by launching it."""
+    if arguments[0] == "peers":
+        print(f"compiled peers: {compile_ahead(peers_ahead(torch.device(arguments[1])), PEERS_SECONDS)}")
+        return
     import triton
 
     from aape_kernels.backends.triton import configurations
 
-    device = torch.device(device_name)
+    device, part, parts = torch.device(arguments[0]), int(arguments[1]), int(arguments[2])
     torch.cuda.set_device(device.index or 0)
+    candidates = configurations.candidates
 
     def once(launch: Callable[[], object], **_: Any) -> float:
         launch()
@@ -104,15 +130,15 @@ def main(device_name: str, part: str, parts: str) -> None:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(configurations, "CANDIDATES", configurations.CANDIDATES[int(part) :: int(parts)]),
+        mock.patch.object(configurations, "candidates", lambda kernel: candidates(kernel)[part::parts]),
         mock.patch.object(triton.testing, "do_bench", once),
         searching(Path(folder) / "autotune.json"),
     ):
-        for op, mode in SEARCHED:
-            problem = problem_of(op, mode, Sizes(), max(BATCHES), device)
-            name = "AaPE, triton" if op == "stem" else "sblu, triton"
-            (peer,) = (peer for peer in peers(op, device) if peer.name == name)
-            runner(work_of(peer, problem, mode), DIRECTIONS[1], problem.cotangent)()
+        for case in SEARCHED:
+            problem = problem_of(case, device)
+            name = "AaPE, triton" if case.op == "stem" else "sblu, triton"
+            (peer,) = (peer for peer in peers(case.op, device) if peer.name == name)
+            runner(work_of(peer, problem, case.mode), DIRECTIONS[1], problem.cotangent)()
 
 
 if __name__ == "__main__":
