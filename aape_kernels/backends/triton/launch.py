@@ -14,6 +14,7 @@ from ...geometry import PatchGrid
 from ..fused import PARTIAL_SUMS, Kernels, Ranges, operations
 from . import interpreted
 from .configurations import Configuration, configuration
+from .magnitudes import standardise_kernel
 from .overlap_add import overlap_add_kernel
 from .sblu_kernels import sblu_bwd_state_kernel, sblu_bwd_weight_kernel, sblu_bwd_window_kernel, sblu_fwd_kernel
 from .stem_kernels import gather_kernel, stem_fwd_kernel
@@ -25,6 +26,9 @@ OVERLAP_BLOCK = (8, 128)
 # Elements of a patch, and hidden units, that the encoder's products take at once.
 PATCH_BLOCK = 32
 HIDDEN_BLOCK = 16
+# Most states a program has at once, and elements where a pass of its own standardises more of them.
+STATE_BLOCK = 64
+STANDARDISE_BLOCK = 1024
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -41,6 +45,15 @@ def _narrow(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.dtype != torch.float32 and not interpreted()
 
 
+def _given(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Kernels get another tensor for one that is missing, and do not look at it."""
+    return [instead if value is None else value for value in tensors]
+
+
+def _row_strides(*tensors: Tensor | None) -> list[int]:
+    return [0 if value is None else value.stride(0) for value in tensors]
+
+
 def _power_of_2(n: int, low: int, high: int) -> int:
     return max(low, min(high, 1 << (n - 1).bit_length()))
 
@@ -48,11 +61,13 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 class TritonKernels(Kernels):
     """Every kernel of one call: the grid's numbers, and the blocks they ask for."""
 
+    most_states = STATE_BLOCK
+
     def __init__(self, x: Tensor, states: int, grid: PatchGrid, quadrature: bool, time_major: bool) -> None:
         super().__init__(x, states, grid, quadrature, time_major)
         # products want 16 of everything; below that multiply-adds
         self.dot = self.projected >= 16
-        self.block_states = _power_of_2(states, 16 if self.dot else 1, 64)
+        self.block_states = _power_of_2(states, 16 if self.dot else 1, STATE_BLOCK)
         self.block_rows = 1 if not self.dot else 32 if self.projected % 32 == 0 else 16
         self.sizes: dict[str, Any] = {
             "S": states,
@@ -90,18 +105,35 @@ class TritonKernels(Kernels):
             run(configuration(name, self.rows, key, self.x.device, run))
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, y: Tensor, ranges: Ranges | None = None
-    ) -> None:
-        """Write y into rows (tokens, 2S) that may lie apart."""
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        grad: Tensor | None = None, grad_y: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write features into rows `out`; with `grad`, their cotangent, that of y into `grad_y` (tokens, 2S)."""
         self.launch(
             "sblu_fwd",
             sblu_fwd_kernel,
             lambda tokens: (triton.cdiv(self.rows, tokens), self.state_blocks),
-            self.x, decay, frequency, weight, y, *self.counts, self.x.shape[3], *self.x.stride(),
-            *decay.stride(), y.stride(0), *(ranges or (0.0,) * 4),
-            **self.sizes, **self.window,
+            self.x, decay, frequency, weight, *_given(self.x, out, grad, grad_y), *self.counts, self.x.shape[3],
+            *self.x.stride(), *decay.stride(), *_row_strides(out, grad), *(ranges or (0.0,) * 4),
+            **self.sizes, **self.window, **self.planes(out, grad),
             RANGES=ranges is not None, BR=self.block_rows, NARROW=_narrow(self.x, weight),
         )  # fmt: skip
+
+    def planes(self, out: Tensor | None, grad: Tensor | None) -> dict[str, Any]:
+        """What a kernel is to know of rows of features and of their cotangent."""
+        rows = out if grad is None else grad
+        assert rows is not None
+        return {"PLANES": rows.shape[1] // self.states, "OUT": out is not None, "GRAD": grad is not None}
+
+    def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
+        """Write the features of y (tokens, 2S) into rows `out`; with `grad`, their cotangent, that of y over y."""
+        block = triton.next_power_of_2(self.states)
+        tokens = max(1, STANDARDISE_BLOCK // block)
+        with _on(y.device):
+            standardise_kernel[(triton.cdiv(self.rows, tokens),)](
+                y, *_given(y, out, grad), self.rows, *_row_strides(out, grad), S=self.states,
+                **self.planes(out, grad), BN=tokens, BS=block, num_warps=_power_of_2(block // 256, 4, 16),
+            )  # fmt: skip
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
@@ -182,7 +214,7 @@ class TritonKernels(Kernels):
         self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
         r: Tensor, ranges: Ranges,
     ) -> None:  # fmt: skip
-        """The operand [patch | y], hidden and r."""
+        """The operand [patch | features], hidden and r."""
         width = w1.shape[0]
         self.launch(
             "stem_fwd",
@@ -191,7 +223,8 @@ class TritonKernels(Kernels):
             self.x, w1, b1, w2, b2, weight, operand, hidden, r, *self.counts, self.x.shape[3], *self.x.stride(),
             *ranges, **self.sizes, **self.window,
             H=width, P_T=self.grid.patch[1], BR=self.block_rows, BH=_power_of_2(width, 16, 2**20), BE=PATCH_BLOCK,
-            BK=HIDDEN_BLOCK, NARROW_W1=_narrow(self.x, w1), NARROW=_narrow(self.x, weight),
+            BK=HIDDEN_BLOCK, WIDTH=operand.stride(0), PLANES=(operand.shape[1] - self.patch) // self.states,
+            NARROW_W1=_narrow(self.x, w1), NARROW=_narrow(self.x, weight),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ If RANGES, p_decay and p_frequency hold the Lambda Encoder's logits, and their g
 import triton
 import triton.language as tl
 
+from .magnitudes import features_adjoint, standardise, store_features
 from .state import gain
 from .window import (
     from_logits,
@@ -22,7 +23,9 @@ from .window import (
 )
 
 # Sizes that follow the input: a kernel is not compiled again when they change.
-VARYING = ("rows", "n_f", "n_t", "frames", "x_sb", "x_sc", "s_b", "s_i", "s_j", "g_b", "g_i", "g_j", "y_row")
+VARYING = (
+    "rows", "n_f", "n_t", "frames", "x_sb", "x_sc", "s_b", "s_i", "s_j", "g_b", "g_i", "g_j", "y_row", "f_row", "g_row",
+)  # fmt: skip
 STRIDES_OF_X = ("x_sf", "x_st")  # 1 is worth a version of its own
 
 
@@ -42,15 +45,18 @@ def load_states(
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=STRIDES_OF_X)
 def sblu_fwd_kernel(
-    p_x, p_decay, p_frequency, p_w, p_y, rows, n_f, n_t, frames,
+    p_x, p_decay, p_frequency, p_w, p_out, p_grad, p_grad_y, rows, n_f, n_t, frames,
     x_sb: tl.int64, x_sc: tl.int64, x_sf, x_st,
-    s_b: tl.int64, s_i: tl.int64, s_j: tl.int64, s_s, y_row: tl.int64,
+    s_b: tl.int64, s_i: tl.int64, s_j: tl.int64, s_s, f_row: tl.int64, g_row: tl.int64,
     decay_low, decay_ratio, band_low, band_width,
     S: tl.constexpr, P_F: tl.constexpr, R: tl.constexpr, K: tl.constexpr, S_F: tl.constexpr, S_T: tl.constexpr,
     OFFSET: tl.constexpr, WITHIN: tl.constexpr, QUADRATURE: tl.constexpr, RANGES: tl.constexpr,
-    TIME_MAJOR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr,
-    NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    TIME_MAJOR: tl.constexpr, PLANES: tl.constexpr, OUT: tl.constexpr, GRAD: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """If OUT, features in rows f_row apart; if GRAD, also grad_y (tokens, 2S) in float32, from their cotangent in rows
+    g_row apart. With PLANES other than 2, the planes of y, a program has all states of its tokens."""
+    tl.static_assert(S <= BS if PLANES != 2 else not GRAD)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
     m_token, m_s = row < rows, o_s < S
@@ -67,9 +73,18 @@ def sblu_fwd_kernel(
         P_F, R, K, WITHIN, QUADRATURE, False, BN, BS, BR, DOT, NARROW, PRECISION,
     )  # fmt: skip
     y_re, y_im = responses(plus_re, plus_im, minus_re, minus_im, gain_re, gain_im, QUADRATURE)
-    o_y = row.to(tl.int64)[:, None] * y_row + o_s[None, :]
-    tl.store(p_y + o_y, y_re, mask=mask)
-    tl.store(p_y + o_y + S, y_im, mask=mask)
+    n, inverse = y_re, 1.0
+    if PLANES != 2:
+        n, inverse = standardise(y_re, y_im, m_s, S)
+    long_row = row.to(tl.int64)[:, None]
+    if OUT:
+        store_features(p_out + long_row * f_row + o_s[None, :], y_re, y_im, n, mask, S, PLANES)
+    if GRAD:
+        p_token = p_grad + long_row * g_row + o_s[None, :]
+        g_re, g_im = features_adjoint(p_token, y_re, y_im, n, inverse, mask, S, PLANES)
+        o_y = long_row * (2 * S) + o_s[None, :]
+        tl.store(p_grad_y + o_y, g_re, mask=mask)
+        tl.store(p_grad_y + o_y + S, g_im, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=STRIDES_OF_X)

@@ -1,4 +1,4 @@
-"""The stem's prologue in Triton: from x to the operand [patch | y] of the one product that makes the tokens.
+"""The stem's prologue in Triton: from x to the operand [patch | features] of the one product that makes the tokens.
 
 `stem_fwd_kernel` runs the Lambda Encoder and the SBLU for a block of tokens; `gather_kernel` cuts patches into rows
 again for the backward.
@@ -7,6 +7,7 @@ again for the backward.
 import triton
 import triton.language as tl
 
+from .magnitudes import standardise, store_features
 from .sblu_kernels import STRIDES_OF_X, VARYING
 from .state import gain
 from .window import from_logits, polynomials, product, responses, sigmoid, token_at
@@ -27,16 +28,18 @@ def stem_fwd_kernel(
     S: tl.constexpr, H: tl.constexpr, P_F: tl.constexpr, P_T: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
     S_F: tl.constexpr, S_T: tl.constexpr, OFFSET: tl.constexpr, WITHIN: tl.constexpr, QUADRATURE: tl.constexpr,
     TIME_MAJOR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
-    BE: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, NARROW_W1: tl.constexpr, NARROW: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, DOT: tl.constexpr,
+    NARROW_W1: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """operand (tokens, R · P_T + 2S) = [patch | Re y | Im y]; hidden (tokens, H) and r (tokens, 2S) in float32.
+    """operand = [patch | features], R · P_T and PLANES · S, in rows WIDTH apart; hidden (tokens, H) and r (tokens, 2S)
+    in float32.
 
     w1 (H, R · P_T), w2 (2S, H) and the rest of the weights are contiguous. Programs of one block of tokens and several
-    blocks of states each run the encoder; the first one stores the patches, which all of them have.
+    blocks of states each run the encoder; the first one stores the patches, which all of them have. Log-magnitudes, in
+    1 and 3 planes, want all states in one block; no planes are the patches alone.
     """
+    tl.static_assert(PLANES == 0 or PLANES == 2 or S <= BS)
     E: tl.constexpr = R * P_T
-    WIDTH: tl.constexpr = E + 2 * S
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     m_token = row < rows
     long_row = row.to(tl.int64)
@@ -79,16 +82,18 @@ def stem_fwd_kernel(
     tl.store(p_r + o_r, r_decay, mask=mask)
     tl.store(p_r + o_r + S, r_frequency, mask=mask)
 
-    decay, frequency, _, _ = from_logits(r_decay, r_frequency, decay_low, decay_ratio, band_low, band_width)
-    z_re, z_im, gain_re, gain_im, _, _ = gain(decay, frequency, K % 2 == 0)
-    plus_re, plus_im, minus_re, minus_im, _, _, _, _ = polynomials(
-        p_x, p_w, o_corner, m_token, j * S_T + OFFSET, z_re, z_im, o_s, m_s, frames, x_sc, x_sf, x_st,
-        P_F, R, K, WITHIN, QUADRATURE, False, BN, BS, BR, DOT, NARROW, PRECISION,
-    )  # fmt: skip
-    y_re, y_im = responses(plus_re, plus_im, minus_re, minus_im, gain_re, gain_im, QUADRATURE)
-    o_y = long_row[:, None] * WIDTH + E + o_s[None, :]
-    tl.store(p_operand + o_y, y_re, mask=mask)
-    tl.store(p_operand + o_y + S, y_im, mask=mask)
+    if PLANES > 0:
+        decay, frequency, _, _ = from_logits(r_decay, r_frequency, decay_low, decay_ratio, band_low, band_width)
+        z_re, z_im, gain_re, gain_im, _, _ = gain(decay, frequency, K % 2 == 0)
+        plus_re, plus_im, minus_re, minus_im, _, _, _, _ = polynomials(
+            p_x, p_w, o_corner, m_token, j * S_T + OFFSET, z_re, z_im, o_s, m_s, frames, x_sc, x_sf, x_st,
+            P_F, R, K, WITHIN, QUADRATURE, False, BN, BS, BR, DOT, NARROW, PRECISION,
+        )  # fmt: skip
+        y_re, y_im = responses(plus_re, plus_im, minus_re, minus_im, gain_re, gain_im, QUADRATURE)
+        n = y_re
+        if PLANES != 2:
+            n, _ = standardise(y_re, y_im, m_s, S)
+        store_features(p_operand + long_row[:, None] * WIDTH + E + o_s[None, :], y_re, y_im, n, mask, S, PLANES)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=STRIDES_OF_X)
