@@ -93,10 +93,13 @@ class TritonKernels(Kernels):
         self, name: str, kernel: Any, programs: Callable[[int], tuple[int, ...]], *arguments: Any, **sizes: Any
     ) -> None:
         """Run a kernel on the grid that `programs` gives for a block of tokens."""
+        # of 16 states two warps would compute each tile of the tensor cores, both the same
+        half = sizes.get("DOT", False) and sizes["BS"] <= 16
 
         def run(chosen: Configuration) -> None:
+            warps = max(1, chosen.num_warps // 2) if half else chosen.num_warps
             kernel[programs(chosen.tokens)](
-                *arguments, **sizes, BN=chosen.tokens, num_warps=chosen.num_warps, num_stages=chosen.num_stages
+                *arguments, **sizes, BN=chosen.tokens, num_warps=warps, num_stages=chosen.num_stages
             )
 
         dtypes = "-".join(str(value.dtype).removeprefix("torch.") for value in arguments if isinstance(value, Tensor))
