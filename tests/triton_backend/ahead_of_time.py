@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ TARGETS = {
 }
 
 
+# The kernels that may standardise log-magnitudes.
+STANDARDISING = {"sblu_fwd_kernel", "stem_fwd_kernel", "standardise_kernel"}
+
+
 @dataclass(frozen=True)
 class Launch:
     """One recorded launch: everything that its compilation depends on."""
@@ -59,7 +63,10 @@ class Launch:
         given = {names[path[0]]: value for path, value in self.constants.items()}
         types = "-".join(t[1:] for t in self.signature.values() if t.startswith("*"))
         sizes = [f"{name}{given[name]}" for name in ("S", "R", "K", "H", "BN") if name in given]
-        flags = [k.lower() for k in ("QUADRATURE", "RANGES", "TIME_MAJOR", "ADD", "NARROW") if given.get(k)]
+        sizes += [f"planes{given['PLANES']}"] if "PLANES" in given else []
+        flags = [
+            k.lower() for k in ("QUADRATURE", "RANGES", "TIME_MAJOR", "ADD", "OUT", "GRAD", "NARROW") if given.get(k)
+        ]
         return " ".join(
             [self.kernel.__name__, *sizes, *flags, f"warps{self.options['num_warps']}",
              f"stages{self.options['num_stages']}", types]
@@ -134,8 +141,14 @@ def _assemble(ptx: str, target: str) -> str:
 def calls(
     dtype: torch.dtype, batch: int = 1, frames: int = 1024, mel_bins: int = 128, patch: tuple[int, int] = (16, 16),
     states: int = 32, channels: int = 1, kernel: str = "quadrature", time_major: bool = False, dim: int = 64,
+    planes: int = 3, need: Sequence[bool] = (True,) * 9, stem_only: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
-    """Forward and backward of `sblu` and of the stem, on memory that is never read: nothing runs."""
+    """Forward and backward of `sblu` and of the stem, on memory that is never read: nothing runs.
+
+    Args:
+        need: which gradients of the stem.
+        stem_only: without `sblu`.
+    """
     grid = PatchGrid(patch, patch, patch[1])
     n_f, n_t = grid.tokens(mel_bins, frames)
 
@@ -148,23 +161,49 @@ def calls(
     weight = empty(states, channels, patch[0])
     stem = (
         x, empty(dim, channels, *patch), empty(dim), empty(64, channels, *patch), empty(64), empty(2 * states, 64),
-        empty(2 * states), weight, empty(dim, 2, states),
+        empty(2 * states), weight, empty(dim, planes, states),
     )  # fmt: skip
     quadrature = kernel == "quadrature"
     options = (grid, quadrature, [1 / patch[1], 2.0], [0.2, 3.1], time_major)
 
     def call() -> None:
-        y = launch.sblu(x, state, state, weight, grid, quadrature)
-        launch.sblu_backward(y, x, state, state, weight, grid, quadrature, [True] * 4)
+        if not stem_only:
+            y = launch.sblu(x, state, state, weight, grid, quadrature)
+            launch.sblu_backward(y, x, state, state, weight, grid, quadrature, [True] * 4)
         tokens, r, hidden = launch.embed(*stem, *options)
-        launch.embed_backward(tokens, *stem, r, hidden, *options, [True] * 9)
+        launch.embed_backward(tokens, *stem, r, hidden, *options, list(need))
 
     return call
 
 
+def features(dtype: torch.dtype, states: int, planes: int, only: str = "") -> Callable[[], None]:
+    """The stem with other features and states; only the gradient of one input if named."""
+    names = ("x", "proj_w", "proj_b", "w1", "b1", "w2", "b2", "sblu_w", "fusion_w")
+    need = [not only or name == only for name in names]
+    return calls(dtype, states=states, planes=planes, need=need, stem_only=True)
+
+
 def every_launch(target: str) -> Iterator[Launch]:
-    """The default sizes in float32 and bfloat16, for each size class of the table; more of them for sm_90."""
-    usual = [calls(torch.float32), calls(torch.bfloat16)]
+    """The default sizes in float32 and bfloat16, for each size class of the table; more of them for sm_90.
+
+    Of other features and numbers of states, the kernels that standardise over them.
+    """
+    usual = [calls(dtype, planes=planes) for dtype in (torch.float32, torch.bfloat16) for planes in (3, 2)]
+    standardising = [
+        features(torch.bfloat16, 16, 3),
+        features(torch.bfloat16, 32, 1),
+        features(torch.float32, 64, 3),
+        features(torch.float32, 70, 3),
+    ]
+    more_standardising = [
+        features(torch.float32, 16, 3),
+        features(torch.float32, 32, 3, only="sblu_w"),
+        features(torch.float32, 32, 3, only="fusion_w"),
+        features(torch.bfloat16, 64, 3),
+        features(torch.bfloat16, 64, 1),
+        features(torch.bfloat16, 70, 1),
+        features(torch.float32, 300, 3),
+    ]
     more = [
         calls(torch.float16),
         calls(torch.float32, kernel="bilateral"),
@@ -179,6 +218,11 @@ def every_launch(target: str) -> Iterator[Launch]:
             for call in usual + (more if target == "sm_90" else []):
                 for one in record(call, target):
                     if one.key not in seen:
+                        seen.add(one.key)
+                        yield one
+            for call in standardising + (more_standardising if target == "sm_90" else []):
+                for one in record(call, target):
+                    if one.key not in seen and one.kernel.__name__ in STANDARDISING:
                         seen.add(one.key)
                         yield one
 

@@ -31,6 +31,7 @@ KERNELS = {
     "overlap_add_kernel",
     "stem_fwd_kernel",
     "gather_kernel",
+    "standardise_kernel",
 }
 MINUTES = 12
 
