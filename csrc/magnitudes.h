@@ -38,7 +38,7 @@ AAPE_FN Scaled<V> scaled(Complex<V> y) {
   out.loud = (y.re > limit) | (y.re < -limit) | (y.im > limit) | (y.im < -limit);
   const V scale = loud_scale<V>(out.loud);
   out.y = {y.re * scale, y.im * scale};
-  out.square = out.y.re * out.y.re + out.y.im * out.y.im;
+  out.square = fma<V>(out.y.re, out.y.re, out.y.im * out.y.im);
   return out;
 }
 
@@ -59,8 +59,9 @@ AAPE_FN V log_magnitude(Complex<V> y) {
   f = M::select((exponent == S(0)) & (q < S(0.5)), q, f);
   exponent = exponent + M::select(at.loud, M::splat(doublings), M::splat(S(0)));
   const V s = f / (f + S(2));
-  const V log = exponent * S(0.69314718055994530942) + S(2) * s * horner<V>(terms, count, s * s);
-  return S(0.5) * log + (q - q);  // the bits of ∞ and NaN have no logarithm: ∞ − ∞ and NaN are NaN
+  const V log = fma<V>(exponent, M::splat(S(0.69314718055994530942)), S(2) * s * horner<V>(terms, count, s * s));
+  // the bits of ∞ and NaN have no logarithm: ∞ − ∞ and NaN are NaN (of q, a product, contraction could leave a remainder)
+  return fma<V>(log, M::splat(S(0.5)), sum - sum);
 }
 
 // ∂e/∂Re y and ∂e/∂Im y: y/(|y|² + ε²).

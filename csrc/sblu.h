@@ -28,6 +28,18 @@ inline namespace AAPE_NAMESPACE {
 template <class V>
 struct Math;  // Scalar, splat, select, exp parts
 
+// a·b + c. On a GPU rounded once, and nvcc is told to contract nothing by itself (--fmad=false): what it would, differs
+// from one instantiation of a kernel to the next. On a CPU the compiler contracts, where the instruction set can.
+template <class V>
+AAPE_FN V fma(V a, V b, V c) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == 8) return __fma_rn(a, b, c);
+  else return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class V>
 struct Complex {
   V re, im;
@@ -39,12 +51,16 @@ template <class V>
 AAPE_FN Complex<V> operator-(Complex<V> a, Complex<V> b) { return {a.re - b.re, a.im - b.im}; }
 template <class V>
 AAPE_FN Complex<V> operator*(Complex<V> a, Complex<V> b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+  return {fma<V>(a.re, b.re, -(a.im * b.im)), fma<V>(a.re, b.im, a.im * b.re)};
 }
-// a·b + w for real w: one Horner step, 4 fused multiply-adds
+// a·b + w for real w: one Horner step, 4 multiply-adds
 template <class V>
 AAPE_FN Complex<V> step(Complex<V> a, Complex<V> b, V w) {
-  return {a.re * b.re - (a.im * b.im - w), a.re * b.im + a.im * b.re};
+  return {fma<V>(a.re, b.re, fma<V>(-a.im, b.im, w)), fma<V>(a.re, b.im, a.im * b.re)};
+}
+template <class V>
+AAPE_FN Complex<V> step(Complex<V> a, Complex<V> b, Complex<V> w) {
+  return {fma<V>(a.re, b.re, fma<V>(-a.im, b.im, w.re)), fma<V>(a.re, b.im, fma<V>(a.im, b.re, w.im))};
 }
 template <class V>
 AAPE_FN Complex<V> select(typename Math<V>::Mask mask, Complex<V> a, Complex<V> b) {
@@ -69,7 +85,7 @@ template <class V>
 AAPE_FN V horner(const double* terms, int count, V x) {
   using S = typename Math<V>::Scalar;
   V sum = Math<V>::splat(S(terms[count - 1]));
-  for (int n = count - 2; n >= 0; --n) sum = sum * x + S(terms[n]);
+  for (int n = count - 2; n >= 0; --n) sum = fma<V>(sum, x, Math<V>::splat(S(terms[n])));
   return sum;
 }
 
@@ -92,10 +108,10 @@ AAPE_FN Exp<V> exp_parts(V x) {
   // ln2 in two parts, the first with trailing zeros so that n·ln2 is exact
   constexpr S ln2_high = M::kDouble ? S(6.93147180369123816490e-01) : S(0.693359375);
   constexpr S ln2_low = M::kDouble ? S(1.90821492927058770002e-10) : S(-2.12194440e-4);
-  V r = (bounded - n * ln2_high) - n * ln2_low;
+  V r = fma<V>(n, M::splat(-ln2_low), fma<V>(n, M::splat(-ln2_high), bounded));
   V p = r * horner<V>(terms, count, r);
   V scale = M::exp2(n);
-  V exp = scale * p + scale, expm1 = scale * p + (scale - S(1));
+  V exp = fma<V>(scale, p, scale), expm1 = fma<V>(scale, p, scale - S(1));
   return {M::select(x < low, M::splat(S(0)), exp), M::select(x < low, M::splat(S(-1)), expm1)};
 }
 
@@ -121,11 +137,11 @@ AAPE_FN SinCos<V> sincos(V x) {
   constexpr S high = M::kDouble ? S(1.57079632673412561417e+00) : S(1.5703125);
   constexpr S middle = M::kDouble ? S(6.07710050630396597660e-11) : S(4.837512969970703125e-4);
   constexpr S low = M::kDouble ? S(2.02226624879595063154e-21) : S(7.54978995489188216e-8);
-  V r = ((x - n * high) - n * middle) - n * low;
+  V r = fma<V>(n, M::splat(-low), fma<V>(n, M::splat(-middle), fma<V>(n, M::splat(-high), x)));
   V square = r * r;
   V sin = r * horner<V>(sin_terms, count, square), cos = horner<V>(cos_terms, count, square);
   // quadrant n mod 4 as a number in {0, 1, 2, 3}
-  V quadrant = n - S(4) * M::floor(n * S(0.25));
+  V quadrant = fma<V>(M::splat(S(-4)), M::floor(n * S(0.25)), n);
   using Mask = typename M::Mask;
   Mask odd = (quadrant == S(1)) | (quadrant == S(3));
   Mask negative_sin = quadrant >= S(2), negative_cos = (quadrant == S(1)) | (quadrant == S(2));
@@ -146,22 +162,24 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
   using S = typename M::Scalar;
   Gain<V> out;
   auto [s, c] = sincos<V>(frequency * S(0.5));
-  V norm = decay * decay + frequency * frequency;
+  V norm = fma<V>(decay, decay, frequency * frequency);
   typename M::Mask small = norm < S(0.04);
   Complex<V> inverse = {decay / norm, -frequency / norm};  // 1/Λ
   Complex<V> derivative_top;                               // Λ γ′
+  const V one = M::splat(S(1)), minus_twice_s = S(-2) * s;
   if (even) {
     auto [e, em1] = exp_parts<V>(-decay);
-    Complex<V> one_minus_z = {S(2) * e * s * s - em1, S(2) * e * s * c};
-    out.z = {e * (S(1) - S(2) * s * s), -one_minus_z.im};
+    const V es = e * minus_twice_s;
+    out.z = {e * fma<V>(minus_twice_s, s, one), es * c};
+    Complex<V> one_minus_z = {fma<V>(-es, s, -em1), -out.z.im};
     out.gamma = one_minus_z * inverse;
     derivative_top = out.z - out.gamma;
   } else {
     auto [e, em1] = exp_parts<V>(decay * S(-0.5));
     V half_inverse = S(0.5) / e;
-    V sinh = -em1 * (S(2) + em1) * half_inverse, cosh = (S(1) + e * e) * half_inverse;
+    V sinh = -em1 * (S(2) + em1) * half_inverse, cosh = fma<V>(e, e, one) * half_inverse;
     V ee = e * e;
-    out.z = {ee * (S(1) - S(2) * s * s), ee * (S(-2) * s * c)};
+    out.z = {ee * fma<V>(minus_twice_s, s, one), ee * (minus_twice_s * c)};
     Complex<V> twice_sinh = {S(2) * sinh * c, S(2) * cosh * s};
     out.gamma = twice_sinh * inverse;
     derivative_top = Complex<V>{cosh * c, sinh * s} - out.gamma;
@@ -181,7 +199,7 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
     V zero = M::splat(S(0));
     Complex<V> sum = {M::splat(S(terms[count - 1] * power[count - 1])), zero}, slope = {zero, zero};
     for (int n = count - 2; n >= 0; --n) {
-      slope = slope * variable + sum;
+      slope = step<V>(slope, variable, sum);
       sum = step<V>(sum, variable, M::splat(S(terms[n] * power[n])));
     }
     out.gamma = select<V>(small, sum, out.gamma);

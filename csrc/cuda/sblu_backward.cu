@@ -20,7 +20,7 @@ template <class T>
 struct Jet {
   Complex<T> value = {0, 0}, slope = {0, 0};
   AAPE_DEVICE void add(const Complex<T>& z, T w) {
-    slope = slope * z + value;
+    slope = step<T>(slope, z, value);
     value = step<T>(value, z, w);
   }
 };
@@ -92,15 +92,15 @@ AAPE_DEVICE void spread(const SbluParams<T, IO, I>& p, const Tile<I>& t, T* gu) 
       T* right = left + (even ? kPitch : 0);
       Complex<T> q = g.gamma;
       if (!even) {  // the centre frame: w⁺_0 = u, w⁻_0 = 0
-        *left += quadrature ? grad.re * q.re : grad.re * q.re + grad.im * q.im;
+        *left += quadrature ? grad.re * q.re : fma(grad.re, q.re, grad.im * q.im);
         q = q * g.z;
         left -= kPitch;
         right += kPitch;
       }
       for (int m = 0; m < window / 2; ++m, left -= kPitch, right += kPitch) {
-        const T even_part = grad.re * q.re, odd_part = grad.im * q.im;
-        *right += even_part + odd_part;
-        *left += quadrature ? even_part - odd_part : even_part + odd_part;
+        const T odd_part = grad.im * q.im, sum = fma(grad.re, q.re, odd_part);
+        *right += sum;
+        *left += quadrature ? fma(grad.re, q.re, -odd_part) : sum;
         q = q * g.z;
       }
     }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_weight_ker
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
-          for (int s = 0; s < 4; ++s) sum[r].at[s] += g.at[s] * x[r].at[k];
+          for (int s = 0; s < 4; ++s) sum[r].at[s] = fma(g.at[s], x[r].at[k], sum[r].at[s]);
       }
     }
     __syncthreads();  // before gu and xs are written again
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
 #pragma unroll
           for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int n = 0; n < 4; ++n) sum[k][r] += g.at[n] * w[r].at[n];
+            for (int n = 0; n < 4; ++n) sum[k][r] = fma(g.at[n], w[r].at[n], sum[k][r]);
         }
       }
 #pragma unroll
