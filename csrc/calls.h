@@ -47,17 +47,27 @@ struct GatherCall {
   int threads = 1;  // of the CPU
 };
 
-// The stem's prologue, on a GPU: r = W2 · SiLU(hidden) + b2, hidden = W1 · vec(patch) + b1, and the operand [patch | y] of
-// the product that makes the tokens. Rows are tokens, in the order of the layout; hidden (rows, H) and r (rows, 2S) and
-// the weights are contiguous, in the arithmetic's type.
+// The stem's prologue, on a GPU: r = W2 · SiLU(hidden) + b2, hidden = W1 · vec(patch) + b1, and the operand
+// [patch | features] of the product that makes the tokens; of planes other than 0, the patches alone, and 2 there can be
+// up to 32 states. Rows are tokens, in the order of the layout; hidden (rows, H) and r (rows, 2S) and the weights are
+// contiguous, in the arithmetic's type.
 struct StemCall {
   Grid grid;
   Ranges ranges;
   int64_t hidden_units = 0;
+  int64_t planes = 2;
   bool time_major = false;
   View x;                               // (B, C, F, T)
   View w1, b1, w2, b2, weight;          // (H, C·P_f·P_t), (H), (2S, H), (2S), (S, C·P_f)
-  View operand, hidden, r;              // operand (rows, C·P_f·P_t + 2S): its rows' stride, and any type
+  View operand, hidden, r;              // operand (rows, C·P_f·P_t + planes·S): its rows' stride, and any type
+};
+
+// The stem's features of y, for one plane and for three, on a GPU. y (tokens, 2, S) is contiguous, in the arithmetic's
+// type; features and their cotangent (tokens, planes, S) of any type, null where not needed. With the cotangent, that of y
+// is written over y.
+struct StandardiseCall {
+  int64_t tokens = 0, states = 0, planes = 1;
+  View y, features, grad_features;
 };
 
 // Sum windows into pixels, on a GPU: windows (B, N_f, tiles, C·P_f, length), the last two axes contiguous, in the

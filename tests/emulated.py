@@ -22,7 +22,9 @@ from aape_kernels.backends import BACKENDS, cuda
 ROOT = Path(__file__).parents[1]
 ORDERS = ("forward", "reverse", "shuffled")
 # devices.cu is about real ones
-SOURCES = ("gather.cu", "overlap_add.cu", "sblu_backward.cu", "sblu_forward.cu", "stem.cu", "bindings.cpp")
+SOURCES = (
+    "gather.cu", "overlap_add.cu", "sblu_backward.cu", "sblu_forward.cu", "standardise.cu", "stem.cu", "bindings.cpp",
+)  # fmt: skip
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 

@@ -107,6 +107,8 @@ def _place(device: torch.device) -> tuple[int, int]:
 class CudaKernels(Kernels):
     """Every kernel of one call, through the native module."""
 
+    most_states = 32  # lanes of a warp
+
     def _run(self, op: str, name: str, *arguments: Any) -> None:
         """Call the module's `name` for the device's current stream, with tensors as pointers and strides."""
         native, device = kernels(), self.x.device
@@ -123,17 +125,27 @@ class CudaKernels(Kernels):
         wide = [decay.to(self.work), frequency.to(self.work)]
         return wide if wide[0].stride() == wide[1].stride() else [value.contiguous() for value in wide]
 
-    def _planes(self, rows: Tensor) -> Tensor:
-        """Rows (tokens, 2S) as (B, N_f, N_t, 2, S)."""
-        return self.by_token(rows.unflatten(1, (2, self.states)))
+    def _planes(self, rows: Tensor | None) -> Tensor | None:
+        """Rows (tokens, planes·S) as (B, N_f, N_t, planes, S)."""
+        return None if rows is None else self.by_token(rows.unflatten(1, (-1, self.states)))
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, y: Tensor, ranges: Ranges | None = None
-    ) -> None:
-        """Write y into rows (tokens, 2S) that may lie apart."""
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        grad: Tensor | None = None, grad_y: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`."""
         states, wide = self._states(decay, frequency), weight.to(self.work)
-        y = self._planes(y)
-        self._run("sblu", "sblu", self.quadrature, ranges, self.x, *states, wide, y)
+        (like, *_) = (rows for rows in (out, grad) if rows is not None)
+        self._run(
+            "sblu", "sblu", self.quadrature, ranges, self.x, *states, wide, self._planes(out),
+            like.shape[1] // self.states, self._planes(grad), self._planes(grad_y),
+        )  # fmt: skip
+
+    def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
+        """Write the features of y into rows `out`; with `grad`, rows of their cotangent, that of y in place of y."""
+        (like, *_) = (rows for rows in (out, grad) if rows is not None)
+        planes = [None if rows is None else rows.unflatten(1, (-1, self.states)) for rows in (out, grad)]
+        self._run("embed", "standardise", like.shape[1] // self.states, y, *planes)
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
@@ -142,9 +154,9 @@ class CudaKernels(Kernels):
         """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
         states, wide = self._states(decay, frequency), weight.to(self.work)
         out = self.by_token(grad_decay), self.by_token(grad_frequency)
-        planes = None if y is None else self._planes(y)
         self._run(
-            "sblu_backward", "sblu_backward_states", self.quadrature, ranges, grad, self.x, *states, wide, planes, *out,
+            "sblu_backward", "sblu_backward_states", self.quadrature, ranges, grad, self.x, *states, wide,
+            self._planes(y), *out,
         )  # fmt: skip
 
     def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
@@ -188,10 +200,12 @@ class CudaKernels(Kernels):
         self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
         r: Tensor, ranges: Ranges,
     ) -> None:  # fmt: skip
-        """Write rows of the operand [patch | y], of hidden (tokens, H) and of r (tokens, 2S)."""
+        """Write rows of the operand [patch | features], of hidden (tokens, H) and of r (tokens, 2S)."""
         wide = [value.to(self.work) for value in (w1, b1, w2, b2, weight)]
+        planes = (operand.shape[1] - self.patch) // self.states
         self._run(
             "embed", "stem", self.quadrature, self.time_major, ranges, self.x, *wide, operand, hidden, r, w1.shape[0],
+            planes,
         )  # fmt: skip
 
 

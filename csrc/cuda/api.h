@@ -13,8 +13,9 @@ namespace cuda {
 
 void set_device(int index);
 
-// y, and in `sblu_backward_states` grad_y, may have another type than x.
+// y, its cotangent and the features' may have another type than x. Planes other than 2: up to 32 states.
 void sblu(const SbluCall& call, void* stream);
+void standardise(const StandardiseCall& call, void* stream);
 
 // The gradients of decay and frequency, of one set of strides, in the arithmetic's type; and y with them, if given.
 void sblu_backward_states(const SbluCall& call, void* stream);

@@ -26,10 +26,26 @@ void on(const Place& place, Launch launch) {
 }
 
 void py_sblu(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& x,
-             const py::object& decay, const py::object& frequency, const py::object& weight, const py::object& y,
-             const py::tuple& place) {
-  const SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+             const py::object& decay, const py::object& frequency, const py::object& weight, const py::object& features,
+             int64_t planes, const py::object& grad_features, const py::object& grad_y, const py::tuple& place) {
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, features);
+  call.planes = planes;
+  call.grad_features = view(grad_features);
+  call.grad_y = view(grad_y);
   on(Place(place), [&](void* stream) { sblu(call, stream); });
+}
+
+void py_standardise(const py::tuple& sizes, int64_t planes, const py::object& y, const py::object& features,
+                    const py::object& grad_features, const py::tuple& place) {
+  const Grid g = grid(sizes, false);
+  StandardiseCall call;
+  call.tokens = g.batch * g.n_f * g.n_t;
+  call.states = g.states;
+  call.planes = planes;
+  call.y = view(y);
+  call.features = view(features);
+  call.grad_features = view(grad_features);
+  on(Place(place), [&](void* stream) { standardise(call, stream); });
 }
 
 void py_states(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
@@ -77,7 +93,7 @@ void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py:
 void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
              const py::object& x, const py::object& w1, const py::object& b1, const py::object& w2,
              const py::object& b2, const py::object& weight, const py::object& operand, const py::object& hidden,
-             const py::object& r, int64_t hidden_units, const py::tuple& place) {
+             const py::object& r, int64_t hidden_units, int64_t planes, const py::tuple& place) {
   StemCall call;
   call.grid = grid(sizes, quadrature);
   call.time_major = time_major;
@@ -92,6 +108,7 @@ void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py:
   call.hidden = view(hidden);
   call.r = view(r);
   call.hidden_units = hidden_units;
+  call.planes = planes;
   on(Place(place), [&](void* stream) { stem(call, stream); });
 }
 
@@ -111,6 +128,7 @@ int64_t py_tile_tokens(const py::tuple& sizes, int type) {
 
 void bind(py::module_& module) {
   module.def("sblu", &py_sblu);
+  module.def("standardise", &py_standardise);
   module.def("sblu_backward_states", &py_states);
   module.def("sblu_backward_weight", &py_weight);
   module.def("sblu_backward_windows", &py_windows);

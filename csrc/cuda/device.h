@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -71,6 +72,7 @@ struct ScalarMath {
   static AAPE_FN T round(T x) { return kDouble ? T(rint(double(x))) : T(rintf(float(x))); }
   static AAPE_FN T floor(T x) { return kDouble ? T(::floor(double(x))) : T(floorf(float(x))); }
   static AAPE_FN T exp2(T n) { return kDouble ? T(ldexp(1.0, int(n))) : T(ldexpf(1.0f, int(n))); }
+  static AAPE_FN T sqrt(T x) { return kDouble ? T(::sqrt(double(x))) : T(sqrtf(float(x))); }
   // x = 2^exponent · result, the result from √½ to √2; for positive normal x
   static AAPE_FN T split(T x, T& exponent) {
     using Bits = std::conditional_t<kDouble, int64_t, int32_t>;

@@ -6,14 +6,11 @@
 
 #pragma once
 
-#include "device.h"
+#include "warp.cuh"
 
 namespace aape {
 namespace cuda {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = 8;
-constexpr int kThreads = kLanes * kWarps;
 // Blocks of a multiprocessor at the least: 128 registers a thread, or 255 for double's; nothing spills.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -42,11 +39,15 @@ struct SbluParams {
   const T* frequency;
   I state_stride[4];
   const T* weight;
+  int planes;  // of y and grad
   Values y;
   I y_stride[5];
-  // backward
   Values grad;  // the cotangent of y
   I grad_stride[5];
+  // forward, where y are the stem's features and grad theirs
+  T* grad_y;
+  I grad_y_stride[5];
+  // backward
   T* grad_decay;  // and of the frequency, of one set of strides
   T* grad_frequency;
   I grad_state_stride[4];
@@ -91,14 +92,20 @@ SbluParams<T, IO, I> params(const SbluCall& call) {
   p.decay = reinterpret_cast<const T*>(call.decay.data);
   p.frequency = reinterpret_cast<const T*>(call.frequency.data);
   p.weight = reinterpret_cast<const T*>(call.weight.data);
+  // in the backward the cotangent of y is given, in the forward it may be asked for
+  const bool features = call.grad_features.data;
+  const View& grad = features ? call.grad_features : call.grad_y;
+  p.planes = int(call.planes);
   p.y = {call.y.data, call.y.type};
-  p.grad = {call.grad_y.data, call.grad_y.type};
+  p.grad = {grad.data, grad.type};
+  if (features) p.grad_y = reinterpret_cast<T*>(call.grad_y.data);
   p.grad_decay = reinterpret_cast<T*>(call.grad_decay.data);
   p.grad_frequency = reinterpret_cast<T*>(call.grad_frequency.data);
   copy_strides(p.x_stride, call.x, 4);
   copy_strides(p.state_stride, call.decay, 4);
   copy_strides(p.y_stride, call.y, 5);
-  copy_strides(p.grad_stride, call.grad_y, 5);
+  copy_strides(p.grad_stride, grad, 5);
+  copy_strides(p.grad_y_stride, call.grad_y, 5);
   copy_strides(p.grad_state_stride, call.grad_decay, 4);
   return p;
 }
@@ -107,8 +114,10 @@ inline bool is_small(const SbluCall& call) {
   const Grid& g = call.grid;
   const std::initializer_list<int64_t> states = {g.batch, g.n_f, g.n_t, g.states};
   const std::initializer_list<int64_t> responses = {g.batch, g.n_f, g.n_t, 2, g.states};
+  const std::initializer_list<int64_t> features = {g.batch, g.n_f, g.n_t, call.planes, g.states};
   return is_small(call.x, {g.batch, g.channels, g.mel_bins, g.frames}) && is_small(call.decay, states) &&
-         is_small(call.y, responses) && is_small(call.grad_y, responses) && is_small(call.grad_decay, states) &&
+         is_small(call.y, features) && is_small(call.grad_features, features) && is_small(call.grad_y, responses) &&
+         is_small(call.grad_decay, states) &&
          g.states * g.channels * g.patch_f < INT32_MAX;
 }
 
@@ -250,7 +259,7 @@ AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const 
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int s = 0; s < 4; ++s) sum[k].at[s] += x.at[k] * w.at[s];
+          for (int s = 0; s < 4; ++s) sum[k].at[s] = fma(x.at[k], w.at[s], sum[k].at[s]);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) store_pack(m.u + (f + k) * kLanes + lane, sum[k]);
@@ -274,7 +283,7 @@ AAPE_DEVICE State<T> load_state(const SbluParams<T, IO, I>& p, const Tile<I>& t,
     state.decay = p.squash.decay_low * exp<T>(share * p.squash.decay_log_ratio);
     state.decay_slope = state.decay * p.squash.decay_log_ratio * share * (T(1) - share);
     share = T(1) / (T(1) + exp<T>(-state.frequency));
-    state.frequency = p.squash.band_low + p.squash.band_width * share;
+    state.frequency = fma(p.squash.band_width, share, p.squash.band_low);
     state.frequency_slope = p.squash.band_width * share * (T(1) - share);
   }
   return state;
@@ -303,13 +312,33 @@ AAPE_DEVICE void store_response(const SbluParams<T, IO, I>& p, const Tile<I>& t,
   store(p.y, to + p.y_stride[3], y.im);
 }
 
+// All states of the token are in this warp.
+template <class T, class IO, class I>
+AAPE_DEVICE void store_features(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, const Complex<T>& y) {
+  const auto rows = [&](const Values& values, const I* stride) {
+    return Features<I>{values, p.planes, t.b * stride[0] + t.i * stride[1] + j * stride[2], stride[3], stride[4]};
+  };
+  const I to = t.b * p.grad_y_stride[0] + t.i * p.grad_y_stride[1] + j * p.grad_y_stride[2];
+  const LaneStates<true> states = {int(threadIdx.x % kLanes), int(p.grid.states)};
+  standardise_token<T>(
+      states, rows(p.y, p.y_stride), rows(p.grad, p.grad_stride), [=](int) { return y; },
+      [&](int s, const Complex<T>& grad_y) {
+        p.grad_y[to + s * p.grad_y_stride[4]] = grad_y.re;
+        p.grad_y[to + p.grad_y_stride[3] + s * p.grad_y_stride[4]] = grad_y.im;
+      });
+}
+
 // Every thread folds the windows of its tokens and its state and runs Horner's rule on them.
 template <class Path, class T, class IO, class I>
 AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const T* u) {
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, window = int(p.grid.window);
   const bool quadrature = Path::quadrature(p.grid), even = Path::even(p.grid);
-  const I s = t.state + lane;
-  if (s >= p.grid.states) return;
+  const bool standardised = p.planes != 2;
+  I s = t.state + lane;
+  if (s >= p.grid.states) {
+    if (!standardised) return;
+    s = p.grid.states - 1;  // for something to read; this lane is there for the sums
+  }
   for (int n = warp; n < t.count; n += kWarps) {
     const I j = t.first + n;
     const State<T> state = load_state(p, t, j, s);
@@ -325,7 +354,9 @@ AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const 
       plus = step<T>(plus, g.z, *left);
       if (quadrature) minus = minus * g.z;
     }
-    store_response(p, t, j, s, response(g.gamma, plus, minus, quadrature));
+    const Complex<T> y = response(g.gamma, plus, minus, quadrature);
+    if (standardised) store_features(p, t, j, y);
+    else store_response(p, t, j, s, y);
   }
 }
 

@@ -1,4 +1,4 @@
-// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | y], a block for up to kTokens tokens.
+// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | features], a block for up to kTokens tokens.
 //
 // The encoder's two layers are products of tiles in shared memory; the second reads back what the first wrote. The
 // patches that the first one reads go into the operand on the way; the SBLU reads its rows of x again, from the cache.
@@ -92,7 +92,7 @@ AAPE_DEVICE void multiply(int depth, T* as, T* bs, Sum<T>& sum, A load_a, B load
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sum.at[m][n] += left[m].at[e] * right.at[e];
+          for (int e = 0; e < 4; ++e) sum.at[m][n] = fma(left[m].at[e], right.at[e], sum.at[m][n]);
       }
     }
     __syncthreads();  // before as and bs are written again
@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) stem_kernel(const StemPa
   const Band<I> band = band_at(p, blockIdx.x);
   find_places(p, band, at);
   encode(p, at, as, as + kTokens * kLine);
+  if (!p.sblu.planes) return;
 
   const Tiles<T, IO, I> m(p.sblu, memory);
   for (I n = 0; n < band.count; ++n) {
@@ -192,7 +193,7 @@ void by_token(const StemCall& call, int64_t row, int64_t* stride) {
   stride[2] = call.time_major ? g.n_f * row : row;
 }
 
-// The SBLU's part of the call: r as logits, y as the operand's tail.
+// The SBLU's part of the call: r as logits, the features as the operand's tail.
 SbluCall sblu_part(const StemCall& call) {
   SbluCall part;
   const Grid& g = call.grid;
@@ -200,6 +201,7 @@ SbluCall sblu_part(const StemCall& call) {
   const int64_t width = call.operand.type == DType::kFloat64 ? 8 : call.operand.type == DType::kFloat32 ? 4 : 2;
   part.grid = g;
   part.ranges = call.ranges;
+  part.planes = call.planes;
   part.x = call.x;
   part.weight = call.weight;
   part.decay = part.frequency = call.r;

@@ -13,6 +13,7 @@
 #include <functional>
 #include <initializer_list>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "../../csrc/cpu/convert.h"
@@ -21,6 +22,12 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+
+namespace aape {
+namespace emulator {
+constexpr unsigned kWarp = 32;  // lanes
+}
+}  // namespace aape
 
 #define __global__ static
 #define __launch_bounds__(...)
@@ -70,6 +77,18 @@ struct ThreadIndices {
 }  // namespace aape
 
 static const aape::emulator::ThreadIndices threadIdx;
+
+// Of the whole warp only: every lane takes part.
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  using namespace aape::emulator;
+  if (mask != 0xFFFFFFFFu) throw std::invalid_argument("a shuffle of a part of a warp");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = current()->exchange(bits, thread_number() % kWarp ^ unsigned(distance));
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
 #define blockIdx (aape::emulator::current()->index)
 #define blockDim (aape::emulator::current()->block)
 #define gridDim (aape::emulator::current()->grid)

@@ -54,6 +54,24 @@ void run(Grid g, bool time_major) {
   cuda::sblu_backward_weight(call, partial.data(), programs, nullptr);
   cuda::sblu_backward_windows(call, windows.data(), nullptr);
 
+  auto features = numbers(tokens * 3 * g.states), grad_features = features;
+  StandardiseCall standardise;
+  standardise.tokens = tokens;
+  standardise.states = g.states;
+  standardise.planes = 3;
+  standardise.y = call.y;
+  standardise.features = view(features, {tokens, 3, g.states});
+  standardise.grad_features = view(grad_features, {tokens, 3, g.states});
+  cuda::standardise(standardise, nullptr);
+  const bool at_once = g.states <= 32;
+  if (at_once) {
+    call.planes = 3;
+    call.y = view(features, {g.batch, g.n_f, g.n_t, 3, g.states});
+    call.grad_features = view(grad_features, {g.batch, g.n_f, g.n_t, 3, g.states});
+    cuda::sblu(call, nullptr);
+  }
+  const std::vector<int64_t> planes_at_once = at_once ? std::vector<int64_t>{1, 3} : std::vector<int64_t>{0, 2};
+
   OverlapAddCall sum;
   sum.grid = g;
   sum.tile = tile;
@@ -64,7 +82,7 @@ void run(Grid g, bool time_major) {
   cuda::overlap_add(sum, nullptr);
 
   auto w1 = numbers(units * patch), b1 = numbers(units), w2 = numbers(2 * g.states * units), b2 = numbers(2 * g.states);
-  auto operand = numbers(tokens * (patch + 2 * g.states)), hidden = numbers(tokens * units);
+  auto hidden = numbers(tokens * units);
   auto r = numbers(tokens * 2 * g.states), patches = numbers(tokens * patch);
   StemCall stem;
   stem.grid = g;
@@ -77,10 +95,14 @@ void run(Grid g, bool time_major) {
   stem.w2 = view(w2, {2 * g.states, units});
   stem.b2 = view(b2, {2 * g.states});
   stem.weight = call.weight;
-  stem.operand = view(operand, {tokens, patch + 2 * g.states});
   stem.hidden = view(hidden, {tokens, units});
   stem.r = view(r, {tokens, 2 * g.states});
-  cuda::stem(stem, nullptr);
+  for (int64_t planes : planes_at_once) {
+    auto operand = numbers(tokens * (patch + planes * g.states));
+    stem.planes = planes;
+    stem.operand = view(operand, {tokens, patch + planes * g.states});
+    cuda::stem(stem, nullptr);
+  }
 
   GatherCall gather;
   gather.grid = g;

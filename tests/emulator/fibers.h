@@ -1,5 +1,5 @@
-// A block's threads as fibers: each runs until a barrier or its end, in forward, reverse or shuffled order. A kernel that
-// needs a barrier it does not have gives other results in at least one of them.
+// A block's threads as fibers: each runs until a barrier, a shuffle or its end, in forward, reverse or shuffled order. A
+// kernel that needs a barrier it does not have gives other results in at least one of them.
 
 #pragma once
 
@@ -43,7 +43,8 @@ class Block {
     for (size_t k = 0; k < threads; ++k) fibers_.push_back(std::make_unique<Fiber>());
   }
 
-  // Run `body` once in every thread. Errors: std::runtime_error if threads wait at a barrier that others never reach.
+  // Run `body` once in every thread. Errors: std::runtime_error if threads wait at a barrier, or lanes at a shuffle, that
+  // others never reach.
   void run(const std::function<void()>& body) {
     body_ = &body;
     current_block() = this;
@@ -51,36 +52,69 @@ class Block {
     const Order order = turns().order;
     std::vector<unsigned> turn(fibers_.size());
     for (unsigned k = 0; k < turn.size(); ++k) turn[k] = order == Order::kReverse ? unsigned(turn.size()) - 1 - k : k;
-    for (;;) {
+    do {
       if (order == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), random_);
-      size_t finished = 0;
       for (unsigned k : turn) {
         Fiber& fiber = *fibers_[k];
-        if (!fiber.done) {
-          running = k;
-          swapcontext(&scheduler_, &fiber.context);
-        }
-        finished += fiber.done;
+        if (fiber.state != State::kReady) continue;
+        running = k;
+        swapcontext(&scheduler_, &fiber.context);
       }
-      if (finished == fibers_.size()) break;
-      if (finished) throw std::runtime_error("a barrier that not every thread reaches");
-    }
+    } while (release());
     current_block() = nullptr;
     if (failure_) std::rethrow_exception(failure_);
   }
 
-  // __syncthreads: back to the scheduler, which comes round when every other thread has been here or has ended.
-  void barrier() { swapcontext(&fibers_[running]->context, &scheduler_); }
+  // __syncthreads: back to the scheduler, until every thread has been here.
+  void barrier() { wait(State::kAtBarrier); }
+
+  // A shuffle: every lane of the warp leaves its bits, and takes those of lane `from` when all have been here. Two places
+  // a lane in turn: whoever writes to one again has met all lanes since, so that everyone has read it.
+  uint64_t exchange(uint64_t bits, unsigned from) {
+    const unsigned lane = running % kWarp, warp = running - lane, place = fibers_[running]->shuffles++ % 2;
+    fibers_[running]->given[place] = bits;
+    wait(State::kAtShuffle);
+    return fibers_[warp + from]->given[place];
+  }
 
  private:
+  enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
   struct Fiber {
     ucontext_t context;
     std::vector<unsigned char> stack = std::vector<unsigned char>(256 * 1024);
-    bool done = false;
+    State state = State::kReady;
+    unsigned shuffles = 0;
+    uint64_t given[2] = {0, 0};
   };
 
+  void wait(State state) {
+    fibers_[running]->state = state;
+    swapcontext(&fibers_[running]->context, &scheduler_);
+  }
+
+  // Let go on whom nobody is to be waited for: whole warps at a shuffle, else the whole block at a barrier. False at the end.
+  bool release() {
+    const auto all = [&](size_t first, size_t count, State state) {
+      return std::all_of(fibers_.begin() + first, fibers_.begin() + first + count,
+                         [&](const auto& fiber) { return fiber->state == state; });
+    };
+    const auto go_on = [&](size_t first, size_t count) {
+      for (size_t k = first; k < first + count; ++k) fibers_[k]->state = State::kReady;
+      return true;
+    };
+    bool any = false;
+    for (size_t warp = 0; warp + kWarp <= fibers_.size(); warp += kWarp) {
+      if (all(warp, kWarp, State::kAtShuffle)) any = go_on(warp, kWarp);
+    }
+    if (any) return true;
+    if (all(0, fibers_.size(), State::kAtBarrier)) return go_on(0, fibers_.size());
+    if (all(0, fibers_.size(), State::kDone)) return false;
+    throw std::runtime_error("a barrier that not every thread reaches, or a shuffle that not every lane does");
+  }
+
   void start(Fiber& fiber) {
-    fiber.done = false;
+    fiber.state = State::kReady;
+    fiber.shuffles = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -95,7 +129,7 @@ class Block {
     } catch (...) {
       block->failure_ = std::current_exception();
     }
-    block->fibers_[block->running]->done = true;
+    block->fibers_[block->running]->state = State::kDone;
   }
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
