@@ -95,6 +95,24 @@ assert keys(states=8) != usual
 print(len(usual))
 """
 
+WARPS = """
+import torch
+from ahead_of_time import calls, record
+
+def warps(states):
+    launches = record(calls(torch.bfloat16, states=states, stem_only=True), "sm_90")
+    return {one.kernel.__name__: one.options["num_warps"] for one in launches}
+
+few, many = warps(16), warps(32)
+print(*(name for name in many if few[name] < many[name]))
+"""
+
 
 def test_batch_and_clip_length_compile_nothing_anew():
     assert int(run("-c", SAME_LAUNCHES)) >= len(KERNELS)
+
+
+def test_few_states_take_fewer_warps():
+    """Each tile of the tensor cores is one warp's, not two's that compute the same."""
+    fewer = set(run("-c", WARPS).split())
+    assert fewer == {name for name in KERNELS if name.startswith(("sblu", "stem"))}
