@@ -117,7 +117,7 @@ def test_embed(exported, manifest, tmp_path, capsys):
 
 def test_probe_beside_its_baselines(exported, checkpoint, manifest, tmp_path, capsys, monkeypatch):
     scores = tmp_path / "scores.csv"
-    options = {"data": manifest, "cache": tmp_path, "seeds": "[0]"}
+    options = {"data": manifest, "cache": tmp_path}
     assert run("probe", checkpoint=exported, scores=scores, **options) == 0
     table = capsys.readouterr().out
     lines = table.splitlines()
