@@ -6,10 +6,10 @@ INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildca
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ssl bench gpu wheels docs lint format clean
+.PHONY: help demo test ssl bench gpu gpu-install gpu-tests gpu-bench gpu-search gpu-sanitize gpu-precision wheels docs lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip (ARGS="FILE ... --out DIR")
 	.venv/bin/aape-ssl demo $(ARGS)
@@ -29,9 +29,27 @@ bench: .venv/dev  ## throughput beside the peers, as one table (nothing else sho
 	    --benchmark-json=build/bench/default.json || status=$$?; \
 	.venv/bin/python -m benchmarks.table build/bench/run.json --default-allocator build/bench/default.json; exit $$status
 
-# In the environment of $(PYTHON): a GPU machine may have no network to fill one of its own.
-gpu:  ## on a machine with a GPU: install, all GPU tests, benchmark; results in build/gpu, or OUT
+# In the environment of $(PYTHON): a GPU machine may have no network to fill one of its own. Each takes under 8 minutes.
+gpu:  ## on a machine with a GPU: install, then all of the next five that there is time for; results in build/gpu, or OUT
 	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu
+
+gpu-install:  ## what these build and install, into build/gpu-site: elsewhere for a GPU that AAPE_CUDA_ARCHS=90 names
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu install
+
+gpu-tests:  ## every test of the GPU backends, those of 2^31 elements by themselves
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu tests large
+
+gpu-bench:  ## stem and sblu beside their peers, and the steps that they are made of
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu bench
+
+gpu-search:  ## what AAPE_AUTOTUNE=1 finds, and gains
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu search
+
+gpu-sanitize:  ## the CUDA kernels under compute-sanitizer
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu sanitize
+
+gpu-precision:  ## Triton's float32 products, exact and as three of TF32
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" .ci/gpu precision
 
 wheels: .venv/dev  ## sdist, pure-Python wheel and manylinux wheel with the CPU module, into dist/ (or OUT)
 	.ci/wheels .venv/bin/python "$(or $(OUT),dist)"

@@ -80,13 +80,17 @@ def compile_ahead(commands: list[list[str]], seconds: float) -> str:
         ]
         until = time.monotonic() + seconds
         late = failed = 0
-        for worker in workers:
-            try:
-                failed += worker.wait(max(0.0, until - time.monotonic())) != 0
-            except subprocess.TimeoutExpired:
-                late += 1
-                worker.kill()
-                worker.wait()
+        try:
+            for worker in workers:
+                try:
+                    failed += worker.wait(max(0.0, until - time.monotonic())) != 0
+                except subprocess.TimeoutExpired:
+                    late += 1
+                    worker.kill()
+                    worker.wait()
+        finally:
+            for worker in workers:
+                worker.kill()  # nothing, where it has ended
         if failed:
             log.seek(0)
             print(log.read()[-2000:].decode(errors="replace"), flush=True)

@@ -29,7 +29,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 REFUSED = ("Device not supported", "not supported on this", "Failed to initialize")
 # How the kernels' names are said: those of libraries, which run among them, are another matter.
 OURS = "aape::"
-SECONDS = 150
+SECONDS = 110
 DONE = "golden cases and stems have run"
 
 
@@ -74,12 +74,17 @@ class Check:
             start_new_session=True,
         )  # fmt: skip
 
+    def stop(self) -> None:
+        """End it with what it runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def clean(self, seconds: float) -> bool:
         """Whether the tool has nothing to say of this package's kernels; its line is printed."""
         try:
             said, _ = self.process.communicate(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with what it runs
+            self.stop()
             said, _ = self.process.communicate()
             print(f"{self.tool}: FAILED: not done in {time.monotonic() - self.started:.0f} s")
             print(said[-2000:])
@@ -120,7 +125,11 @@ def main(arguments: list[str]) -> int:
         return 0
     checks = [Check(tool, sanitizer) for tool in arguments or TOOLS]
     until = time.monotonic() + SECONDS
-    clean = [check.clean(until - time.monotonic()) for check in checks]  # every one, whatever the others say
+    try:
+        clean = [check.clean(until - time.monotonic()) for check in checks]  # every one, whatever the others say
+    finally:
+        for check in checks:
+            check.stop()
     return 0 if all(clean) else 1
 
 

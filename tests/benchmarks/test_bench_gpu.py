@@ -173,6 +173,16 @@ def test_make_gpu_refuses_at_once_without_a_gpu(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+def test_make_gpu_refuses_parts_that_it_does_not_have(tmp_path: Path) -> None:
+    command = [ROOT / ".ci" / "gpu", "tests", "everything"]
+    environment = os.environ | {"OUT": str(tmp_path / "out")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2
+    expected = "make gpu: expected some of tests large bench search sanitize precision, got everything\n"
+    assert (done.stderr, done.stdout) == (expected, "")
+
+
 def test_compiling_ahead_says_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
