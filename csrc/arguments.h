@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <iterator>
+#include <string>
 
 #include "calls.h"
 
@@ -23,6 +24,13 @@ inline View view(const py::object& given) {
   for (size_t axis = 0; axis < strides.size(); ++axis) out.stride[axis] = strides[axis].cast<int64_t>();
   out.type = static_cast<DType>(parts[2].cast<int>());
   return out;
+}
+
+// As many views as there are places for.
+template <size_t kCount>
+void views(const py::tuple& given, View* const (&to)[kCount]) {
+  if (given.size() != kCount) throw py::value_error("expected " + std::to_string(kCount) + " views");
+  for (size_t k = 0; k < kCount; ++k) *to[k] = view(given[k]);
 }
 
 inline Grid grid(const py::tuple& sizes, bool quadrature) {

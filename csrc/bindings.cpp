@@ -69,12 +69,9 @@ const Kernels& kernels_named(const std::string& name) {
 
 void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
           const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
-          const py::object& y, int64_t planes, const py::object& grad_features, const py::object& grad_y, int threads) {
+          const py::object& y, int threads) {
   const Kernels& kernels = kernels_named(isa);
   SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
-  call.planes = planes;
-  call.grad_features = view(grad_features);
-  call.grad_y = view(grad_y);
   call.threads = threads;
   py::gil_scoped_release release;
   kernels.sblu(call);
@@ -97,16 +94,48 @@ void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadratu
   kernels.sblu_backward(call);
 }
 
-void gather(const std::string& isa, const py::tuple& sizes, const py::object& x, const py::object& patches,
-            int threads) {
-  GatherCall call;
-  const Kernels& kernels = kernels_named(isa);
-  call.grid = grid(sizes, false);
-  call.x = view(x);
-  call.patches = view(patches);
+// What both directions of the stem are given: (planes, D, hidden units, time-major), x, and the eight weights.
+EmbedCall embed_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::tuple& shape,
+                     const py::object& x, const py::tuple& weights, int threads) {
+  EmbedCall call;
+  call.grid = grid(sizes, quadrature);
+  call.ranges = ranges(logit_ranges);
+  call.planes = shape[0].cast<int64_t>();
+  call.dim = shape[1].cast<int64_t>();
+  call.hidden_units = shape[2].cast<int64_t>();
+  call.time_major = shape[3].cast<bool>();
   call.threads = threads;
+  call.x = view(x);
+  View* const to[] = {&call.proj_w, &call.proj_b, &call.w1, &call.b1, &call.w2, &call.b2, &call.sblu_w, &call.fusion_w};
+  views(weights, to);
+  return call;
+}
+
+// outputs: tokens, the product's operand, hidden, r
+void embed(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+           const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& outputs, int threads) {
+  const Kernels& kernels = kernels_named(isa);
+  EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
+  View* const to[] = {&call.tokens, &call.operand, &call.hidden, &call.r};
+  views(outputs, to);
   py::gil_scoped_release release;
-  kernels.gather(call);
+  kernels.embed(call);
+}
+
+// given: hidden, r, the cotangent of the tokens or of the features, and the operand to be written;
+// gradients: of x and the eight weights
+void embed_backward(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                    const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& given,
+                    const py::tuple& gradients, int threads) {
+  const Kernels& kernels = kernels_named(isa);
+  EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
+  View* const from[] = {&call.hidden, &call.r, &call.grad, &call.grad_features, &call.operand};
+  views(given, from);
+  View* const to[] = {&call.grad_x,  &call.grad_proj_w, &call.grad_proj_b, &call.grad_w1,     &call.grad_b1,
+                      &call.grad_w2, &call.grad_b2,     &call.grad_sblu_w, &call.grad_fusion_w};
+  views(gradients, to);
+  py::gil_scoped_release release;
+  kernels.embed_backward(call);
 }
 
 py::dict build_info() {
@@ -150,7 +179,8 @@ PYBIND11_MODULE(_native, m) {
         "instruction sets of them that this machine runs, fastest first, and the GPU architectures.");
   m.def("sblu", &sblu);
   m.def("sblu_backward", &sblu_backward);
-  m.def("gather", &gather);
+  m.def("embed", &embed);
+  m.def("embed_backward", &embed_backward);
 #if AAPE_CUDA
   py::module_ gpu = m.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
   cuda::bind(gpu);

@@ -33,14 +33,14 @@ struct SbluCall {
   Ranges ranges;
   int64_t planes = 2;  // of y and of grad_features
   View x, decay, frequency, weight;
-  // Forward, unless data is null; also backward, where the responses come with the derivatives for nothing.
+  // Forward, unless data is null; on a GPU also backward, where the responses come with the derivatives for nothing.
   View y;
   View grad_features;
   View grad_y, grad_x, grad_decay, grad_frequency, grad_weight;  // backward; data is null where not needed
   int threads = 1;  // of the CPU
 };
 
-// patches (B, N_f, N_t, C·P_f·P_t); fastest on the CPU where one of the last two axes is contiguous, on a GPU the last
+// On a GPU: patches (B, N_f, N_t, C·P_f·P_t); fastest where the last axis is contiguous.
 struct GatherCall {
   Grid grid;
   View x, patches;

@@ -177,7 +177,11 @@ TABLE = {
         ValueError,
         r"sblu_w \(AaPE's sblu\.weight\): expected at least 2 states for features 'magnitude', .*got 1",
     ),
-    "one-state": (make(num_states=1), ValueError, "num_states: expected at least 2 states for features 'both', .*got 1"),
+    "one-state": (
+        make(num_states=1),
+        ValueError,
+        "num_states: expected at least 2 states for features 'both', .*got 1",
+    ),
     "features": (make(features="all"), ValueError, "features: expected one of both, complex, magnitude, got 'all'"),
     "fusion-shape": (
         call_embed(fusion_w=torch.randn(8, 64)),

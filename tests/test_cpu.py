@@ -121,7 +121,7 @@ def test_an_illegal_instruction_set_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"AAPE_CPU_ISA: expected one of .*baseline on this machine, got 'sse9'"):
         sblu(*inputs, **SQUARE.options, backend="cpu")
     with pytest.raises(ValueError, match="instruction set: expected one that this machine runs, got 'sse9'"):
-        native.load().gather("sse9", (0,) * 12, None, None, 1)
+        native.load().sblu("sse9", (0,) * 12, False, None, *[None] * 5, 1)
 
 
 def test_auto_takes_it_and_logs_one_line_when_it_cannot(monkeypatch, caplog):

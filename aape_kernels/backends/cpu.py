@@ -1,6 +1,6 @@
-"""The CPU backend: the native module gathers patches and runs the SBLU, torch does the matrix products.
+"""The CPU backend: SBLU, and in `cpu_stem` the whole stem, by the native module.
 
-The functions take what the registered ops take, on tensors that `functional` has checked. The stem is in `cpu_stem`.
+The functions take what the registered ops take, on tensors that `functional` has checked.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def sblu_backward(
     # zeros: x's gradient is added to, and an empty batch writes nothing
     out = [torch.zeros(v.shape, dtype=dtype) if wanted else None for v, wanted in zip((x, *wide), need, strict=True)]
     if grad.numel() and any(need):
-        native.sblu_backward(grad, x, *wide, None, out, grid, quadrature)
+        native.sblu_backward(grad, x, *wide, out, grid, quadrature)
     gradients = [
         value.new_empty(0) if gradient is None else gradient.to(value.dtype)
         for value, gradient in zip((x, decay, frequency, weight), out, strict=True)

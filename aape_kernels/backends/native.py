@@ -13,10 +13,13 @@ from torch import Tensor
 
 from ..geometry import PatchGrid
 
-__all__ = ["DTYPE_CODES", "Ranges", "gather", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
+__all__ = ["DTYPE_CODES", "Ranges", "Stem", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
 
 # decay low, log(high/low), band low, band width: given where decay and frequency are the Lambda Encoder's logits
 Ranges = tuple[float, float, float, float]
+
+# pointer, element strides, dtype code
+View = tuple[int, tuple[int, ...], int]
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum class DType of calls.h
 
@@ -51,7 +54,7 @@ def sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
     return (*x.shape, *grid.patch, *grid.stride, grid.window, *grid.tokens(x.shape[2], x.shape[3]), states)
 
 
-def view(tensor: Tensor | None) -> tuple[int, tuple[int, ...], int] | None:
+def view(tensor: Tensor | None) -> View | None:
     """A tensor as pointer, element strides and dtype code."""
     return None if tensor is None else (tensor.data_ptr(), tensor.stride(), DTYPE_CODES[tensor.dtype])
 
@@ -61,29 +64,56 @@ def sblu(
     decay: Tensor,
     frequency: Tensor,
     weight: Tensor,
-    features: Tensor | None,
+    y: Tensor,
     grid: PatchGrid,
     quadrature: bool,
-    ranges: Ranges | None = None,
-    grad_features: Tensor | None = None,
-    grad_y: Tensor | None = None,
 ) -> None:
-    """Write the features (B, N_f, N_t, planes, S): y with 2 planes, n with 1, y and n with 3 (docs/maths.md §4).
-
-    With their cotangent, that of y is written to grad_y (B, N_f, N_t, 2, S). decay, frequency and weight are in the
-    arithmetic's dtype. All strides are taken.
-    """
-    (like, *_) = (value for value in (features, grad_features) if value is not None)
+    """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. All strides are taken."""
     load().sblu(
         instruction_set(),
         sizes(x, grid, weight.shape[0]),
         quadrature,
-        ranges,
-        *map(view, (x, decay, frequency, weight, features)),
-        like.shape[3],
-        *map(view, (grad_features, grad_y)),
+        None,
+        *map(view, (x, decay, frequency, weight, y)),
         torch.get_num_threads(),
     )
+
+
+class Stem:
+    """The whole stem of one call: the module's `embed` and `embed_backward`, with tensors in place of pointers.
+
+    Args:
+        shape: planes of the features, D, H, whether tokens are time-major.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        grid: PatchGrid,
+        quadrature: bool,
+        ranges: Ranges,
+        states: int,
+        shape: tuple[int, int, int, bool],
+    ) -> None:
+        self.given = (instruction_set(), sizes(x, grid, states), quadrature, ranges, shape, view(x))
+
+    def forward(self, weights: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        """Write tokens, operand (either may be missing), hidden and r."""
+        load().embed(*self.given, _views(weights), _views(outputs), torch.get_num_threads())
+
+    def backward(
+        self, weights: Sequence[Tensor | None], given: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Write the gradients of x and the weights, None where not needed.
+
+        Args:
+            given: hidden, r, the cotangent of the tokens or that of the features, and the operand, to be written.
+        """
+        load().embed_backward(*self.given, _views(weights), _views(given), _views(gradients), torch.get_num_threads())
+
+
+def _views(tensors: Sequence[Tensor | None]) -> tuple[View | None, ...]:
+    return tuple(map(view, tensors))
 
 
 def sblu_backward(
@@ -92,24 +122,17 @@ def sblu_backward(
     decay: Tensor,
     frequency: Tensor,
     weight: Tensor,
-    y: Tensor | None,
     gradients: Sequence[Tensor | None],
     grid: PatchGrid,
     quadrature: bool,
-    ranges: Ranges | None = None,
 ) -> None:
     """Write the gradients of decay, frequency and weight and add to that of x, in the arithmetic's dtype, None where
-    not needed. With those of decay and frequency y comes for nothing, if it is given."""
+    not needed."""
     load().sblu_backward(
         instruction_set(),
         sizes(x, grid, weight.shape[0]),
         quadrature,
-        ranges,
-        *map(view, (grad, x, decay, frequency, weight, y, *gradients)),
+        None,
+        *map(view, (grad, x, decay, frequency, weight, None, *gradients)),
         torch.get_num_threads(),
     )
-
-
-def gather(x: Tensor, patches: Tensor, grid: PatchGrid) -> None:
-    """Write the patches of x, (B, N_f, N_t, C·P_f·P_t); fastest where one of the last two axes is contiguous."""
-    load().gather(instruction_set(), sizes(x, grid, 0), view(x), view(patches), torch.get_num_threads())

@@ -8,14 +8,14 @@
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
-// Cotangents of the folded frames, Re(conj(ḡ±) γ z^m), added to those of the window's frames.
-template <class T, bool Quadrature>
+// Cotangents of the folded frames, Re(conj(ḡ±) γ z^m), added to those of the window's frames, or stored there.
+template <class T, bool Quadrature, bool kStore = false>
 AAPE_FN void spread(T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
                     Complex<Vec<T>> conj_minus) {
   using M = Math<Vec<T>>;
   auto add = [&](int64_t frame, Vec<T> value) {
     T* at = u + frame * states;
-    M::store(at, M::load(at) + value);
+    M::store(at, kStore ? value : M::load(at) + value);
   };
   auto plus = conj_plus * g.gamma, minus = conj_minus * g.gamma;
   if (!w.even) {
@@ -36,15 +36,14 @@ AAPE_FN void spread(T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g, 
   }
 }
 
-// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz): P and dP/dz from one Horner run that carries both. y comes with it.
+// P± and dP±/dz, from one Horner run that carries both.
 template <class T>
-struct Slopes {
-  Complex<Vec<T>> sum, y;
+struct Jets {
+  Complex<Vec<T>> plus, minus, plus_slope, minus_slope;
 };
 
 template <class T, bool Quadrature>
-AAPE_FN Slopes<T> slopes(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g,
-                               Complex<Vec<T>> conj_plus, Complex<Vec<T>> conj_minus) {
+AAPE_FN Jets<T> jets(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g) {
   using M = Math<Vec<T>>;
   using C = Complex<Vec<T>>;
   Vec<T> zero = {};
@@ -66,12 +65,23 @@ AAPE_FN Slopes<T> slopes(const T* u, int64_t states, const Fold& w, const Gain<V
       minus = minus * g.z;
     }
   }
-  Slopes<T> out = {adjoint<Vec<T>>(conj_plus, g, plus, plus_slope), g.gamma * plus};
-  if (Quadrature) {
-    out.sum = out.sum + adjoint<Vec<T>>(conj_minus, g, minus, minus_slope);
-    out.y.im = (g.gamma * minus).im;
-  }
-  return out;
+  return {plus, minus, plus_slope, minus_slope};
+}
+
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> response(const Jets<T>& p, const Gain<Vec<T>>& g) {
+  Complex<Vec<T>> y = g.gamma * p.plus;
+  if (Quadrature) y.im = (g.gamma * p.minus).im;
+  return y;
+}
+
+// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz)
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> slope(const Jets<T>& p, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
+                              Complex<Vec<T>> conj_minus) {
+  auto sum = adjoint<Vec<T>>(conj_plus, g, p.plus, p.plus_slope);
+  if (Quadrature) sum = sum + adjoint<Vec<T>>(conj_minus, g, p.minus, p.minus_slope);
+  return sum;
 }
 
 // grad_weight[r][s] += Σ_t x[r][t] · grad_u[t][s]
@@ -184,10 +194,7 @@ struct Worker {
         // conj ḡ: split by polynomial for the quadrature kernel
         Complex<Vec<T>> plus = {gr, Quadrature ? zero : -gi}, minus = {zero, -gi};
         if (passes & kParameters) {
-          auto [d, y] = slopes<T, Quadrature>(u.data + at + s, t.states, w, gains, plus, minus);
-          // the cotangents have been read: their place is free
-          M::store(re + s, y.re);
-          M::store(im + s, y.im);
+          auto d = slope<T, Quadrature>(jets<T, Quadrature>(u.data + at + s, t.states, w, gains), gains, plus, minus);
           d.im = -d.im;
           if (call.ranges.logits) d = {d.re * p.decay_slope, d.im * p.frequency_slope};
           M::store(grad_decay + s, d.re);
@@ -198,7 +205,6 @@ struct Worker {
       if (passes & kParameters) {
         store(call.grad_decay, grad_decay, unit, j);
         store(call.grad_frequency, grad_frequency, unit, j);
-        if (call.y.data) store_response(call.y, re, im, unit, j, g.states);
       }
     }
     if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);

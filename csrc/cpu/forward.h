@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "features.h"
+#include "tile.h"
 
 namespace aape {
 inline namespace AAPE_NAMESPACE {
@@ -78,24 +78,11 @@ AAPE_FN Complex<Vec<T>> respond(const T* u, int64_t states, const Fold& w, const
   return y;
 }
 
-AAPE_FN char* plane_at(const View& y, const Unit& unit, int64_t j, int64_t plane) {
-  return y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2] + plane * y.stride[3]) * size_of(y.type);
-}
-
-// One token's plane of states.
-template <class T>
-inline void store_plane(const View& y, const T* from, const Unit& unit, int64_t j, int64_t plane, int64_t states) {
-  store_row(plane_at(y, unit, j, plane), from, y.type, y.stride[4], states);
-}
-template <class T>
-inline void load_plane(T* to, const View& y, const Unit& unit, int64_t j, int64_t plane, int64_t states) {
-  load_row(to, plane_at(y, unit, j, plane), y.type, y.stride[4], states);
-}
-
 template <class T>
 inline void store_response(const View& y, const T* re, const T* im, const Unit& unit, int64_t j, int64_t states) {
-  store_plane(y, re, unit, j, 0, states);
-  store_plane(y, im, unit, j, 1, states);
+  char* to = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
+  store_row(to, re, y.type, y.stride[4], states);
+  store_row(to + y.stride[3] * size_of(y.type), im, y.type, y.stride[4], states);
 }
 
 template <class T, bool Quadrature>
@@ -110,11 +97,8 @@ inline void forward(const SbluCall& call) {
   const int threads = int(smaller(call.threads, t.units));
 #pragma omp parallel num_threads(threads)
   {
-    Buffer<T> x(t.rows * t.columns), u(t.columns * t.states), rows(7 * t.states);
+    Buffer<T> x(t.rows * t.columns), u(t.columns * t.states), rows(4 * t.states);
     T *decay = rows.data, *frequency = decay + t.states, *re = frequency + t.states, *im = re + t.states;
-    T *grad_re = im + t.states, *grad_im = grad_re + t.states, *grad_n = grad_im + t.states;
-    const bool complex = call.planes != 1, magnitudes = call.planes != 2;
-    Standardiser<T> standardiser(g.states, t.states);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
       const Unit unit = unit_at(g, t, k);
@@ -131,24 +115,7 @@ inline void forward(const SbluCall& call) {
           M::store(re + s, y.re);
           M::store(im + s, y.im);
         }
-        if (magnitudes) standardiser.forward(re, im);
-        if (call.y.data) {
-          if (complex) store_response(call.y, re, im, unit, j, g.states);
-          if (magnitudes) store_plane(call.y, standardiser.n(), unit, j, call.planes - 1, g.states);
-        }
-        if (call.grad_features.data) {
-          const View& grad = call.grad_features;
-          fill_zero(grad_re, 2 * t.states);
-          if (complex) {
-            load_plane(grad_re, grad, unit, j, 0, g.states);
-            load_plane(grad_im, grad, unit, j, 1, g.states);
-          }
-          if (magnitudes) {
-            load_plane(grad_n, grad, unit, j, call.planes - 1, g.states);
-            standardiser.backward(grad_n, re, im, grad_re, grad_im);
-          }
-          store_response(call.grad_y, grad_re, grad_im, unit, j, g.states);
-        }
+        store_response(call.y, re, im, unit, j, g.states);
       }
     }
   }

@@ -3,7 +3,8 @@
 
 #include "backward.h"
 #include "forward.h"
-#include "gather.h"
+#include "stem_backward.h"
+#include "stem_forward.h"
 
 namespace aape {
 inline namespace AAPE_NAMESPACE {
@@ -21,18 +22,13 @@ inline namespace AAPE_NAMESPACE {
 static void sblu(const SbluCall& call) { AAPE_DISPATCH(forward, call); }
 static void sblu_backward(const SbluCall& call) { AAPE_DISPATCH(backward, call); }
 
-static void gather(const GatherCall& call) {
-  bool wide = call.x.type == DType::kFloat64, rows = call.patches.stride[3] == 1;
-  if (wide && rows) gather_rows<double>(call);
-  else if (wide) gather_columns<double>(call);
-  else if (rows) gather_rows<float>(call);
-  else gather_columns<float>(call);
-}
+static void embed(const EmbedCall& call) { AAPE_DISPATCH(stem_forward, call); }
+static void embed_backward(const EmbedCall& call) { AAPE_DISPATCH(stem_backward, call); }
 
 }  // namespace AAPE_NAMESPACE
 
 #define AAPE_JOIN(a, b) a##b
 #define AAPE_TABLE(name) AAPE_JOIN(k, name)
-extern const Kernels AAPE_TABLE(AAPE_VARIANT) = {AAPE_TEXT, sblu, sblu_backward, gather};
+extern const Kernels AAPE_TABLE(AAPE_VARIANT) = {AAPE_TEXT, sblu, sblu_backward, embed, embed_backward};
 
 }  // namespace aape

@@ -36,7 +36,8 @@ struct VectorMath {
   static constexpr T kRound = kDouble ? T(6755399441055744.0) : T(12582912.0);
   static constexpr int kMantissa = kDouble ? 52 : 23;
 
-  static AAPE_FN V splat(T value) { return V{} + value; }
+  // not V{} + value: the sum with zero cannot be left out, as it turns −0 into 0
+  static AAPE_FN V splat(T value) { return value - V{}; }
   static AAPE_FN V select(Mask mask, V a, V b) { return mask ? a : b; }
   static AAPE_FN V round(V x) { return (x + kRound) - kRound; }
   // of a multiple of a quarter
