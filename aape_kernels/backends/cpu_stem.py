@@ -1,12 +1,13 @@
 """The whole stem on the CPU: one native call forward and one backward.
 
-Where tokens have 16 bits the products with their weights are torch's, whose oneDNN has instructions for them; the native
-call then ends at their operand, [patch | features], and begins at the features' cotangent.
+Where tokens have 16 bits the products with their weights are torch's, whose oneDNN has instructions for them; the
+native call then ends at their operand, [patch | features], and begins at the features' cotangent.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,11 +118,10 @@ Options = tuple[PatchGrid, bool, native.Ranges, bool]
 
 
 def _gradients(
-    grad: Tensor, inputs: dict[str, Tensor | None], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
+    grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
     """All of it in one native call."""
     x = inputs["x"]
-    assert x is not None
     work = working_dtype(x.dtype)
     weights = [None if value is None else _rows(value, work) for name, value in inputs.items() if name != "x"]
     got = {
@@ -135,20 +135,18 @@ def _gradients(
     return got
 
 
-def _run(x: Tensor, inputs: dict[str, Tensor | None], options: Options) -> native.Stem:
+def _run(x: Tensor, inputs: dict[str, Any], options: Options) -> native.Stem:
     grid, quadrature, ranges, time_major = options
     proj_w, w1, sblu_w, fusion_w = (inputs[name] for name in ("proj_w", "w1", "sblu_w", "fusion_w"))
-    assert proj_w is not None and w1 is not None and sblu_w is not None and fusion_w is not None
     shape = (fusion_w.shape[1], proj_w.shape[0], w1.shape[0], time_major)
     return native.Stem(x, grid, quadrature, ranges, sblu_w.shape[0], shape)
 
 
 def _narrow_gradients(
-    grad: Tensor, inputs: dict[str, Tensor | None], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
+    grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
     """With torch's products in 16 bits, in blocks of clips; sums over blocks in their order."""
     x, proj_w, fusion_w = inputs["x"], inputs["proj_w"], inputs["fusion_w"]
-    assert x is not None and proj_w is not None and fusion_w is not None
     work, out = working_dtype(x.dtype), proj_w.dtype
     projection, fusion = proj_w.flatten(1), fusion_w.to(out).flatten(1)
     inner = {"proj_w", "proj_b", "fusion_w"}

@@ -186,8 +186,8 @@ def operations(kernels: type[Kernels]) -> Operations:
             at_once = planes == 2 or states <= call.most_states
             call.prologue(*encoder, weight, operand if at_once else operand[:, : call.patch], hidden, r, ranges)
             if not at_once:
-                logits = call.by_token(r).chunk(2, dim=-1)
-                call.features(*logits, weight, operand[:, call.patch :], ranges)
+                r_decay, r_frequency = call.by_token(r).chunk(2, dim=-1)
+                call.features(r_decay, r_frequency, weight, operand[:, call.patch :], ranges)
         weight = torch.cat([proj_w.flatten(1), fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
         tokens = F.linear(operand, weight, None if proj_b is None else proj_b.to(proj_w.dtype))
         return tokens.view(x.shape[0], call.n_f * call.n_t, proj_w.shape[0]), r, hidden
