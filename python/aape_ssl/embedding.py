@@ -162,7 +162,7 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
     """What `compute` gives, kept in an `.npz`; computed again where clips or `key` are not those it was kept for.
 
     Args:
-        path: the file.
+        path: the file, which says as `about` what `key` it was kept for.
         clips: whose features they are: their names, in their order.
         key: whatever else they depend on: checkpoint, front end, frames.
         compute: () -> (clips, features).
@@ -177,7 +177,7 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
         pass
     features = compute()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(Path(path), lambda file: np.savez(file, of=names, features=features))
+    _write(Path(path), lambda file: np.savez(file, of=names, about=key, features=features))
     return features
 
 

@@ -120,6 +120,8 @@ def test_cache_is_for_these_clips_and_this_key(tmp_path):
         got = cached(path, clips, key, compute(value))
         assert (got == (1 if value == 2 else value)).all()
     assert calls == [1, 3, 4]
+    with np.load(path) as kept:
+        assert str(kept["about"]) == "b"
     path.write_bytes(path.read_bytes()[:100])
     assert (cached(path, CLIPS[2:4], "b", compute(5)) == 5).all()
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
