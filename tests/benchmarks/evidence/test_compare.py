@@ -1,71 +1,155 @@
-"""The comparison of stems: what it trains on, what it scores, and what it says."""
+"""The comparison from its command line: every piece once, kept, and reported."""
 
-import numpy as np
+import json
+
 import pytest
-import yaml
+from evidence_case import made
 
-from aape_ssl import demo
-from aape_ssl.commands import embed_clips
-from aape_ssl.probe import Score
-from aape_ssl.sources import Clip, read_manifest
-from benchmarks.evidence import compare
+from benchmarks.evidence import compare, learning, material, runner, study
+from benchmarks.evidence.configurations import COMPARED
 from benchmarks.evidence.corpora import CorpusError
+from benchmarks.evidence.learning import OutOfTimeError
+from benchmarks.evidence.pieces import Job
+from benchmarks.evidence.results import Results
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of a collapse, which two steps are
+]
 
 
-def task(folds: str) -> list[Clip]:
-    """The bundled clips, one a fold."""
-    clips = demo.bundled_clips()
-    return [
-        Clip(path.name, path, f"label {k % 2}", fold, f"group {k}")
-        for k, (path, fold) in enumerate(zip(clips, folds, strict=False))
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    options = {**learning._preset()}
+    options["model"] = {**options["model"], "size": [16, 2, 2], "predictor_heads": 2, "top_layers": 2}
+    monkeypatch.setattr(learning, "_preset", lambda: options)
+    monkeypatch.setattr(material, "make", lambda task, cache, seed, clips: made(cache / "made", task))
+    monkeypatch.setattr(material, "FRAMES", 32)
+    monkeypatch.setattr(material, "SPEECH", 16)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Where what is patched is patched."""
+
+    def execute(worker, jobs, processes):
+        for job in jobs:
+            for line in worker.do(job):
+                print(line)
+        return 0
+
+    monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(study, "execute", execute)
+
+
+def run(command, tmp_path, **options) -> int:
+    given = {"steps": 2, "epochs": 1, "seeds": [0], "tasks": ["trill", "initials"], "shift": ["trill"], "jobs": 1}
+    argv = ["--cache", str(tmp_path)]
+    for name, value in (given | options).items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return command.main(argv)
+
+
+PIECES = {
+    ("log-mel statistics", "statistics", "frozen", "trill"),
+    ("log-mel statistics", "statistics", "frozen", "initials"),
+    ("conv", "untrained", "frozen", "trill"),
+    ("conv", "untrained", "frozen", "initials"),
+    ("conv", "pretrained", "pretraining", ""),
+    ("conv", "pretrained", "frozen", "trill"),
+    ("conv", "pretrained", "frozen", "initials"),
+    ("conv", "pretrained", "shifts", "trill"),
+    ("conv", "pretrained", "tuned", "trill"),
+    ("conv", "pretrained", "tuned", "initials"),
+}
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_piece_once_and_nothing_again(tmp_path, capsys):
+    path = tmp_path / "evidence" / "results.jsonl"
+    assert run(compare, tmp_path, stems="conv") == 0
+    records = Results(path).records()
+    assert {(each["row"], each["kind"], each["what"], each["task"]) for each in records} == PIECES
+    assert len(records) == len(PIECES)
+    for record in records:
+        assert record["environment"]["threads"] >= 1
+        if record["what"] == "shifts":
+            assert [len(hits) for hits in record["hits"].values()] == [16, 16]
+        elif record["task"]:
+            counts = record["set"]["counts"]
+            for hits in record["hits"].values():
+                assert all(0 <= hit <= count for hit, count in zip(hits, counts, strict=True))
+    text = capsys.readouterr().out
+    assert "Frozen, logistic regression" in text
+    assert "Shifted by 0 to 15 frames" in text
+
+    before = path.read_bytes()
+    assert run(compare, tmp_path, stems="conv") == 0
+    assert path.read_bytes() == before
+    assert run(compare, tmp_path, stems="conv", epochs=2) == 0  # of pre-training nothing is changed by it
+    again = Results(path).records()[len(records) :]
+    assert {(each["what"], each["task"]) for each in again} == {("tuned", "trill"), ("tuned", "initials")}
+    assert run(compare, tmp_path, stems="conv", steps=3, tune=[], shift=[]) == 0
+    again = Results(path).records()[len(records) + 2 :]
+    assert {(each["kind"], each["what"]) for each in again} == {("pretrained", "pretraining"), ("pretrained", "frozen")}
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_study_has_rows_of_its_own(tmp_path, capsys):
+    assert run(study, tmp_path, only=["s8-h16", "s8-fixed"], tune=[], shift=[]) == 0
+    records = Results(tmp_path / "evidence" / "choices.jsonl").records()
+    assert {each["row"] for each in records} == {"log-mel statistics", "s8-h16", "s8-fixed"}
+    assert {tuple(each["key"]["set"]["tested"]) for each in records if each["task"]} == {("1",)}
+    text = capsys.readouterr().out
+    assert "s8-h16 − s8-fixed" in text
+    assert "The rule" in text
+
+
+def test_processes_share_the_work_and_the_time(tmp_path, monkeypatch, capsys):
+    """Jobs reach the processes with their log-mels; one that fails leaves the others alone; late ones are counted."""
+    parser = runner.parser("x", "x", 2, (0,), ("trill",))
+    args = parser.parse_args(["--cache", str(tmp_path), "--jobs", "1", "--tasks", "trill"])
+    worker = runner.prepare(args, material.RESULTS)
+    broken = Job("untrained", learning.Configuration("broken", "conv", {"window": 3}), 0)
+    monkeypatch.setattr(type(worker), "missing", lambda self, job, done: [("frozen", "trill")])
+    assert runner.execute(worker, [Job("statistics"), broken], 1) == 1
+    text = capsys.readouterr().out
+    assert "broken, seed 0, untrained: failed: ValueError: stem_options: expected none" in text
+    (record,) = Results(tmp_path / "evidence" / "results.jsonl").records()
+    assert (record["row"], record["task"]) == ("log-mel statistics", "trill")
+    late = runner.replace(worker, until=0.0)
+    assert runner.execute(late, [Job("statistics")], 1) == 1
+    assert "1 rows are not finished" in capsys.readouterr().out
+
+
+def test_order_leaves_whole_seeds_to_a_time_limit():
+    jobs = list(map(str, runner.jobs_of(list(COMPARED.values())[:2], [0, 1])))
+    assert jobs == [
+        "statistics",
+        "aape, seed 0, untrained",
+        "aape-complex, seed 0, untrained",
+        "aape, seed 0, pretrained",
+        "aape-complex, seed 0, pretrained",
+        "aape, seed 1, pretrained",
+        "aape-complex, seed 1, pretrained",
     ]
-
-
-def test_the_test_fold_is_in_no_pretraining_and_every_file_once(tmp_path):
-    tasks = {"trill": task("01234"), "family": task("01234")}
-    found = read_manifest(compare.pretraining_manifest(tasks, tmp_path))
-    assert sorted(clip.path.name for clip in found) == sorted(clip.path.name for clip in tasks["trill"][1:])
-
-
-@pytest.mark.parametrize("stem", compare.STEMS)
-def test_features_of_random_weights_have_one_size(stem):
-    clips = task("01")
-    found = embed_clips(compare.random_weights(stem, 0), clips, compare.FRAMES)
-    dim = yaml.safe_load(compare.PRESET.read_text())["model"]["size"][0]
-    assert found.shape == (2, 8 * dim)
-    assert np.isfinite(found).all()
-
-
-# four clips are one batch an epoch
-@pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_pretrains_and_resumes(tmp_path):
-    manifest = compare.pretraining_manifest({"trill": task("01234")}, tmp_path)
-    path = compare.pretrain("aape", manifest, 2, 0, tmp_path, batch_size=4)
-    changed = path.stat().st_mtime_ns
-    assert compare.pretrain("aape", manifest, 2, 0, tmp_path, batch_size=4) == path
-    assert path.stat().st_mtime_ns == changed  # it was done
-
-
-def score(name: str, correct: list[float]) -> Score:
-    return Score(name, "knn", 4, np.array(correct), ("a", "a", "b", "b"))
-
-
-def test_differences_are_paired_and_averaged_over_seeds():
-    scores = [
-        score("trill: aape, pre-trained, seed 0", [1, 1, 1, 0]),
-        score("trill: conv, pre-trained, seed 0", [1, 0, 0, 0]),
-        score("trill: aape, pre-trained, seed 1", [1, 1, 0, 0]),
-        score("trill: conv, pre-trained, seed 1", [1, 1, 0, 0]),
-        score("trill: aape, random, seed 0", [0, 0, 0, 0]),
-    ]
-    (line,) = compare.differences(scores)
-    assert line.split() == ["trill:", "aape", "−", "conv", "knn", "+25.0%", "+25.0%", "–", "+25.0%"]
 
 
 def test_one_line_where_the_sound_cannot_be_had(monkeypatch, capsys, tmp_path):
     def refuse(*arguments):
         raise CorpusError("gcin-voice: apt-get was not found")
 
-    monkeypatch.setattr(compare, "make", refuse)
+    monkeypatch.setattr(material, "make", refuse)
     assert compare.main(["--cache", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "compare: gcin-voice: apt-get was not found\n"
+    assert compare.main(["--cache", str(tmp_path), "--stems", "fft"]) == 1
+    assert "stems: expected some of aape, aape-complex" in capsys.readouterr().err
+
+
+def test_pieces_end_with_the_time(tmp_path):
+    args = runner.parser("x", "x", 2, (0,), ("trill",)).parse_args(["--cache", str(tmp_path), "--tasks", "trill"])
+    worker = runner.replace(runner.prepare(args, material.RESULTS), until=0.0)
+    with pytest.raises(OutOfTimeError):
+        list(worker.do(Job("pretrained", COMPARED["conv"], 0)))
+    assert json.dumps(Results(tmp_path / "evidence" / "results.jsonl").records()) == "[]"
