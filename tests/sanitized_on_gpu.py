@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from cases import GOLDEN, GOLDEN_STEMS, golden, golden_stem
+from torch import Tensor
 
 from aape_kernels import AaPE, embed, sblu
 
@@ -31,6 +33,13 @@ REFUSED = ("Device not supported", "not supported on this", "Failed to initializ
 OURS = "aape::"
 SECONDS = 110
 DONE = "golden cases and stems have run"
+
+
+def plain_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """A product of 16 bits by float32's and a conversion: on Hopper cuBLAS stores its own in bulk, which initcheck does
+    not see, so that whoever reads it seems to read what was never written."""
+    product = torch.matmul(left.float(), right.float())
+    return product.to(left.dtype)
 
 
 def run(device: torch.device, backend: str = "cuda") -> None:
@@ -112,7 +121,8 @@ def verdict(said: str, status: int) -> tuple[bool, str]:
 def main(arguments: list[str]) -> int:
     """Status of the whole."""
     if arguments == ["--run"]:
-        run(torch.device("cuda"))
+        with mock.patch.object(torch.Tensor, "__matmul__", plain_matmul):
+            run(torch.device("cuda"))
         torch.cuda.synchronize()
         return 0
     unknown = [name for name in arguments if name not in TOOLS]

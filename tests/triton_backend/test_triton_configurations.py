@@ -48,7 +48,7 @@ def search(monkeypatch, tmp_path):
 def test_every_kernel_has_a_row_of_each_size(monkeypatch):
     kernels = {kernel for kernel, _ in DEFAULTS}
     assert DEFAULTS.keys() == {(kernel, size) for kernel in kernels for size in ("small", "large")}
-    assert {(kernel, size) for _, kernel, size in configurations.TABLE} <= DEFAULTS.keys()
+    assert {(kernel, size) for _, kernel, size, _ in configurations.TABLE} <= DEFAULTS.keys()
     assert all(c.tokens >= 16 and c.tokens & (c.tokens - 1) == 0 for c in (*DEFAULTS.values(), *CANDIDATES))
 
 
@@ -56,7 +56,7 @@ def test_table_by_capability_and_size(monkeypatch):
     def chosen(rows):
         return configuration("stem_fwd", rows, "", GPU, lambda c: None)
 
-    monkeypatch.setattr(configurations, "TABLE", {(9, "stem_fwd", "large"): Configuration(64, 8, 3)})
+    monkeypatch.setattr(configurations, "TABLE", {(9, "stem_fwd", "large", False): Configuration(64, 8, 3)})
     monkeypatch.setattr(configurations, "_capability", lambda device: 9)
     assert chosen(configurations.SMALL) == Configuration(64, 8, 3)
     assert chosen(configurations.SMALL - 1) == DEFAULTS["stem_fwd", "small"]

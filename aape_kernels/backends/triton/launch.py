@@ -104,8 +104,9 @@ class TritonKernels(Kernels):
 
         dtypes = "-".join(str(value.dtype).removeprefix("torch.") for value in arguments if isinstance(value, Tensor))
         key = " ".join([*(f"{k}={v}" for k, v in sizes.items()), dtypes])
+        narrow = bool(sizes.get("NARROW")) and self.block_states <= 32
         with _on(self.x.device):
-            run(configuration(name, self.rows, key, self.x.device, run))
+            run(configuration(name, self.rows, key, self.x.device, run, narrow))
 
     def responses(
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,

@@ -20,12 +20,14 @@ def overlap_add_kernel(
     f, c, b = line % mel_bins, line // mel_bins % C, (line // mel_bins // C).to(tl.int64)
     inside = (line < lines) & (t < frames)
     total = tl.zeros([BL, BT], tl.float32)
-    for back_i in range((P_F + S_F - 1) // S_F):
-        i = f // S_F - back_i
+    # Counted upwards: with Triton 3.6 ptxas turns "j − 0", in 64 bits, into j − 2³² on an H200.
+    first_i, first_j = f // S_F - (P_F - 1) // S_F, (t - OFFSET) // S_T - (K - 1) // S_T
+    for step_i in range((P_F - 1) // S_F + 1):
+        i = first_i + step_i
         p = f - i * S_F
         m_line = (i >= 0) & (i < n_f) & (p < P_F)
-        for back_j in range((K + S_T - 1) // S_T):
-            j = (t - OFFSET) // S_T - back_j
+        for step_j in range((K - 1) // S_T + 1):
+            j = first_j + step_j
             k = t - OFFSET - j * S_T
             if TIME_MAJOR:
                 token = (b * n_t + j) * n_f + i
