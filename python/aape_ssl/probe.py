@@ -8,13 +8,14 @@ probe.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .sources import Clip
 
@@ -27,6 +28,7 @@ Round = tuple[Ints, Ints, Ints]  # indices of train, validation and test clips
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of ½‖w‖² + C · Σ cross-entropy: the larger, the less regularised
 ITERATIONS = 10_000  # far more than was ever needed
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class LinearProbe:
 
     Attributes:
         mean, scale: (D) of the features it was fitted on, training and validation.
-        model: of scikit-learn.
+        model: the regression on standardised features.
         strength: the C of `STRENGTHS` that validation chose.
         accuracy: on validation, of the probe with that C that was fitted on the training clips alone.
     """
 
     mean: Floats
     scale: Floats
-    model: Any
+    model: Weights
     strength: float
     accuracy: float
 
@@ -83,21 +85,72 @@ def _moments(features: Floats) -> tuple[Floats, Floats]:
     return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
 
-def _solve(x: Floats, classes: Ints, strength: float) -> Any:
-    """Until no derivative of the mean objective is above 1e-4: what is left moves accuracies by a clip or two."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+@dataclass(frozen=True)
+class Weights:
+    """Of a logistic regression: weight (classes, D) and bias (classes); classes (classes) are what they stand for."""
 
+    weight: Floats
+    bias: Floats
+    classes: Ints
+
+    def predict(self, x: Floats) -> Ints:
+        """Classes (n) of standardised features (n, D)."""
+        found: Ints = self.classes[(x @ self.weight.T + self.bias).argmax(1)]
+        return found
+
+
+def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
+    """Until no derivative of the mean objective is above `TOLERANCE`: what is left moves accuracies by a clip or two.
+
+    To the minimum of scikit-learn's `LogisticRegression`, in a thirtieth of its time: that spends most of it on
+    converting features and on the bookkeeping of a step.
+    """
+    known, number = np.unique(classes, return_inverse=True)
+    if len(known) < 2:
+        raise ValueError(f"classes: expected at least two to tell apart, got {len(known)}")
+    whole, left = torch.zeros(x.shape[1] + 1, len(known)), np.inf
     # float32 halves the time; where its rounding keeps the line search from a step, float64 goes on
-    for dtype in (np.float32, np.float64):
-        model: Any = LogisticRegression(C=strength, tol=1e-4, max_iter=ITERATIONS)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            model.fit(x.astype(dtype, copy=False), classes)
-        failed = [warning for warning in caught if issubclass(warning.category, ConvergenceWarning)]
-        if not failed:
-            return model
-    raise ValueError(f"features: logistic regression with C = {strength:g} does not converge: {failed[0].message}")
+    for dtype in (torch.float32, torch.float64):
+        whole, left = _descend(torch.from_numpy(x).to(dtype), torch.from_numpy(number), strength, whole.to(dtype))
+        if left <= TOLERANCE:
+            found = whole.float().numpy()
+            return Weights(np.ascontiguousarray(found[:-1].T), found[-1], known)
+    raise ValueError(
+        f"features: logistic regression with C = {strength:g} does not converge: a derivative of {left:.2g} is left"
+    )
+
+
+def _descend(x: Tensor, classes: Tensor, strength: float, start: Tensor) -> tuple[Tensor, float]:
+    """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy from weights and bias (D + 1, classes): where it ends, and the largest
+    derivative there."""
+    count, rows = len(x), x.T.contiguous()
+    target = torch.nn.functional.one_hot(classes, start.shape[1]).to(x)
+    whole, gradient = start.clone(), torch.zeros_like(start)
+    weight, bias = whole.split([len(start) - 1, 1])
+
+    def objective() -> Tensor:
+        log_p = torch.log_softmax(torch.addmm(bias, x, weight), 1)
+        error = (log_p.exp() - target) / count
+        gradient[:-1] = weight / (strength * count)
+        gradient[:-1] += rows @ error
+        gradient[-1] = error.sum(0)
+        penalty = weight.double().square().sum() / (2 * strength * count)
+        loss: Tensor = penalty - (log_p.double() * target).sum() / count
+        return loss
+
+    parameter = torch.nn.Parameter(whole)  # of the same memory
+    parameter.grad = gradient
+    with torch.no_grad():
+        torch.optim.LBFGS(
+            [parameter],
+            max_iter=ITERATIONS,
+            max_eval=2 * ITERATIONS,
+            tolerance_grad=TOLERANCE,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        ).step(torch.no_grad()(objective))
+        objective()
+    return whole, float(gradient.abs().max())
 
 
 def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
