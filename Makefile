@@ -17,7 +17,7 @@ demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip 
 test: test-venv  ## all tests, in a fresh virtual environment
 	$(TEST_VENV)/bin/pytest
 
-ssl: .venv/ssl  ## three stems pre-trained alike on 13 MB of real sound and probed, as one table (ARGS="--small --steps 20")
+ssl: .venv/ssl  ## five stems pre-trained alike on real sound: frozen, fine-tuned, shifted (ARGS="--small --steps 20")
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tinysoundfont
 	.venv/bin/python -m benchmarks.evidence.compare $(ARGS)
 

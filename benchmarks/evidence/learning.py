@@ -63,7 +63,7 @@ class Recipe:
     steps: int
     batch_size: int = 32
     frames: int = 128
-    epochs: int = 10
+    epochs: int = 8
     tuning_batch_size: int = 64
 
     def key(self, tuning: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aape_ssl import probe
 from aape_ssl.sources import Clip, read_manifest, write_manifest
@@ -75,6 +76,12 @@ class Set:
         return probe.folds_of(self.clips, self.tested)
 
     @cached_property
+    def classes(self) -> NDArray[np.int64]:
+        """Of all clips, as numbers."""
+        labels = sorted({clip.label for clip in self.clips})
+        return np.array([labels.index(clip.label) for clip in self.clips], dtype=np.int64)
+
+    @cached_property
     def groups(self) -> tuple[str, ...]:
         """Of the test clips, in the rounds' order."""
         return tuple(self.clips[index].group or self.clips[index].name for *_, test in self.rounds for index in test)
@@ -99,7 +106,7 @@ class Set:
     def description(self) -> dict[str, Any]:
         """For reports: groups and how many test clips each has."""
         names, counts = np.unique(np.asarray(self.groups), return_counts=True)
-        classes = len({clip.label for clip in self.clips})
+        classes = len(set(self.classes.tolist()))
         return {"groups": names.tolist(), "counts": counts.tolist(), "classes": classes, "clips": len(self.clips)}
 
 

@@ -48,7 +48,7 @@ def parser(prog: str, about: str, steps: int, seeds: Sequence[int], tasks: Seque
     found = argparse.ArgumentParser(prog=prog, description=about)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found.add_argument("--steps", type=int, default=steps, help="of pre-training (default: %(default)s)")
-    found.add_argument("--epochs", type=int, default=10, help="of fine-tuning, at most (default: %(default)s)")
+    found.add_argument("--epochs", type=int, default=8, help="of fine-tuning, at most (default: %(default)s)")
     found.add_argument(
         "--seeds", type=int, nargs="+", default=list(seeds), help="of pre-training (default: %(default)s)"
     )

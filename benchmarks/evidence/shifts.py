@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aape_ssl.embedding import Encoder
-from aape_ssl.probe import fit_logistic, folds_of
+from aape_ssl.probe import LinearProbe, fit_logistic, folds_of
 from aape_ssl.sources import Clip
 
 from .spectrograms import Spectrograms, features
@@ -23,6 +23,7 @@ def right_by_shift(
     test: Sequence[str] | None = None,
     seed: int = 0,
     device: str = "cpu",
+    unshifted: Sequence[LinearProbe] | None = None,
 ) -> dict[str, NDArray[np.bool_]]:
     """Which test clips two linear probes classify correctly when all are delayed by 0, 1, … frames.
 
@@ -38,6 +39,7 @@ def right_by_shift(
         test: only the rounds that hold these folds out; all unless given.
         seed: of the shifts that are drawn; one for all encoders, so that they see the same.
         device: of the encoder.
+        unshifted: these probes, one a round, where they are fitted already.
 
     Returns:
         (shifts, test clips) of each probe, test clips in the order of `probe.folds_of`'s rounds.
@@ -49,17 +51,17 @@ def right_by_shift(
     y = np.array([labels.index(clip.label) for clip in clips], dtype=np.int64)
     drawn = np.random.default_rng([seed, 3]).integers(0, spectrograms.shifts, len(clips))
     rounds = folds_of(clips, test)
-    seen = {
-        "unshifted": features(encoder, spectrograms, 0, rows, device=device),
-        "shifted": features(encoder, spectrograms, drawn, rows, device=device),
-    }
-    probes = [
-        {name: fit_logistic((x[train], y[train]), (x[valid], y[valid])) for name, x in seen.items()}
-        for train, valid, _ in rounds
-    ]
-    right: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in seen}
+    names = ("unshifted", "shifted")
+
+    def fitted_on(shift: int | NDArray[np.int64]) -> list[LinearProbe]:
+        x = features(encoder, spectrograms, shift, rows, device=device)
+        return [fit_logistic((x[train], y[train]), (x[valid], y[valid])) for train, valid, _ in rounds]
+
+    both = zip(fitted_on(0) if unshifted is None else unshifted, fitted_on(drawn), strict=True)
+    probes = [dict(zip(names, pair, strict=True)) for pair in both]
+    right: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in names}
     for shift in range(spectrograms.shifts):
-        found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in seen}
+        found: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in names}
         for (_, _, tested), fitted in zip(rounds, probes, strict=True):
             x = features(encoder, spectrograms, shift, rows[tested], device=device)
             for name, probe in fitted.items():

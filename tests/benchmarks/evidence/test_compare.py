@@ -5,12 +5,15 @@ import json
 import pytest
 from evidence_case import made
 
+from aape_ssl import probe
+from aape_ssl.pretrained import load
 from benchmarks.evidence import compare, learning, material, runner, study
 from benchmarks.evidence.configurations import COMPARED
 from benchmarks.evidence.corpora import CorpusError
 from benchmarks.evidence.learning import OutOfTimeError
 from benchmarks.evidence.pieces import Job
 from benchmarks.evidence.results import Results
+from benchmarks.evidence.spectrograms import features
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -80,6 +83,16 @@ def test_every_piece_once_and_nothing_again(tmp_path, capsys):
             counts = record["set"]["counts"]
             for hits in record["hits"].values():
                 assert all(0 <= hit <= count for hit, count in zip(hits, counts, strict=True))
+    # the probes are the product's, and the shifts' first is the frozen one's
+    of = {(each["what"], each["kind"], each["task"]): each["hits"] for each in records if each["task"]}
+    frozen = of["frozen", "pretrained", "trill"]
+    assert of["shifts", "pretrained", "trill"]["unshifted"][0] == frozen["linear"]
+    prepared = material.Material.prepare(material.RESULTS, ["trill"], tmp_path)
+    set_, (folder,) = prepared.sets["trill"], (tmp_path / "evidence" / "encoders").iterdir()
+    kept = prepared.of("trill")
+    x = features(load(folder).tokens, kept, 0, kept.rows(set_.clips))
+    for score in probe.evaluate("", x, set_.clips, test=["0"]):
+        assert set_.hits(score.correct.tolist()) == frozen[score.method]
     text = capsys.readouterr().out
     assert "Frozen, logistic regression" in text
     assert "Shifted by 0 to 15 frames" in text
