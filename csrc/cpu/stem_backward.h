@@ -38,7 +38,9 @@ struct Wave {
   Buffer<T> operand, logits, hidden, active, sblu, pixels;
 
   Wave(const StemSizes& z, const StemNeeds& need, const Grid& g, int64_t tokens)
-      : operand_line(round_up(z.patch + z.features, Block<T>::kPanel)), active_line(round_up(z.hidden, Block<T>::kPanel)),
+      // whole panels from the first patch's pixel on, and from the first feature on
+      : operand_line(larger(round_up(z.patch, Block<T>::kPanel), z.patch + round_up(z.features, Block<T>::kPanel))),
+        active_line(round_up(z.hidden, Block<T>::kPanel)),
         sblu_size(z.states * z.projected), pixel_line(z.within ? z.patch : z.patch + z.projected * g.window),
         operand(tokens * operand_line), logits(tokens * 2 * z.states), hidden(tokens * z.hidden),
         active(tokens * active_line), sblu(need.sblu ? tokens / Block<T>::kTokens * sblu_size : 0),
