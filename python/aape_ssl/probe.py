@@ -146,7 +146,8 @@ def _descend(x: Tensor, classes: Tensor, strength: float, start: Tensor) -> tupl
             max_iter=ITERATIONS,
             max_eval=2 * ITERATIONS,
             tolerance_grad=TOLERANCE,
-            tolerance_change=0.0,
+            # no step that float32 cannot tell from none
+            tolerance_change=1e-9 if x.dtype == torch.float32 else 0.0,
             line_search_fn="strong_wolfe",
         ).step(torch.no_grad()(objective))
         objective()

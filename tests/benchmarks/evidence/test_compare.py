@@ -1,6 +1,8 @@
 """The comparison from its command line: every piece once, kept, and reported."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from evidence_case import made
@@ -134,6 +136,13 @@ def test_processes_share_the_work_and_the_time(tmp_path, monkeypatch, capsys):
     late = runner.replace(worker, until=0.0)
     assert runner.execute(late, [Job("statistics")], 1) == 1
     assert "1 rows are not finished" in capsys.readouterr().out
+
+
+def test_the_script_for_a_gpu_says_what_it_needs(tmp_path):
+    script = Path(compare.__file__).with_name("gpu.sh")
+    for given in ((), (str(tmp_path), "5", "study")):  # the folder lacks what wheels.sh puts there
+        found = subprocess.run([script, *given], capture_output=True, text=True)
+        assert (found.returncode, found.stderr.split(":")[0]) == (2, "usage")
 
 
 def test_order_leaves_whole_seeds_to_a_time_limit():
