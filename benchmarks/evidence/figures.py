@@ -21,15 +21,16 @@ LOOKS = {
     "conv+mlp": ("#CC79A7", "^"),
 }
 WIDTH = 9  # inches; at 110 dpi as wide as a README
+ACROSS = 4  # panels
 
 
-def _axes(count: int, height: float) -> tuple[Any, list[Any]]:
+def _axes(count: int, columns: int, height: float) -> tuple[Any, list[Any]]:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    columns = min(count, 3)
+    columns = min(count, columns)
     lines = -(-count // columns)
     figure, axes = pyplot.subplots(lines, columns, figsize=(WIDTH, height * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[count:]:
@@ -54,7 +55,7 @@ def accuracies(board: Board, folder: Path) -> Path:
     stems = [name for name in COMPARED if (name, "pretrained") in board.cells]
     panels = [("frozen", "linear", task) for *_, task in columns_of(board, "frozen", "linear")]
     panels += [("tuned", "tuned", task) for *_, task in columns_of(board, "tuned", "tuned")]
-    figure, axes = _axes(len(panels), 2.0 + 0.16 * len(stems))
+    figure, axes = _axes(len(panels), ACROSS, 1.3 + 0.2 * len(stems))
     for axis, column in zip(axes, panels, strict=True):
         for place, name in enumerate(reversed(stems)):
             colour, marker = LOOKS[name]
@@ -74,8 +75,11 @@ def accuracies(board: Board, folder: Path) -> Path:
         axis.tick_params(labelsize=8)
         axis.set_title(f"{column[2]}, {'fine-tuned' if column[0] == 'tuned' else 'frozen'} (%)", fontsize=9)
         axis.grid(axis="x", color="#dddddd", lw=0.6)
-        if axis not in axes[:: min(len(panels), 3)]:
+        if axis not in axes[::ACROSS]:
             axis.set_yticklabels([])
+    if panels:
+        about = "bar: 95 % interval over seeds and groups of clips; dots: seeds; open: random weights; dashed: "
+        figure.supxlabel(f"{about}log-mel statistics", fontsize=8)
     return _save(figure, folder / "evidence.png")
 
 
@@ -89,7 +93,7 @@ def shift_curves(board: Board, folder: Path) -> Path:
         for fit in ("unshifted", "shifted")
         if any(board.has((name, "pretrained"), [(f"shift {s}", fit, task) for s in at]) for name in stems)
     ]
-    figure, axes = _axes(max(1, len(panels)), 2.4)
+    figure, axes = _axes(max(1, len(panels)), 2, 2.2)
     for axis, (task, fit) in zip(axes, panels, strict=False):
         for name in stems:
             found = [board.mean((name, "pretrained"), [(f"shift {s}", fit, task)]) for s in at]
@@ -97,8 +101,9 @@ def shift_curves(board: Board, folder: Path) -> Path:
             if len(values) == SHIFTS:
                 colour, marker = LOOKS[name]
                 axis.plot(at, values, color=colour, marker=marker, ms=3.5, lw=1.2, label=NAMES[name])
-        axis.set_title(f"{task}, probe fitted {'on random shifts' if fit == 'shifted' else 'without'} (%)", fontsize=8)
+        axis.set_title(f"{task}, probe fitted {'on random' if fit == 'shifted' else 'without'} shifts (%)", fontsize=8)
         axis.set_xlabel("shift against the patch grid (frames of 10 ms)", fontsize=8)
+        axis.set_xticks(range(0, SHIFTS, 3))
         axis.tick_params(labelsize=8)
         axis.grid(color="#dddddd", lw=0.6)
     if panels:

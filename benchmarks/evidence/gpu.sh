@@ -4,8 +4,9 @@
 #     benchmarks/evidence/gpu.sh FOLDER MINUTES study --only s16-h64 s16-fixed     or compare, and their options
 #
 # Results go to $OUT (build/evidence) piece by piece, so that what is done when the time is over is there; pieces that
-# are there already, from the last time, are not done again. The stems run on Triton's kernels unless the native module
-# is built. Not run on a GPU so far; on a CPU, ACCELERATOR=cpu, it does. Everything else that is written goes to $SCRATCH, a new folder in /tmp unless given.
+# are there already, from the last time, are not done again. Everything else that is written goes to $SCRATCH, a new
+# folder in /tmp unless given. The stems run on Triton's kernels unless the native module is built. It has not run on a
+# GPU so far; with ACCELERATOR=cpu it runs without one.
 set -eu -o pipefail
 if [ $# -lt 3 ] || [ ! -d "$1/wheels" ]; then
   echo "usage: benchmarks/evidence/gpu.sh FOLDER MINUTES study|compare [OPTIONS]; FOLDER is what wheels.sh has filled" >&2

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from aape_ssl import probe
 from aape_ssl.sources import Clip, read_manifest, write_manifest
 
-from .learning import FRONT_END
+from .kept import FRONT_END
 from .spectrograms import Spectrograms
 from .tasks import SMALL, TASKS, make
 

@@ -13,7 +13,8 @@ from aape_ssl.pretrained import load
 from aape_ssl.training import PretrainingModule
 from benchmarks.evidence import learning
 from benchmarks.evidence.configurations import COMPARED, Configuration, adapting, multiply_adds, sizes
-from benchmarks.evidence.learning import KeptCrops, OutOfTimeError, Recipe, finetune, pretrain, untrained
+from benchmarks.evidence.kept import KeptCrops
+from benchmarks.evidence.learning import OutOfTimeError, Recipe, finetune, pretrain, untrained
 from benchmarks.evidence.material import CHOICES
 
 RECIPE = Recipe(3, batch_size=4, frames=32, epochs=2, tuning_batch_size=8)
