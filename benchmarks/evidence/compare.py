@@ -27,7 +27,7 @@ from .tasks import TASKS
 
 __all__ = ["STEPS", "main"]
 
-STEPS = 400  # so that `make ssl` is done in an hour on two cores
+STEPS = 500  # so that `make ssl` is done in an hour on two cores
 PROG = "python -m benchmarks.evidence.compare"
 
 
