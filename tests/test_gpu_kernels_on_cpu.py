@@ -10,18 +10,21 @@ from dataclasses import replace
 
 import emulated
 import pytest
+import test_stem as stem_tests
 import torch
-from cases import AWKWARD, GOLDEN, SQUARE, Case, cases
+from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, cases
 from checks import check_gain_and_z, check_strides, far_apart, poisoned_memory, same_bits
 from hypothesis import given, settings
 from oracle import bound, relative_error
 from test_sblu import check as check_sblu
 from test_sblu import check_golden, check_range
 from test_sblu import run as run_sblu
-from test_stem import OPTIONS, small
+from test_stem import OPTIONS, check_16_bit_forward_and_gradients, small
 from test_stem import check as check_stem
+from test_stem import check_golden as check_golden_stem
 
 from aape_kernels import AaPE, ops, sblu
+from aape_kernels.reference import PLANES
 
 
 def interpret(monkeypatch):
@@ -85,11 +88,61 @@ def test_gradients_at_the_ends_of_the_range(window, low, high):
     check_range(Case(1, 1, 16, (4, window), (4, window), window, (2, 4), (0, 0), "quadrature"), low, high)
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, "time-major", "time-major-overlap"])
+@pytest.mark.parametrize("path", GOLDEN_STEMS, ids=lambda path: path.stem)
+def test_golden_stem(path):
+    check_golden_stem(path, torch.float32)
+
+
+TIME_MAJOR = {"time-major": {"layout": "TF"}, "time-major-overlap": {"layout": "TF", "stride": (3, 4)}}
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, *TIME_MAJOR])
 def test_stem(options):
-    more = {"time-major": {"layout": "TF"}, "time-major-overlap": {"layout": "TF", "stride": (3, 4)}}
-    stem = small(torch.float32, **(OPTIONS | more)[options])
+    stem = small(torch.float32, **(OPTIONS | TIME_MAJOR)[options])
     check_stem(stem, torch.randn(2, 2, 14, 19), torch.float32)
+
+
+@pytest.mark.parametrize("features", ["magnitude", "complex"])
+@pytest.mark.parametrize("options", ["overlap", "short-window", *TIME_MAJOR])
+def test_features_of_every_layout(options, features):
+    """What `test_stem` has of the default features, of the others."""
+    stem = small(torch.float32, **(OPTIONS | TIME_MAJOR)[options], features=features)
+    check_stem(stem, torch.randn(2, 2, 14, 19), torch.float32)
+
+
+@pytest.mark.parametrize("features", PLANES)
+@pytest.mark.parametrize("states", [7, 32, 33, 70])
+def test_features_of_any_number_of_states(states, features):
+    """A part of a warp, a whole one, and more states than one program has at once, on either backend or on both."""
+    check_stem(small(torch.float32, num_states=states, features=features), torch.randn(2, 2, 14, 19), torch.float32)
+
+
+@pytest.mark.parametrize("features", PLANES)
+def test_two_states(features):
+    stem_tests.test_two_and_three_states(2, features)
+
+
+def test_loud_and_quiet_responses():
+    stem_tests.test_loud_and_quiet_responses()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, of inf − inf
+@pytest.mark.parametrize("states", [4, 70])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_pixel_makes_its_own_token_non_finite(value, states):
+    stem, x = AaPE(embed_dim=8, num_states=states, features="magnitude"), torch.randn(1, 1, 32, 48)
+    x[0, 0, 20, 20] = value
+    with torch.no_grad():
+        stem.proj.weight.zero_()
+        assert stem(x).isfinite().all(-1).tolist() == [[True, True, True, True, False, True]]
+
+
+@pytest.mark.parametrize("features", PLANES)
+def test_float16_projection_and_tokens(features):
+    """Forward and every gradient. bfloat16 is the emulator's alone."""
+    stem = AaPE(embed_dim=64, num_states=8, features=features)
+    stem.proj.half()
+    check_16_bit_forward_and_gradients(stem, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -133,7 +186,12 @@ def test_only_the_gradients_asked_for():
         leaves = [value.detach().requires_grad_(k == index) for k, value in enumerate(inputs)]
         (got,) = torch.autograd.grad(sblu(*leaves, **AWKWARD.options), leaves[index], cotangent)
         assert torch.equal(got, want)
-    stem, x = small(torch.float32), torch.randn(1, 2, 12, 12)
+
+
+@pytest.mark.parametrize("states", [7, 70])
+@pytest.mark.parametrize("features", PLANES)
+def test_only_the_gradients_of_the_stem_asked_for(features, states):
+    stem, x = small(torch.float32, features=features, num_states=states), torch.randn(1, 2, 12, 12)
     names, values = zip(*stem.named_parameters(), strict=True)
     every = dict(zip(names, torch.autograd.grad(stem(x).square().sum(), values), strict=True))
     for name in names:
@@ -143,9 +201,10 @@ def test_only_the_gradients_asked_for():
         assert relative_error(got, every[name]) <= 1e-6
 
 
-def test_every_output_is_written():
+@pytest.mark.parametrize(("features", "states"), [("both", 7), ("complex", 70), ("magnitude", 70), ("magnitude", 2)])
+def test_every_output_is_written(features, states):
     inputs, cotangent = AWKWARD.inputs(torch.float32)
-    stem, x = small(torch.float32), torch.randn(1, 2, 13, 14)
+    stem, x = small(torch.float32, features=features, num_states=states), torch.randn(1, 2, 13, 14)
 
     def everything():
         tokens = stem(x)
@@ -215,7 +274,11 @@ def test_opcheck(simulated):
     sizes = (SQUARE.patch, SQUARE.stride, SQUARE.window, True)
     torch.library.opcheck(ops.sblu, (*inputs, *sizes, simulated))
     torch.library.opcheck(ops.sblu_backward, (cotangent, *inputs, *sizes, (True, False, True, True), simulated))
-    stem, x = small(torch.float32), torch.randn(1, 2, 12, 12)
+
+
+@pytest.mark.parametrize("features", PLANES)
+def test_opcheck_of_the_stem(simulated, features):
+    stem, x = small(torch.float32, features=features), torch.randn(1, 2, 12, 12)
     values = [value.detach() for value in stem.parameters()]
     options = ((6, 4), (6, 4), 4, True, stem.decay, stem.band, False)
     tokens, r, hidden = ops.embed(x, *values, *options, simulated)

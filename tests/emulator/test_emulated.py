@@ -9,7 +9,7 @@ import shutil
 import pytest
 import sanitized_on_gpu
 import torch
-from cases import AWKWARD, GOLDEN, Case, cases
+from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, Case, cases
 from emulated import (
     BOUNDS,
     ORDERS,
@@ -26,11 +26,13 @@ from emulated import (
 from hypothesis import given, settings
 from test_sblu import check as check_sblu
 from test_sblu import check_golden, check_range
-from test_stem import OPTIONS, small
+from test_stem import OPTIONS, check_16_bit_forward_and_gradients, small
 from test_stem import check as check_stem
+from test_stem import check_golden as check_golden_stem
 
 from aape_kernels import AaPE, sblu
 from aape_kernels.backends import Call, choose, cuda
+from aape_kernels.reference import PLANES
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was found")
 
@@ -47,6 +49,13 @@ def emulated(emulated_module, monkeypatch):
 def test_golden(emulated, path, order):
     emulated.set_order(ORDERS.index(order), 1)
     check_golden(path, torch.float64)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("path", GOLDEN_STEMS, ids=lambda path: path.stem)
+def test_golden_stem(emulated, path, order):
+    emulated.set_order(ORDERS.index(order), 1)
+    check_golden_stem(path, torch.float64)
 
 
 def test_any_geometry(emulated):
@@ -82,7 +91,11 @@ def test_stem(emulated, options, order):
 
 @pytest.mark.parametrize(
     ("frames", "sizes"),
-    [(67 * 4, {}), (3 * 4, {"encoder_dim": 70, "num_states": 40}), (4, {"encoder_dim": 5, "num_states": 1})],
+    [
+        (67 * 4, {}),
+        (3 * 4, {"encoder_dim": 70, "num_states": 40}),
+        (4, {"encoder_dim": 5, "num_states": 1, "features": "complex"}),
+    ],
     ids=["more tokens than a block's", "more units and logits than a product's", "one token a subband"],
 )
 def test_stem_blocks(frames, sizes):
@@ -90,6 +103,22 @@ def test_stem_blocks(frames, sizes):
     stem = AaPE(patch_size=(4, 4), embed_dim=6, decay=(0.1, 2.0), **sizes).double()
     torch.nn.init.normal_(stem.fusion.weight)
     check_stem(stem, torch.randn(2, 1, 4 * 9, frames).double(), torch.float64)
+
+
+@pytest.mark.parametrize("features", PLANES)
+@pytest.mark.parametrize("states", [2, 7, 32, 33, 70])
+def test_features_of_any_number_of_states(emulated, states, features):
+    emulated.set_order(states % 3, states)
+    stem = small(torch.float64, num_states=states, features=features)
+    check_stem(stem, torch.randn(2, 2, 14, 19).double(), torch.float64)
+
+
+@pytest.mark.parametrize("states", [8, 40])
+@pytest.mark.parametrize("features", PLANES)
+def test_bfloat16_projection_and_tokens(features, states):
+    stem = AaPE(embed_dim=64, num_states=states, features=features)
+    stem.proj.bfloat16()
+    check_16_bit_forward_and_gradients(stem, torch.bfloat16)
 
 
 @pytest.mark.parametrize("window", [8, 7])
@@ -120,7 +149,7 @@ def test_errors_name_the_operation_and_the_sizes(monkeypatch):
 
 def test_what_runs_under_compute_sanitizer(capsys):
     sanitized_on_gpu.run(torch.device("cpu"))
-    assert capsys.readouterr().out == "15 golden cases\n"
+    assert capsys.readouterr().out == f"{sanitized_on_gpu.DONE}\n"
 
 
 def test_when_it_can_run(monkeypatch):
@@ -156,6 +185,8 @@ BROKEN = {
         "",
     ),
     "an index off by one": ("sblu.cuh", "left + (window - 1) * kLanes", "left + window * kLanes"),
+    "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
+    "lanes without a state that miss the sums": ("sblu.cuh", "if (!standardised) return;", "return;"),
     "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + lane / 8)", "as + (warp / 2 * 16 + lane / 8 + 1)"),
 }
 
@@ -173,7 +204,11 @@ def copy_with(fault, root):
 
 def affected(fault):
     """The sources to compile anew."""
-    return [fault[0]] if fault[0].endswith(".cu") else ["sblu_forward.cu", "sblu_backward.cu", "stem.cu"]
+    name, *_ = fault
+    if name.endswith(".cu"):
+        return [name]
+    every = ["sblu_forward.cu", "sblu_backward.cu", "stem.cu"]
+    return [*every, "standardise.cu"] if name == "warp.cuh" else every
 
 
 def with_changed(objects, changed):
@@ -220,6 +255,11 @@ SANITIZED = {
         ),
     ),
     "a race for u": (RACES, "data race", BROKEN["no barrier before reading u"]),
+    "a token too many": (
+        BOUNDS,
+        "heap-buffer-overflow",
+        ("standardise.cu", "  if (token >= p.tokens) return;\n", ""),
+    ),
     "a band of too many subbands": (
         BOUNDS,
         "heap-buffer-overflow",
