@@ -93,6 +93,8 @@ class Worker:
         key: dict[str, Any] = {"version": VERSION, "experiment": self.experiment, "what": what, "kind": job.kind}
         if task:
             key["set"] = self.material.sets[task].key
+        if what in ("frozen", "shifts"):
+            key["probe"] = [*probe.STRENGTHS, probe.TOLERANCE]
         if job.configuration is not None:
             key |= {"configuration": job.configuration.key(width()), "seed": job.seed}
             if job.kind == "pretrained":

@@ -124,6 +124,16 @@ def test_it_is_the_minimum_on_training_and_validation(rng):
     assert (fitted.predict(tested) == scores.argmax(1)).mean() > 0.9
 
 
+@pytest.mark.parametrize("strength", probe.STRENGTHS)
+def test_every_strength_converges(rng, strength):
+    features, clips = blobs(rng, spread=8.0)
+    y = np.array([int(clip.label[1]) for clip in clips])
+    x = (features - features.mean(0)) / features.std(0)
+    expected = slow_fit(x.astype(float), y, strength)[:-1]
+    got = probe._solve(x, y, strength)
+    np.testing.assert_allclose(got.weight.T, expected, atol=0.01 * np.abs(expected).max())
+
+
 def test_validation_chooses_the_strength(rng):
     """Among models of the training clips alone, standardised by these; of equal ones the most regularised."""
     from sklearn.linear_model import LogisticRegression
@@ -155,7 +165,7 @@ def test_validation_chooses_the_strength(rng):
 def test_a_probe_that_does_not_converge_is_not_used(rng, monkeypatch):
     monkeypatch.setattr(probe, "ITERATIONS", 2)
     with pytest.raises(
-        ValueError, match=r"features: logistic regression with C = 0.001 does not converge: a derivative of"
+        ValueError, match=r"features: logistic regression with C = 0.0+1 does not converge: a derivative of"
     ):
         probe.fit_logistic(*parts(rng))
 
