@@ -60,7 +60,10 @@ def test_the_api_page_has_every_public_name_and_its_formulas(site):
     page = (site / "docs" / "api.html").read_text()
     for name in aape_kernels.__all__:
         assert f'id="aape_kernels.{name}"' in page
-    formulas = ("token = W_p · vec(patch) + b_p + W_y · f,   f = [Re y ; Im y ; n]", "quadrature:  h(d) = g e^{−Λd} for d")
+    formulas = (
+        "token = W_p · vec(patch) + b_p + W_y · f,   f = [Re y ; Im y ; n]",
+        "quadrature:  h(d) = g e^{−Λd} for d",
+    )
     for formula in formulas:
         assert re.search(r"<code[^>]*>[^<]*" + re.escape(formula), page), formula
     # a docstring's example that is no section of its own becomes quotations in quotations
