@@ -142,12 +142,12 @@ def magnitudes(y: Tensor) -> Tensor:
     y (…, 2, S) -> (…, S).
     """
     re, im = (y / EPSILON).unbind(-2)
+    more, less = torch.maximum(re.abs(), im.abs()), torch.minimum(re.abs(), im.abs())
     # either branch sees a harmless constant where the other one is taken, as in `gain`
-    loud = torch.maximum(re.abs(), im.abs()) > LOUD
-    quiet_re, quiet_im = torch.where(loud, 0.0, re), torch.where(loud, 0.0, im)
-    loud_re, loud_im = torch.where(loud, re, 1.0), torch.where(loud, im, 1.0)
-    quiet = 0.5 * torch.log1p(quiet_re.square() + quiet_im.square())
-    e = torch.where(loud, torch.log(torch.hypot(loud_re, loud_im)), quiet)
+    loud = more > LOUD
+    quiet = 0.5 * torch.log1p(torch.where(loud, 0.0, re).square() + torch.where(loud, 0.0, im).square())
+    more, less = torch.where(loud, more, 1.0), torch.where(loud, less, 0.0)
+    e = torch.where(loud, torch.log(more) + 0.5 * torch.log1p((less / more).square()), quiet)
     centred = e - e.mean(-1, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + VARIANCE_FLOOR)
 
