@@ -18,7 +18,7 @@ tl = pytest.importorskip("triton.language")
 from aape_kernels.backends.triton.launch import TritonKernels  # noqa: E402  # it imports triton
 from aape_kernels.backends.triton.magnitudes import log_magnitude, log_magnitude_slope  # noqa: E402
 
-EPSILON = reference.EPSILON
+EPSILON, VARIANCE_FLOOR = reference.EPSILON, reference.VARIANCE_FLOOR
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,14 @@ def features(y, planes):
     return n if planes == 1 else torch.cat([y, n], 1)
 
 
-def check_features(compute, y, planes, gradient=3e-6):
+def amplified(y):
+    """By how much n's rounding exceeds e's: e/σ, which few states that happen to be alike make large; over tokens."""
+    e = 0.5 * torch.log1p(y.double().unflatten(1, (2, -1)).square().sum(1) / EPSILON**2)
+    sigma = (e.var(1, correction=0) + VARIANCE_FLOOR).sqrt()
+    return (e.amax(1) / sigma).square().mean().sqrt().item()
+
+
+def check_features(compute, y, planes):
     """Features and the cotangent of y against float64, in every combination that a kernel is asked for.
 
     Args:
@@ -107,12 +114,14 @@ def check_features(compute, y, planes, gradient=3e-6):
     cotangent = torch.randn(rows, planes * states)
     wide = y.double().requires_grad_()
     want = features(wide, planes)
-    (want_grad,) = torch.autograd.grad(want, wide, cotangent.double())
+    (want_grad,) = torch.autograd.grad(want, wide, cotangent.double(), retain_graph=True)
 
     out, grad = (rows_apart(rows, planes * states) for _ in range(2))
     grad.copy_(cotangent)
     got = compute(out, grad)
-    assert relative_error(out[:, -states:], want[:, -states:]) <= 1e-6
+    # docs/maths.md §4.1: what is left of the gradient of two or three states is a difference that cancels
+    gradient = 2e-5 if states < 4 else max(3e-6, 3e-7 * amplified(y))
+    assert relative_error(out[:, -states:], want[:, -states:]) <= max(1e-6, 1e-7 * amplified(y))
     assert torch.equal(out[:, :-states], y if planes == 3 else y[:, :0])
     assert relative_error(got, want_grad) <= gradient
     assert torch.equal(grad, cotangent)
@@ -126,7 +135,10 @@ def check_features(compute, y, planes, gradient=3e-6):
     narrow = torch.empty_like(rounded)
     compute(narrow, None)
     assert torch.equal(narrow, rounded)
-    assert relative_error(compute(None, cotangent.to(torch.float16)), want_grad) <= 1e-3
+    # against the gradient of what the kernel was given: where it cancels, rounding the cotangent moves it by more
+    narrow = cotangent.to(torch.float16)
+    (want_grad,) = torch.autograd.grad(want, wide, narrow.double())
+    assert relative_error(compute(None, narrow), want_grad) <= gradient
 
 
 # of two states n is ±1 unless they are quiet: there its gradient is a difference that cancels
