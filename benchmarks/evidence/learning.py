@@ -62,7 +62,7 @@ class Recipe:
     batch_size: int = 32
     frames: int = 128
     epochs: int = 8
-    tuning_batch_size: int = 64
+    tuning_batch_size: int = 16
 
     def key(self, tuning: bool) -> dict[str, Any]:
         """What results depend on; the fields of fine-tuning where it is one's."""

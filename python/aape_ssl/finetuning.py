@@ -138,7 +138,7 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class FinetuningModule(LightningModule):
-    """Trains the encoder of a checkpoint and a linear head on its mean token, on `LabelledClips`.
+    """Trains the encoder of a checkpoint and a linear head on its pooled tokens, on `LabelledClips`.
 
     Cross-entropy, or binary cross-entropy of each class for multi-label clips. AdamW, warm-up and cosine
     (`warmup_cosine`) over all steps of the trainer's `max_epochs` or `max_steps`, one of which must be given; layer

@@ -40,10 +40,11 @@ class AudioEncoder(
         front_end: a name in `audio.FRONT_ENDS`.
         statistics: mean and standard deviation to normalise log-mels by; the front end's own unless given.
         frames: T of the clips that it was trained on. Any other number of whole patches will do.
-        labels: classes of the head, a linear layer on the mean token; none by default, and no head.
+        labels: classes of the head, a linear layer on the pooled tokens; none by default, and no head.
 
     Attributes:
-        embed_dim, num_features: D.
+        embed_dim: D.
+        num_features: N_f·D, of the pooled tokens.
         num_classes: of the head, or 0.
         frames: as given.
         labels: a tuple.
@@ -78,9 +79,10 @@ class AudioEncoder(
         size = size if isinstance(size, str) else tuple(size)  # type: ignore[assignment]
         patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)  # type: ignore[assignment]
         self.encoder = Encoder(size, stem, patch_size, stem_options)
-        self.embed_dim = self.num_features = self.encoder.size.dim
+        self.embed_dim = self.encoder.size.dim
+        self.num_features = self.front_end.mel_bins // self.encoder.patch_size[0] * self.embed_dim
         self.num_classes = len(self.labels)
-        self.head = nn.Linear(self.embed_dim, self.num_classes) if labels else nn.Identity()
+        self.head = nn.Linear(self.num_features, self.num_classes) if labels else nn.Identity()
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], part: Part = "teacher") -> AudioEncoder:
@@ -122,12 +124,16 @@ class AudioEncoder(
         return self.encoder(x)  # type: ignore[no-any-return]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, D) -> logits (B, classes), or the mean token (B, D) for `pre_logits` or without a head."""
-        mean = tokens.mean(1)
-        return mean if pre_logits else self.head(mean)
+        """Tokens (B, N_f·N_t, D) -> logits (B, classes), or pooled tokens for `pre_logits` or without a head.
+
+        Pooled (B, N_f·D): the mean over time of what all frequencies of a time step say, one after another, which is
+        what probes read, too. Source: EVAR, M2D.
+        """
+        pooled = tokens.unflatten(1, (self.num_features // self.embed_dim, -1)).mean(2).flatten(1)
+        return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised log-mel (B, 1, F, T) -> logits (B, classes), or the mean token (B, D) without a head."""
+        """Normalised log-mel (B, 1, F, T) -> logits (B, classes), or pooled tokens (B, N_f·D) without a head."""
         return self.forward_head(self.forward_features(x))
 
     def no_weight_decay(self) -> set[str]:
