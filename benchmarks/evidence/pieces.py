@@ -4,10 +4,10 @@ Settled before anything was looked at:
 
 - Frozen: the product's probes (`aape_ssl.probe`), "linear", a logistic regression whose C validation chooses, and
   "knn", on the teacher of every configuration and seed, and, of the first seed, on its weights before pre-training.
-- Fine-tuned, the whole encoder, by `aape_ssl.finetuning` in batches of 16 (of 64, which were taken first, eight epochs
-  of the small sets are too few steps: on fold 1 they left initials far under the frozen encoder): trill rate, which the method is about, and Mandarin initials.
+- Fine-tuned, the whole encoder, by `aape_ssl.finetuning`: trill rate, which the method is about, and Mandarin initials.
   Initials and not drums: recorded speech, whose consonants are fast modulation; 76 syllables of the tested fold to draw
-  intervals from, where drums have 13 kits in all; one round where drums need five; and 8 MB to fetch.
+  intervals from, where drums have 13 kits in all; one round where drums need five; and 8 MB to fetch. In batches of 16:
+  of 64, taken first, eight epochs of the small sets were too few steps, seen on the fold that choices are made on.
 - Shifts by 0 to 15 frames against the patch grid, on trill rate and instrument family: one probe fitted on clips as
   they are, another on clips each shifted at random, both tested on all shifts.
 - The statistics of log-mels, without any encoder, by the same logistic regression.
