@@ -28,15 +28,15 @@ import soxr  # noqa: E402
 import yaml  # noqa: E402
 
 import aape_ssl  # noqa: E402
-from aape_ssl.audio import AUDIOSET128, SAMPLE_RATE  # noqa: E402
-from aape_ssl.demo import bundled_clips  # noqa: E402
-from aape_ssl.loader import ClipLoader, Crops  # noqa: E402
-from aape_ssl.masks import MaskSampler  # noqa: E402
-from aape_ssl.model import Encoder, Predictor, StemName  # noqa: E402
-from aape_ssl.objective import Pretraining  # noqa: E402
-from aape_ssl.sources import find  # noqa: E402
+from aape_ssl.demo.command import bundled_clips  # noqa: E402
+from aape_ssl.method.masks import MaskSampler  # noqa: E402
+from aape_ssl.method.model import Encoder, Predictor, StemName  # noqa: E402
+from aape_ssl.method.objective import Pretraining  # noqa: E402
+from aape_ssl.sound.audio import AUDIOSET128, SAMPLE_RATE  # noqa: E402
+from aape_ssl.sound.loader import ClipLoader, Crops  # noqa: E402
+from aape_ssl.sound.sources import find  # noqa: E402
 
-LAPTOP = yaml.safe_load((Path(aape_ssl.__file__).parent / "presets" / "laptop.yaml").read_text())
+LAPTOP = yaml.safe_load((Path(aape_ssl.__file__).parent / "training" / "presets" / "laptop.yaml").read_text())
 BATCH, FRAMES = (LAPTOP["data"]["init_args"][name] for name in ("batch_size", "frames"))
 MASKS = MaskSampler(**LAPTOP["model"]["masks"])
 MODELS: dict[str, dict[str, Any]] = {

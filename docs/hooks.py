@@ -19,7 +19,7 @@ OUTSIDE_DOCS = (
     "csrc/magnitudes.h",
     "csrc/sblu.h",
     "examples/finetune_ast.py",
-    "python/aape_ssl/clips/LICENSE.md",
+    "python/aape_ssl/demo/clips/LICENSE.md",
     "tests/oracle.py",
 )
 

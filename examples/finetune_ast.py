@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from aape_kernels import replace_stem
-from aape_ssl.audio import AUDIOSET128, import_kaldi, load
-from aape_ssl.demo import bundled_clips
+from aape_ssl.demo.command import bundled_clips
+from aape_ssl.sound.audio import AUDIOSET128, import_kaldi, load
 
 FRAMES = 96  # of a crop; 10 ms each
 

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from aape_ssl.audio import import_kaldi
 from aape_ssl.libraries import mend_torchvision
+from aape_ssl.sound.audio import import_kaldi
 
 if find_spec("torchaudio"):
     import_kaldi()

@@ -156,7 +156,7 @@ def test_what_is_in_the_wheels(dist, installed):
     names = {wheel: set(zipfile.ZipFile(wheel).namelist()) for wheel in (pure, native)}
     for name in ("aape_kernels/py.typed", "aape_kernels/backends/__init__.py", "aape_ssl/cli.py"):
         assert name in names[pure]
-    assert any(name.startswith("aape_ssl/clips/") and not name.endswith(".md") for name in names[pure])
+    assert any(name.startswith("aape_ssl/demo/clips/") and not name.endswith(".md") for name in names[pure])
     info = f"aape_kernels-{aape_kernels.__version__}.dist-info/"
     roots = {name.partition("/")[0] for name in names[native]}
     assert roots == {"aape_kernels", "aape_ssl", info.rstrip("/")}  # with libraries grafted there were a fourth

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aape_kernels import AaPE
-from aape_ssl.model import StemName, make_stem
+from aape_ssl.method.model import StemName, make_stem
 
 __all__ = ["COMPARED", "Configuration", "adapting", "multiply_adds", "sizes"]
 
@@ -24,7 +24,7 @@ class Configuration:
 
     Attributes:
         name: what reports call it; letters that a file may have.
-        stem, options: name and further keywords of the stem (`aape_ssl.model.make_stem`).
+        stem, options: name and further keywords of the stem (`aape_ssl.method.model.make_stem`).
         patch: P_f × P_t.
         w2_std: standard deviation of AaPE's W2 at first; None for the stem's own, 0.02.
         encoder_rate: learning rate of AaPE's encoder in pre-training, as a multiple of everything else's.

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from aape_ssl.embedding import cache_folder
+from aape_ssl.evaluation.embedding import cache_folder
 
 __all__ = ["DRUM_KITS", "DRUM_KITS_OF_HYDROGEN", "LMMS", "SONIC_PI", "SOUNDFONT", "VOICE", "CorpusError", "fetch"]
 

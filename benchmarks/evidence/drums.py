@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from aape_ssl.audio import SAMPLE_RATE, AudioError, load
-from aape_ssl.sources import SUFFIXES
+from aape_ssl.sound.audio import SAMPLE_RATE, AudioError, load
+from aape_ssl.sound.sources import SUFFIXES
 
 __all__ = ["DRUMS", "UNDECODABLE", "Recording", "classes_of", "group_of", "names_in_kit", "recordings"]
 

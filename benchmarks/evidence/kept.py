@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from aape_ssl.audio import FRONT_ENDS, FrontEnd
-from aape_ssl.finetuning import LabelledClips
-from aape_ssl.loader import CROP, Batch, ClipLoader, Crops, Key
-from aape_ssl.sources import Clip
+from aape_ssl.sound.audio import FRONT_ENDS, FrontEnd
+from aape_ssl.sound.loader import CROP, Batch, ClipLoader, Crops, Key
+from aape_ssl.sound.sources import Clip
+from aape_ssl.training.finetuning import LabelledClips
 
 from .spectrograms import Spectrograms
 

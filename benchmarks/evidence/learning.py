@@ -22,16 +22,15 @@ import yaml
 from torch import Tensor
 
 from aape_kernels import AaPE
-from aape_ssl import pretrained
 from aape_ssl._lightning import Callback, LightningModule, Trainer
-from aape_ssl.finetune import predict
-from aape_ssl.finetuning import FinetuningModule
-from aape_ssl.loader import ClipLoader
-from aape_ssl.masks import MaskSampler
-from aape_ssl.monitor import Monitor
-from aape_ssl.pretrained import AudioEncoder
-from aape_ssl.sources import Clip
-from aape_ssl.training import PretrainingModule
+from aape_ssl.method.masks import MaskSampler
+from aape_ssl.saved.pretrained import AudioEncoder
+from aape_ssl.sound.loader import ClipLoader
+from aape_ssl.sound.sources import Clip
+from aape_ssl.training.commands import PRESETS
+from aape_ssl.training.finetuning import FinetuningModule, predict
+from aape_ssl.training.monitor import Monitor
+from aape_ssl.training.pretraining import PretrainingModule
 
 from .configurations import Configuration
 from .kept import FRONT_END, KeptClips, KeptCrops
@@ -39,7 +38,7 @@ from .spectrograms import Spectrograms
 
 __all__ = ["OutOfTimeError", "Recipe", "Tuned", "exported", "finetune", "pretrain", "untrained"]
 
-PRESET = Path(pretrained.__file__).with_name("presets") / "laptop.yaml"
+PRESET = PRESETS["laptop"]
 
 
 class OutOfTimeError(RuntimeError):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aape_ssl import probe
-from aape_ssl.sources import Clip, read_manifest, write_manifest
+from aape_ssl.evaluation import probe
+from aape_ssl.sound.sources import Clip, read_manifest, write_manifest
 
 from .kept import FRONT_END
 from .spectrograms import Spectrograms

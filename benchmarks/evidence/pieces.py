@@ -2,9 +2,9 @@
 
 Settled before anything was looked at:
 
-- Frozen: the product's probes (`aape_ssl.probe`), "linear", a logistic regression whose C validation chooses, and
+- Frozen: the product's probes (`evaluation.probe`), "linear", a logistic regression whose C validation chooses, and
   "knn", on the teacher of every configuration and seed, and, of the first seed, on its weights before pre-training.
-- Fine-tuned, the whole encoder, by `aape_ssl.finetuning`: trill rate, which the method is about, and Mandarin initials.
+- Fine-tuned, the whole encoder, by `training.finetuning`: trill rate, which the method is about, and Mandarin initials.
   Initials and not drums: recorded speech, whose consonants are fast modulation; 76 syllables of the tested fold to draw
   intervals from, where drums have 13 kits in all; one round where drums need five; and 8 MB to fetch. In batches of 16:
   of 64, taken first, eight epochs of the small sets were too few steps, seen on the fold that choices are made on.
@@ -24,9 +24,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from aape_ssl import embedding, probe
-from aape_ssl.audio import AUDIOSET128
-from aape_ssl.pretrained import AudioEncoder, load
+from aape_ssl.evaluation import embedding, probe
+from aape_ssl.saved.pretrained import AudioEncoder, load
+from aape_ssl.sound.audio import AUDIOSET128
 
 from .configurations import Configuration
 from .learning import Recipe, exported, finetune, pretrain, untrained

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from aape_ssl.embedding import cache_folder
+from aape_ssl.evaluation.embedding import cache_folder
 
 from .configurations import COMPARED
 from .results import Record, Results

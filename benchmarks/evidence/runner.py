@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aape_ssl.audio import AudioError
-from aape_ssl.embedding import cache_folder
+from aape_ssl.evaluation.embedding import cache_folder
 from aape_ssl.libraries import mend_torchvision
+from aape_ssl.sound.audio import AudioError
 
 mend_torchvision()  # lightning imports torchvision where it is installed
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from aape_ssl.embedding import Encoder
-from aape_ssl.probe import LinearProbe, fit_logistic, folds_of
-from aape_ssl.sources import Clip
+from aape_ssl.evaluation.embedding import Encoder
+from aape_ssl.evaluation.probe import LinearProbe, fit_logistic, folds_of
+from aape_ssl.sound.sources import Clip
 
 from .spectrograms import Spectrograms, features
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aape_ssl.audio import SAMPLE_RATE
+from aape_ssl.sound.audio import SAMPLE_RATE
 
 __all__ = ["Note", "SoundFontError", "Synthesiser", "components", "samples_of"]
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aape_ssl.audio import SAMPLE_RATE, FrontEnd
-from aape_ssl.embedding import Encoder, cache_folder, named, own_columns, pool
-from aape_ssl.sources import Clip
+from aape_ssl.evaluation.embedding import Encoder, cache_folder, named, own_columns, pool
+from aape_ssl.sound.audio import SAMPLE_RATE, FrontEnd
+from aape_ssl.sound.sources import Clip
 
 __all__ = ["SHIFTS", "Spectrograms", "features"]
 

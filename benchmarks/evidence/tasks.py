@@ -25,9 +25,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from aape_ssl.audio import SAMPLE_RATE
-from aape_ssl.embedding import cache_folder
-from aape_ssl.sources import Clip, read_manifest, write_manifest
+from aape_ssl.evaluation.embedding import cache_folder
+from aape_ssl.sound.audio import SAMPLE_RATE
+from aape_ssl.sound.sources import Clip, read_manifest, write_manifest
 
 from .corpora import DRUM_KITS, DRUM_KITS_OF_HYDROGEN, LMMS, SONIC_PI, SOUNDFONT, VOICE, CorpusError, fetch
 from .drums import UNDECODABLE, recordings

@@ -94,16 +94,16 @@ def _ssl(command: str, argv: Sequence[str]) -> int:
     if _lacks(command, SSL_NEEDS, "ssl"):
         return 2
     if command == "pretrain":
-        from . import runs
-        from .pretrain import Pretrain
+        from .training import runs
+        from .training.commands import Pretrain
 
         return runs.main(Pretrain, argv)
     if command == "finetune":
-        from . import runs
-        from .finetune import Finetune
+        from .training import runs
+        from .training.commands import Finetune
 
         return runs.main(Finetune, argv)
-    from . import commands
+    from .evaluation import commands
 
     return commands.main(command, argv)
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if _lacks("the demo", DEMO_NEEDS, "demo"):
         return 2
-    from . import demo
+    from .demo import command as demo
 
     return demo.run(args.files, checkpoint=args.checkpoint, out=args.out, seconds=args.seconds)
 

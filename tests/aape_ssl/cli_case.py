@@ -20,7 +20,7 @@ OPTIONS = {
     "model.ema_steps": 10,
     "model.lr": 0.01,
     "model.warmup_steps": 2,
-    "data": "aape_ssl.data.ClipData",
+    "data": "aape_ssl.sound.data.ClipData",
     "data.frames": 32,
     "data.batch_size": 4,
     "data.workers": 0,

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl import demo
+from aape_ssl.demo import command as demo
 from aape_ssl.libraries import mend_torchvision
 
 mend_torchvision()  # lightning, which these tests import, imports torchvision where it is installed

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from aape_ssl import checkpoints
 from aape_ssl._lightning import LightningDataModule, Trainer
-from aape_ssl.checkpoints import AtomicCheckpointIO, LastCheckpoint
-from aape_ssl.masks import MaskSampler
-from aape_ssl.training import PretrainingModule
+from aape_ssl.method.masks import MaskSampler
+from aape_ssl.saved import checkpoints
+from aape_ssl.saved.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from aape_ssl.training.pretraining import PretrainingModule
 
 CLIPS, BATCH = 12, 4
 

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl import audio
-from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, M2D80, AudioError, measure
+from aape_ssl.sound import audio
+from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, M2D80, AudioError, measure
 
 FRAME = 0.01  # s
 
@@ -276,7 +276,7 @@ def test_torchaudio_is_stubbed_only_where_it_does_not_import():
     """In a fresh interpreter each: a plain import that works is left alone, one that fails gets the stub."""
     plain = subprocess.run([sys.executable, "-c", "import torchaudio"], capture_output=True)
     code = (
-        "import sys; from aape_ssl.audio import import_kaldi; assert import_kaldi() is import_kaldi();"
+        "import sys; from aape_ssl.sound.audio import import_kaldi; assert import_kaldi() is import_kaldi();"
         "import torchaudio; print(getattr(sys.modules['torchaudio._extension'], '__file__', None) is None)"
     )
     guarded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,18 +14,21 @@ import torch
 import yaml
 from oracle import relative_error
 
-from aape_ssl import audio, checkpoints, demo, embedding, finetune
 from aape_ssl.cli import main
-from aape_ssl.finetuning import FinetuningModule
-from aape_ssl.pretrained import AudioEncoder, load
-from aape_ssl.sources import Clip, write_manifest
+from aape_ssl.demo import command as demo
+from aape_ssl.evaluation import embedding
+from aape_ssl.saved import checkpoints
+from aape_ssl.saved.pretrained import AudioEncoder, load
+from aape_ssl.sound import audio
+from aape_ssl.sound.sources import Clip, write_manifest
+from aape_ssl.training.finetuning import FinetuningModule, mean_average_precision
 
 FRAMES = 32
 OPTIONS = {
     "model.size": "[16, 2, 2]",
     "model.predictor_heads": 2,
     "model.warmup_steps": 2,
-    "data": "aape_ssl.data.ClipData",
+    "data": "aape_ssl.sound.data.ClipData",
     "data.frames": FRAMES,
     "data.batch_size": 12,
     "data.workers": 0,
@@ -133,7 +136,7 @@ def test_probe_beside_its_baselines(exported, checkpoint, manifest, tmp_path, ca
     mean = np.mean([float(row["correct"]) for row in found if (row["row"], row["method"]) == ("encoder", "knn")])
     assert f"{100 * mean:6.1f} %" in lines[3]
     # the second time nothing is embedded again, for these weights
-    monkeypatch.setattr("aape_ssl.embedding.embed", None)
+    monkeypatch.setattr("aape_ssl.evaluation.embedding.embed", None)
     assert run("probe", checkpoint=exported, **options) == 0
     assert capsys.readouterr().out == table
     with pytest.raises(TypeError):
@@ -242,7 +245,7 @@ def test_mean_average_precision_leaves_absent_classes_out():
     scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.5], [0.1, 0.9, 0.5]], dtype=np.float32)
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=np.float32)
     # class 0 has its clips at ranks 1 and 3: (1/1 + 2/3)/2; class 1 at ranks 1 and 2: 1; class 2 does not occur
-    assert finetune.mean_average_precision(scores, targets) == pytest.approx((5 / 6 + 1) / 2)
+    assert mean_average_precision(scores, targets) == pytest.approx((5 / 6 + 1) / 2)
 
 
 ERRORS = {

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aape_ssl import audio, demo
 from aape_ssl._lightning import LightningModule, Trainer
-from aape_ssl.audio import AUDIOSET128, M2D80
-from aape_ssl.data import ClipData
-from aape_ssl.sources import SourceError
+from aape_ssl.demo import command as demo
+from aape_ssl.sound import audio
+from aape_ssl.sound.audio import AUDIOSET128, M2D80
+from aape_ssl.sound.data import ClipData
+from aape_ssl.sound.sources import SourceError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Lightning's own
 

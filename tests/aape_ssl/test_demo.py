@@ -11,8 +11,10 @@ from matplotlib import image
 
 from aape_kernels import AaPE
 from aape_kernels.backends import Call, cpu, reasons
-from aape_ssl import audio, demo, picture
 from aape_ssl.cli import main
+from aape_ssl.demo import command as demo
+from aape_ssl.demo import picture
+from aape_ssl.sound import audio
 
 
 @pytest.fixture

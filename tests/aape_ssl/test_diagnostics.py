@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from aape_kernels import AaPE
-from aape_ssl import diagnostics
 from aape_ssl._lightning import Callback, CSVLogger, TensorBoardLogger
-from aape_ssl.masks import Masks, MaskSampler
-from aape_ssl.model import make_stem
-from aape_ssl.monitor import TAG, CollapseWarning, Monitor, first_attention, picture
+from aape_ssl.method import diagnostics
+from aape_ssl.method.masks import Masks, MaskSampler
+from aape_ssl.method.model import make_stem
+from aape_ssl.training.monitor import TAG, CollapseWarning, Monitor, first_attention, picture
 
 D = 64
 

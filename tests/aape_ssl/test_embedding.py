@@ -9,10 +9,11 @@ import soundfile
 import torch
 from pyarrow import parquet
 
-from aape_ssl import audio, demo
-from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, AudioError
-from aape_ssl.embedding import cache_folder, cached, embed, embed_files, pool, statistics
-from aape_ssl.sources import Clip, find
+from aape_ssl.demo import command as demo
+from aape_ssl.evaluation.embedding import cache_folder, cached, embed, embed_files, pool, statistics
+from aape_ssl.sound import audio
+from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, AudioError
+from aape_ssl.sound.sources import Clip, find
 
 CLIPS = find(demo.bundled_clips()[0].parent)
 
@@ -185,7 +186,7 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
 
     (tmp_path / "there.npz").write_bytes(b"precious")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setattr("aape_ssl.embedding.find_spec", lambda name: None)
+    monkeypatch.setattr("aape_ssl.evaluation.embedding.find_spec", lambda name: None)
     for out, level, reason in (
         ("there.npz", "clip", "out: .*there.npz exists already"),
         ("no/a.npz", "clip", "out: .* lies in a folder that is not there"),

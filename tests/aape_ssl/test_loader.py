@@ -9,10 +9,11 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl import demo, loader
-from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, M2D80
-from aape_ssl.loader import ClipLoader, Crops, TooManyFailedError, features
-from aape_ssl.sources import find
+from aape_ssl.demo import command as demo
+from aape_ssl.sound import loader
+from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, M2D80
+from aape_ssl.sound.loader import ClipLoader, Crops, TooManyFailedError, features
+from aape_ssl.sound.sources import find
 
 BUNDLED = find(demo.bundled_clips()[0].parent)
 AUGMENTED = {"mix": 0.4, "resize_crop": 0.6}

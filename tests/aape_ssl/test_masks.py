@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aape_ssl.masks import Masks, MaskSampler
+from aape_ssl.method.masks import Masks, MaskSampler
 
 SAMPLERS = st.builds(
     MaskSampler,

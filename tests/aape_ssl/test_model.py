@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from aape_kernels import AaPE
-from aape_ssl.masks import MaskSampler
-from aape_ssl.model import SIZES, ConvMLPStem, Encoder, FixedAaPE, Predictor, make_stem, sincos_positions
+from aape_ssl.method.masks import MaskSampler
+from aape_ssl.method.model import SIZES, ConvMLPStem, Encoder, FixedAaPE, Predictor, make_stem, sincos_positions
 
 TINY = (16, 2, 2)
 GRID = (4, 6)

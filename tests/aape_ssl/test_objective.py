@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from aape_ssl.masks import Masks, MaskSampler
-from aape_ssl.model import Encoder, Predictor
-from aape_ssl.objective import Pretraining, normalised_targets, nt_xent
+from aape_ssl.method.masks import Masks, MaskSampler
+from aape_ssl.method.model import Encoder, Predictor
+from aape_ssl.method.objective import Pretraining, normalised_targets, nt_xent
 
 GRID = (4, 4)
 

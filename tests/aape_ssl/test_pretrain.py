@@ -12,9 +12,9 @@ import ssl_case
 import torch
 import yaml
 
-from aape_ssl import training
 from aape_ssl.cli import main
-from aape_ssl.pretrain import PRESETS
+from aape_ssl.training import pretraining as training
+from aape_ssl.training.commands import PRESETS
 
 CONFIG = {
     "model": {
@@ -71,7 +71,8 @@ def test_killed_and_resumed(config, tmp_path):
     killed = tmp_path / "killed"
     code = f"""
 import time, torch
-from aape_ssl import cli, training
+from aape_ssl import cli
+from aape_ssl.training import pretraining as training
 step = training.PretrainingModule.training_step
 training.PretrainingModule.training_step = lambda *given: (time.sleep(0.05), step(*given))[1]
 torch.set_num_threads({torch.get_num_threads()})

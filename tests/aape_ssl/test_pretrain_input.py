@@ -11,7 +11,7 @@ import soundfile
 import torch
 from ssl_case import assert_same_bits, last_checkpoint
 
-from aape_ssl import demo
+from aape_ssl.demo import command as demo
 
 
 def last_line(capsys) -> str:
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(clips, tmp_path, capsys):
         save(content, file)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aape_ssl.checkpoints.torch.save", filling)
+        patch.setattr("aape_ssl.saved.checkpoints.torch.save", filling)
         assert cli_case.pretrain(clips, out) == 2
     line = last_line(capsys)
     assert "last.ckpt: the checkpoint could not be written (OSError: [Errno 28] No space left on device)" in line
@@ -146,7 +146,7 @@ def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(clips, tmp_path, caps
     def forbidden(file, **_):
         raise PermissionError(errno.EACCES, "Permission denied", str(file))
 
-    monkeypatch.setattr("aape_ssl.checkpoints.torch.load", forbidden)
+    monkeypatch.setattr("aape_ssl.saved.checkpoints.torch.load", forbidden)
     assert cli_case.pretrain(clips, out, resume="true") == 2
     assert "the checkpoint cannot be read (PermissionError: [Errno 13] Permission denied: " in last_line(capsys)
     assert path.read_bytes() == content

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from aape_ssl import demo, probe
-from aape_ssl.audio import AUDIOSET128
-from aape_ssl.embedding import statistics
-from aape_ssl.sources import Clip, find
+from aape_ssl.demo import command as demo
+from aape_ssl.evaluation import probe
+from aape_ssl.evaluation.embedding import statistics
+from aape_ssl.sound.audio import AUDIOSET128
+from aape_ssl.sound.sources import Clip, find
 
 CLASSES, FOLDS, EACH, WIDTH = 4, 5, 12, 20
 

@@ -12,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import StopAt, StoppedError, assert_same_bits, logged
 from torch.distributed.fsdp import FSDPModule
 
-from aape_ssl import sharding
 from aape_ssl._lightning import Callback, CSVLogger, FSDPStrategy, ModelParallelStrategy, TensorBoardLogger
-from aape_ssl.checkpoints import load_encoder
-from aape_ssl.diagnostics import branch_ratio
-from aape_ssl.model import Encoder
-from aape_ssl.monitor import TAG, Monitor, first_attention
-from aape_ssl.training import NonFiniteError, PretrainingModule
+from aape_ssl.method.diagnostics import branch_ratio
+from aape_ssl.method.model import Encoder
+from aape_ssl.saved.checkpoints import load_encoder
+from aape_ssl.training import sharding
+from aape_ssl.training.monitor import TAG, Monitor, first_attention
+from aape_ssl.training.pretraining import NonFiniteError, PretrainingModule
 
 LOG = Path("csv", "version_0")
 LOOSE = {"rtol": 1e-3, "atol": 1e-5}

@@ -7,8 +7,9 @@ import tarfile
 import pytest
 import torch
 
-from aape_ssl import audio, demo
-from aape_ssl.sources import Clip, SourceError, find, read_manifest, write_manifest
+from aape_ssl.demo import command as demo
+from aape_ssl.sound import audio
+from aape_ssl.sound.sources import Clip, SourceError, find, read_manifest, write_manifest
 
 CLIPS = demo.bundled_clips()
 

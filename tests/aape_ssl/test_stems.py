@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from aape_kernels import AaPE, sblu
-from aape_ssl import audio, demo, picture, stems
+from aape_ssl.demo import command as demo
+from aape_ssl.demo import picture, stems
+from aape_ssl.sound import audio
 
 HOP = audio.AUDIOSET128.hop
 SPACING = (50 - 3.125) / 32  # Hz between the untrained stem's states

@@ -15,10 +15,11 @@ import torch
 from ssl_case import assert_same_bits
 from torch import nn
 
-from aape_ssl import objective, training
 from aape_ssl._lightning import Callback, CSVLogger
-from aape_ssl.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
-from aape_ssl.pretrained import AudioEncoder
+from aape_ssl.method import objective
+from aape_ssl.saved.checkpoints import AtomicCheckpointIO, CheckpointError, load_encoder
+from aape_ssl.saved.pretrained import AudioEncoder
+from aape_ssl.training import pretraining as training
 
 
 class StoppedError(Exception):
@@ -397,7 +398,7 @@ def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("aape_ssl.checkpoints.os.fsync", full)
+    monkeypatch.setattr("aape_ssl.saved.checkpoints.os.fsync", full)
     with pytest.raises(
         CheckpointError, match=r"last.ckpt: .*could not be written \(OSError: .*No space left on device\)$"
     ):

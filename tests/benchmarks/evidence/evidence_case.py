@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from aape_ssl.audio import SAMPLE_RATE
-from aape_ssl.sources import Clip, write_manifest
+from aape_ssl.sound.audio import SAMPLE_RATE
+from aape_ssl.sound.sources import Clip, write_manifest
 from benchmarks.evidence import material
 from benchmarks.evidence.material import RESULTS, Material, Protocol
 

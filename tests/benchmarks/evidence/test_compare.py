@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from evidence_case import made
 
-from aape_ssl import probe
-from aape_ssl.pretrained import load
+from aape_ssl.evaluation import probe
+from aape_ssl.saved.pretrained import load
 from benchmarks.evidence import compare, learning, material, runner, study
 from benchmarks.evidence.configurations import COMPARED
 from benchmarks.evidence.corpora import CorpusError

@@ -8,9 +8,10 @@ import torch
 from evidence_case import prepared
 
 from aape_kernels import AaPE
-from aape_ssl import finetuning, probe
-from aape_ssl.pretrained import load
-from aape_ssl.training import PretrainingModule
+from aape_ssl.evaluation import probe
+from aape_ssl.saved.pretrained import load
+from aape_ssl.training import finetuning
+from aape_ssl.training.pretraining import PretrainingModule
 from benchmarks.evidence import learning
 from benchmarks.evidence.configurations import COMPARED, Configuration, adapting, multiply_adds, sizes
 from benchmarks.evidence.kept import KeptCrops

@@ -5,9 +5,9 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl.audio import AUDIOSET128
-from aape_ssl.probe import evaluate
-from aape_ssl.sources import Clip
+from aape_ssl.evaluation.probe import evaluate
+from aape_ssl.sound.audio import AUDIOSET128
+from aape_ssl.sound.sources import Clip
 from benchmarks.evidence.shifts import right_by_shift
 from benchmarks.evidence.spectrograms import Spectrograms, features
 

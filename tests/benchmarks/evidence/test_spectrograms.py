@@ -8,9 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl.audio import AUDIOSET128, FRONT_ENDS, AudioError
-from aape_ssl.embedding import embed
-from aape_ssl.sources import Clip
+from aape_ssl.evaluation.embedding import embed
+from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, AudioError
+from aape_ssl.sound.sources import Clip
 from benchmarks.evidence.spectrograms import Spectrograms, features
 
 FRAMES = 64

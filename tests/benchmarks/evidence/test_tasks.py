@@ -14,8 +14,9 @@ import pytest
 import soundfile
 import torch
 
-from aape_ssl import demo, embedding
-from aape_ssl.sources import find
+from aape_ssl.demo import command as demo
+from aape_ssl.evaluation import embedding
+from aape_ssl.sound.sources import find
 from benchmarks.evidence import drums, tasks
 from benchmarks.evidence.corpora import (
     DRUM_KITS,

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .audio import FRONT_ENDS, SAMPLE_RATE, FrontEnd
+from ..method.model import Encoder, StemName
+from ..sound.audio import FRONT_ENDS, SAMPLE_RATE, FrontEnd
 from .checkpoints import CheckpointError, Part, one_line, read_pretraining
-from .model import Encoder, StemName
 
 __all__ = ["AudioEncoder", "load"]
 
@@ -130,7 +130,7 @@ class AudioEncoder(
         what probes read, too. Source: EVAR, M2D.
         """
         pooled = tokens.unflatten(1, (self.num_features // self.embed_dim, -1)).mean(2).flatten(1)
-        return pooled if pre_logits else self.head(pooled)
+        return pooled if pre_logits else self.head(pooled)  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised log-mel (B, 1, F, T) -> logits (B, classes), or pooled tokens (B, N_f·D) without a head."""

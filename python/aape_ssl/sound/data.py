@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ._lightning import LightningDataModule
+from .._lightning import LightningDataModule
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
 from .loader import ClipLoader, Crops, features
 from .sources import Clip, SourceError, find

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .sources import Clip
+from ..sound.sources import Clip
 
 __all__ = ["STRENGTHS", "LinearProbe", "Score", "evaluate", "fit_logistic", "folds_of", "interval", "knn", "table"]
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
-from .model import Encoder
+from .._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
+from ..method.model import Encoder
 
 __all__ = [
     "AtomicCheckpointIO",

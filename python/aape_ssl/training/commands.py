@@ -1,36 +1,50 @@
-"""`aape-ssl finetune`: a run of `FinetuningModule` on labelled clips; the best epoch is exported, and tested once."""
+"""`aape-ssl pretrain`, a run of `PretrainingModule` with presets, and `finetune`, one of `FinetuningModule` on labelled
+clips, whose best epoch is exported, and tested once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from ._lightning import Callback, LightningArgumentParser, ModelCheckpoint
-from .checkpoints import AtomicCheckpointIO
-from .finetuning import FinetuningModule, LabelledClips
-from .pretrained import AudioEncoder
-from .probe import interval
+from .._lightning import Callback, LightningArgumentParser, LightningDataModule, ModelCheckpoint
+from ..evaluation.probe import interval
+from ..saved.checkpoints import AtomicCheckpointIO
+from ..saved.pretrained import AudioEncoder
+from .finetuning import FinetuningModule, LabelledClips, mean_average_precision, predict
+from .monitor import Monitor
+from .pretraining import PretrainingModule
 from .runs import Run
 
-__all__ = ["Finetune", "mean_average_precision", "predict"]
+__all__ = ["Finetune", "Pretrain"]
+
+PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
+SUMMARY = ("train/loss", "train/regression", "train/contrastive", "train/top1", "train/ema_decay")
 
 
-def mean_average_precision(scores: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
-    """Average precision of each class, averaged over the classes that occur in targets; both (clips, classes)."""
-    from sklearn.metrics import average_precision_score
+class Pretrain(Run):
+    """Any data module may feed it; the presets name `ClipData`."""
 
-    occur = targets.any(0)
-    return float(average_precision_score(targets[:, occur], scores[:, occur], average="macro"))
+    command = "pretrain"
+    module_type = PretrainingModule
+    data_type = LightningDataModule
+    any_data = True
+    presets = PRESETS
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The monitor's too."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--monitor_every", type=int, default=100, help="optimiser steps between diagnostics")
 
-@torch.inference_mode()
-def predict(encoder: AudioEncoder, data: LabelledClips, device: torch.device | str = "cpu") -> NDArray[np.float32]:
-    """Logits (clips, classes) of the clips that are held out."""
-    encoder = encoder.to(device).eval()
-    return torch.cat([encoder(batch["log_mel"].to(device)).cpu() for batch in data.windows(data.test)]).numpy()
+    def own_callbacks(self) -> list[Callback]:
+        """The monitor."""
+        self.monitor = Monitor(self.config.monitor_every)
+        return [self.monitor]
+
+    def summary(self) -> dict[str, str]:
+        """The last losses and diagnostics."""
+        metrics = self.trainer.callback_metrics
+        values = {name: float(metrics[name]) for name in SUMMARY if name in metrics} | self.monitor.last
+        return {name: f"{value:.4g}" for name, value in values.items()}
 
 
 class Finetune(Run):

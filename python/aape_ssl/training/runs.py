@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ._lightning import (
+from .._lightning import (
     Callback,
     CSVLogger,
     LightningArgumentParser,
@@ -21,9 +21,9 @@ from ._lightning import (
     TensorBoardLogger,
     Trainer,
 )
-from .checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, check_resumable
-from .loader import TooManyFailedError
-from .training import NonFiniteError
+from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, check_resumable
+from ..sound.loader import TooManyFailedError
+from .pretraining import NonFiniteError
 
 __all__ = ["Run", "main"]
 

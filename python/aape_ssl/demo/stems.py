@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aape_kernels import AaPE, sblu
 
-from .model import PLANES
+from ..method.model import PLANES
 
 __all__ = ["CheckpointError", "Responses", "kernels", "load_stem", "respond", "strongest_frequency", "untrained_stem"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
 
-from . import audio, picture, stems
+from ..sound import audio
+from . import picture, stems
 
 __all__ = ["bundled_clips", "run", "tokens_per_second"]
 

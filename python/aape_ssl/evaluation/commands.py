@@ -13,12 +13,12 @@ from typing import Literal
 
 import torch
 
+from ..saved.checkpoints import CheckpointError, Part
+from ..saved.pretrained import AudioEncoder, load
+from ..sound.audio import AudioError
+from ..sound.sources import Clip, find
 from . import embedding
 from . import probe as probes
-from .audio import AudioError
-from .checkpoints import CheckpointError, Part
-from .pretrained import AudioEncoder, load
-from .sources import Clip, find
 
 __all__ = ["COMMANDS", "embed", "export", "main", "probe"]
 
@@ -169,7 +169,7 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     shutil.rmtree(part_of, ignore_errors=True)
     encoder.save_pretrained(part_of)
     os.replace(part_of, out)
-    print(f'{out}: from aape_ssl.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
+    print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"probe": probe, "embed": embed, "export": export}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from . import probe
-from ._lightning import (
+from .._lightning import (
     FSDPStrategy,
     LightningDataModule,
     LightningModule,
@@ -18,14 +19,15 @@ from ._lightning import (
     MulticlassAccuracy,
     MultilabelAveragePrecision,
 )
-from .embedding import first_window
-from .loader import ClipLoader, Crops
+from ..evaluation import probe
+from ..evaluation.embedding import first_window
+from ..saved.pretrained import AudioEncoder, load
+from ..sound.loader import ClipLoader, Crops
+from ..sound.sources import Clip, find
 from .optimisation import decays, warmup_cosine
-from .pretrained import AudioEncoder, load
-from .sources import Clip, find
-from .training import NonFiniteError
+from .pretraining import NonFiniteError
 
-__all__ = ["FinetuningModule", "LabelledClips"]
+__all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
 
 class LabelledClips(LightningDataModule):
@@ -278,3 +280,18 @@ def _depth(name: str, last: int) -> int:
     """Of a parameter of `AudioEncoder`: 0 for the stem, 1 … L for the layers, `last` for last norm and head."""
     part, _, rest = name.removeprefix("encoder.").partition(".")
     return 0 if part == "stem" else int(rest.partition(".")[0]) + 1 if part == "layers" else last
+
+
+def mean_average_precision(scores: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
+    """Average precision of each class, averaged over the classes that occur in targets; both (clips, classes)."""
+    from sklearn.metrics import average_precision_score
+
+    occur = targets.any(0)
+    return float(average_precision_score(targets[:, occur], scores[:, occur], average="macro"))
+
+
+@torch.inference_mode()
+def predict(encoder: AudioEncoder, data: LabelledClips, device: torch.device | str = "cpu") -> NDArray[np.float32]:
+    """Logits (clips, classes) of the clips that are held out."""
+    encoder = encoder.to(device).eval()
+    return torch.cat([encoder(batch["log_mel"].to(device)).cpu() for batch in data.windows(data.test)]).numpy()

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from ._lightning import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
-from .objective import Pretraining
+from .._lightning import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
+from ..method.objective import Pretraining
 
 __all__ = ["ShardedStrategy", "check_strategy", "gathered", "shard", "total_norm"]
 
@@ -103,7 +103,7 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
         raise ValueError(
-            "strategy: expected 'sharded' (aape_ssl.sharding.ShardedStrategy, a ModelParallelStrategy with FSDP2) for "
+            "strategy: expected 'sharded' (ShardedStrategy, a ModelParallelStrategy with FSDP2) for "
             f"sharded parameters, got {type(strategy).__name__}"
         )
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lightning import LightningModule, rank_zero_warn
-from .checkpoints import made_with
-from .masks import MaskSampler
-from .model import Encoder, Predictor, StemName
-from .objective import Pretraining, Terms
+from .._lightning import LightningModule, rank_zero_warn
+from ..method.masks import MaskSampler
+from ..method.model import Encoder, Predictor, StemName
+from ..method.objective import Pretraining, Terms
+from ..saved.checkpoints import made_with
 from .optimisation import decays, warmup_cosine
 from .sharding import ShardedStrategy, check_strategy, shard, total_norm
 

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, AudioError, FrontEnd
-from .sources import Clip
+from ..sound.audio import SAMPLE_RATE, AudioError, FrontEnd
+from ..sound.sources import Clip
 
 __all__ = [
     "Encoder",

@@ -21,7 +21,7 @@ from matplotlib.ticker import NullLocator
 
 from aape_kernels import AaPE
 
-from .audio import FrontEnd
+from ..sound.audio import FrontEnd
 from .stems import Responses, kernels, strongest_frequency
 
 __all__ = ["DPI", "HEIGHT", "distinct_states", "draw", "save", "width_inches"]

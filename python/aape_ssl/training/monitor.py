@@ -9,12 +9,12 @@ from torch import Tensor
 
 from aape_kernels import AaPE
 
-from . import diagnostics
-from ._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
-from .masks import Masks
-from .objective import Pretraining
+from .._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
+from ..method import diagnostics
+from ..method.masks import Masks
+from ..method.objective import Pretraining
+from .pretraining import PretrainingModule
 from .sharding import gathered, total_norm
-from .training import PretrainingModule
 
 __all__ = ["CollapseWarning", "Monitor"]
 

@@ -1,0 +1,1 @@
+"""Frozen encoders: embeddings, probes, and the commands `probe`, `embed` and `export`."""

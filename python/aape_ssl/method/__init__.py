@@ -1,0 +1,1 @@
+"""What a paper would describe, in pure torch: model, masks, objective, diagnostics."""
