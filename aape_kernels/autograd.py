@@ -40,19 +40,30 @@ def _double_backward(
         need: whose gradients the backward was asked for.
         cotangents: of those gradients; None where there are none.
     """
-    with torch.enable_grad():
-        leaves = [None if value is None else value.detach().requires_grad_() for value in inputs]
-        upstream = grad.detach().requires_grad_()
-        out = forward(*leaves)
-        asked = [k for k, wanted in enumerate(need) if wanted and cotangents[k] is not None and leaves[k] is not None]
-        present = [leaf for leaf in leaves if leaf is not None]
-        if not asked:
-            return [None] * (1 + len(inputs))
-        # none of those asked for is None, which mypy cannot see
-        first = torch.autograd.grad(out, [leaves[k] for k in asked], upstream, create_graph=True)  # type: ignore[arg-type]
-        second = torch.autograd.grad(first, [upstream, *present], [cotangents[k] for k in asked], allow_unused=True)
-    rest = iter(second[1:])
-    return [second[0], *(None if leaf is None else next(rest) for leaf in leaves)]
+    present = [k for k, value in enumerate(inputs) if value is not None]
+    asked = [k for k in present if need[k] and cotangents[k] is not None]
+    found: list[Tensor | None] = [None] * (1 + len(inputs))
+    if not asked:
+        return found
+
+    def gradients(upstream: Tensor, *values: Tensor) -> Any:
+        given = [*inputs]
+        for k, value in zip(present, values, strict=True):
+            given[k] = value
+
+        def of(*chosen: Tensor) -> Tensor:
+            for k, value in zip(asked, chosen, strict=True):
+                given[k] = value
+            return forward(*given)
+
+        return torch.func.vjp(of, *(given[k] for k in asked))[1](upstream)
+
+    # not by leaves of their own: so it nests in `torch.func`'s transforms, and can be differentiated once more
+    _, pull = torch.func.vjp(gradients, grad, *(inputs[k] for k in present))
+    second = pull(tuple(cotangents[k] for k in asked))
+    for k, value in zip([0, *(1 + k for k in present)], second, strict=True):
+        found[k] = value
+    return found
 
 
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
@@ -63,7 +74,7 @@ def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], argum
             value if dim is None or not isinstance(value, Tensor) else value.select(dim, k)
             for value, dim in zip(arguments, in_dims, strict=True)
         ]
-        results.append(function.apply(*picked))
+        results.append(function(*picked))
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     columns = zip(*results, strict=True)
@@ -97,13 +108,14 @@ class SBLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        arguments = (grad, *ctx.saved_tensors, *ctx.options, tuple(ctx.needs_input_grad[:4]))
+        *options, backend = ctx.options
+        arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:4]), backend)
         gradients = SBLUBackward.apply(*arguments)  # type: ignore[no-untyped-call]
         return *_present(gradients, ctx.needs_input_grad), *[None] * SBLU_OPTIONS
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(SBLU, info, in_dims, arguments)
+        return _one_by_one(SBLU.apply, info, in_dims, arguments)
 
 
 class SBLUBackward(torch.autograd.Function):
@@ -112,7 +124,7 @@ class SBLUBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         grad: Tensor, x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor,
-        patch: Size, stride: Size, window: int, quadrature: bool, backend: str, need: tuple[bool, ...],
+        patch: Size, stride: Size, window: int, quadrature: bool, need: tuple[bool, ...], backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         out: tuple[Tensor, ...] = ops.sblu_backward(
             grad, x, decay, frequency, weight, patch, stride, window, quadrature, need, backend
@@ -127,7 +139,7 @@ class SBLUBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         grad, *inputs = ctx.saved_tensors
-        patch, stride, window, quadrature, _, need = ctx.options
+        patch, stride, window, quadrature, need, _ = ctx.options
         grid = PatchGrid(tuple(patch), tuple(stride), window)
 
         compute: Callable[..., Tensor] = reference.sblu
@@ -139,7 +151,7 @@ class SBLUBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(SBLUBackward, info, in_dims, arguments)
+        return _one_by_one(SBLUBackward.apply, info, in_dims, arguments)
 
 
 class Embed(torch.autograd.Function):
@@ -170,13 +182,14 @@ class Embed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * (9 + EMBED_OPTIONS)
-        arguments = (grad, *ctx.saved_tensors, *ctx.options, tuple(ctx.needs_input_grad[:9]))
+        *options, backend = ctx.options
+        arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:9]), backend)
         gradients = EmbedBackward.apply(*arguments)  # type: ignore[no-untyped-call]
         return *_present(gradients, ctx.needs_input_grad), *[None] * EMBED_OPTIONS
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(Embed, info, in_dims, arguments)
+        return _one_by_one(Embed.apply, info, in_dims, arguments)
 
 
 class EmbedBackward(torch.autograd.Function):
@@ -187,7 +200,7 @@ class EmbedBackward(torch.autograd.Function):
         grad: Tensor, x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
         sblu_w: Tensor, fusion_w: Tensor, r: Tensor, hidden: Tensor,
         patch: Size, stride: Size, window: int, quadrature: bool, decay: Range, band: Range, time_major: bool,
-        backend: str, need: tuple[bool, ...],
+        need: tuple[bool, ...], backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         out: tuple[Tensor, ...] = ops.embed_backward(
             grad, x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, r, hidden,
@@ -203,7 +216,7 @@ class EmbedBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         grad, *inputs = ctx.saved_tensors
-        patch, stride, window, quadrature, decay, band, time_major, _, need = ctx.options
+        patch, stride, window, quadrature, decay, band, time_major, need, _ = ctx.options
         grid = PatchGrid(tuple(patch), tuple(stride), window)
 
         compute: Callable[..., Tensor] = reference.embed
@@ -217,7 +230,7 @@ class EmbedBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(EmbedBackward, info, in_dims, arguments)
+        return _one_by_one(EmbedBackward.apply, info, in_dims, arguments)
 
 
 def _present(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
@@ -235,14 +248,41 @@ def _refuse_forward_mode(tensors: Sequence[Tensor | None], backend: str) -> None
         )
 
 
-# `Function.apply` asks for the signature of `forward` at every call, 30 µs to work out and nothing to look up.
-for _function in (SBLU, SBLUBackward, Embed, EmbedBackward):
-    _forward: Any = _function.forward
-    _forward.__signature__ = inspect.signature(_forward)
+def _register(name: str, function: Any) -> None:
+    """Make an op itself differentiable, by its Function: exported programs, and compiled functions of `torch.func`,
+    hold the op without the Function around it."""
+    op = getattr(ops, name)
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(*arguments)
+        _refuse_forward_mode([value for value in arguments if isinstance(value, Tensor)], arguments[-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    ops.LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+
+    def mapped(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(op, info, in_dims, arguments)
+
+    torch.library.register_vmap(f"aape::{name}", mapped)
+    # `Function.apply` asks for the signature of `forward` at every call, 30 µs to work out and nothing to look up
+    function.forward.__signature__ = inspect.signature(function.forward)
+
+
+_register("sblu", SBLU)
+_register("sblu_backward", SBLUBackward)
+_register("embed", Embed)
+_register("embed_backward", EmbedBackward)
 
 
 def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether anything but the values is asked for: gradients, or functorch's transforms."""
+    """Whether anything but the values is asked for: gradients, or functorch's transforms.
+
+    Not while a compiler traces: below a transform it would trace the Function's forward alone, without gradients.
+    """
+    if torch.compiler.is_compiling():
+        return False
     wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
     return wanted or bool(torch._C._are_functorch_transforms_active())
 
