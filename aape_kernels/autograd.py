@@ -59,7 +59,7 @@ def _double_backward(
         return torch.func.vjp(of, *(given[k] for k in asked))[1](upstream)
 
     # not by leaves of their own: so it nests in `torch.func`'s transforms, and can be differentiated once more
-    _, pull = torch.func.vjp(gradients, grad, *(inputs[k] for k in present))
+    pull = torch.func.vjp(gradients, grad, *(inputs[k] for k in present))[1]
     second = pull(tuple(cotangents[k] for k in asked))
     for k, value in zip([0, *(1 + k for k in present)], second, strict=True):
         found[k] = value

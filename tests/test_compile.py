@@ -11,6 +11,7 @@ import torch
 from oracle import relative_error
 from torch._dynamo.utils import counters
 from torch.export import Dim, export
+from torch.utils import _pytree as pytree
 
 from aape_kernels import AaPE, sblu
 from aape_kernels.backends import cpu
@@ -152,3 +153,96 @@ def test_forward_mode_through_the_reference():
     step = 1e-6
     want = (stem(x[0] + step * tangent) - stem(x[0] - step * tangent)) / (2 * step)
     assert relative_error(got, want) <= 1e-7
+
+
+def transforms(stem):
+    """Functions of x that `torch.func` makes of a stem; the loss's parameters require grad, as a model's do."""
+
+    def loss(x):
+        return stem(x).square().sum()
+
+    def few(x):
+        return stem(x).sum((0, 1))[:3]
+
+    return {
+        "grad": torch.func.grad(loss),
+        "vjp": lambda x: torch.func.vjp(stem, x)[1](torch.ones_like(stem(x)))[0],
+        "jacrev": torch.func.jacrev(few),
+        "vmap-grad": lambda x: torch.func.vmap(torch.func.grad(loss))(x.unsqueeze(1)),
+        "grad-grad": torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum()),
+        "grad-by-parameters": lambda x: torch.func.grad(
+            lambda parameters: torch.func.functional_call(stem, parameters, (x,)).square().sum()
+        )({name: value.detach() for name, value in stem.named_parameters()}),
+    }
+
+
+FUNCTIONAL = ["grad", "vjp", "jacrev", "vmap-grad", "grad-grad", "grad-by-parameters"]
+
+
+# dynamo looks at .grad of what it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_gradients_through_functional_transforms(name, compiled):
+    """Against the reference without a compiler; a compiler may look through the Functions at the ops alone."""
+    stem = AaPE(embed_dim=6, patch_size=8, num_states=4, encoder_dim=4).double()
+    plain = copy.deepcopy(stem)
+    plain.backend = "reference"
+    x = torch.randn(2, 1, 16, 24, dtype=torch.float64)
+    function = transforms(stem)[name]
+    got = (torch.compile(function, backend="aot_eager") if compiled else function)(x)
+    want = transforms(plain)[name](x)
+    for one, other in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
+        assert other.abs().max() > 0
+        assert relative_error(one, other) <= 1e-10
+
+
+@pytest.mark.parametrize("what", ["sblu", "stem"])
+def test_gradients_of_exported_programs(what):
+    """They hold the ops, without the Functions around them."""
+    stem = AaPE(embed_dim=6, patch_size=8, num_states=4, encoder_dim=4).double()
+    x = torch.randn(2, 1, 16, 24, dtype=torch.float64)
+    model = stem if what == "stem" else Filters(stem.sblu.weight.detach().clone())
+    exported = export(model, (x,)).module()
+    exported(x).square().sum().backward()
+    model(x).square().sum().backward()
+    got = {name: value.grad for name, value in exported.named_parameters()}
+    assert got.keys() == dict(model.named_parameters()).keys()
+    for name, value in model.named_parameters():
+        assert relative_error(got[name], value.grad) <= 1e-12
+
+
+class Filters(torch.nn.Module):
+    """SBLU of fixed filters."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x):
+        decay = x.new_full((2, 2, 3, 4), 0.5)
+        frequency = x.new_full((2, 2, 3, 4), 1.5)
+        return sblu(x, decay, frequency, self.weight, patch_size=8)
+
+
+# functorch itself calls the deprecated torch.jit.script
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+def test_third_derivatives():
+    stem = AaPE(embed_dim=2, patch_size=4, num_states=2, encoder_dim=2).double()
+    x = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    along = torch.randn_like(x)
+
+    def derivative(of, x):
+        return (torch.func.grad(of)(x) * along).sum()
+
+    def third(x):
+        return derivative(lambda x: derivative(lambda x: derivative(lambda x: stem(x).square().sum(), x), x), x)
+
+    def second(x):
+        return derivative(lambda x: derivative(lambda x: stem(x).square().sum(), x), x)
+
+    step = 1e-5
+    want = (second(x + step * along) - second(x - step * along)) / (2 * step)
+    assert relative_error(third(x), want) <= 1e-5
