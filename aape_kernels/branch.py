@@ -1,4 +1,8 @@
-"""The parameters of the stem's branch: Lambda Encoder, SBLU projection, fusion."""
+"""The parameters of the stem's branch: Lambda Encoder, SBLU projection, fusion.
+
+The stem reads them for one fused call, `functional.embed`. Their own `forward`s are for when somebody has changed what
+calling them means, with a hook or a module in their place (`stem`): the same, step by step.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,28 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-__all__ = ["BranchModule", "LambdaEncoder", "Weight"]
+from . import reference
+from .functional import sblu
+
+__all__ = ["BranchModule", "Filters", "Fusion", "LambdaEncoder", "as_made"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` would do what `kind` does with its parameters, and nothing else.
+
+    Not so with hooks (weight_norm's and pruning's, accelerate's, FSDP's), with a forward of its own, or as another
+    class (an adapter of LoRA, a quantised or sharded module). Reading the parameters calls their parametrisations.
+    """
+    if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
+        return False
+    own = module.__dict__
+    return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
 class BranchModule(nn.Module):
@@ -46,8 +69,12 @@ class LambdaEncoder(BranchModule):
         self.w2.normal_(std=0.02)
         states = len(self.b2) // 2
         share = (torch.arange(states, dtype=torch.float64) + 0.5) / states
-        self.b2[:states] = 0.0
-        self.b2[states:] = torch.logit(share).to(self.b2)  # σ(r_ω) = (s + ½)/S
+        # σ(r_ω) = (s + ½)/S
+        copy_whole(self.b2, torch.cat([torch.zeros_like(share), torch.logit(share)]))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (…, C·P_f·P_t) -> r (…, 2S), S decay logits and S frequency logits."""
+        return reference.logits(patches, self.w1, self.b1, self.w2, self.b2)
 
 
 class Weight(BranchModule):
@@ -71,8 +98,34 @@ class Weight(BranchModule):
             uniform_fan_in(self.weight)
 
 
+class Filters(Weight):
+    """SBLU's projection (S, C, P_f)."""
+
+    def forward(self, x: Tensor, decay: Tensor, frequency: Tensor, **options: Any) -> Tensor:
+        """`aape_kernels.sblu` of x (B, C, F, T), with the same options -> y (B, N_f, N_t, 2, S)."""
+        return sblu(x, decay, frequency, self.weight.to(x.dtype), **options)
+
+
+class Fusion(Weight):
+    """The fusion (D, planes, S)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (…, planes·S) -> what they add to the tokens, (…, D)."""
+        return F.linear(features, self.weight.flatten(1).to(features.dtype))
+
+
 @torch.no_grad()
 def uniform_fan_in(weight: Tensor) -> None:
     """Uniform ±1/√fan_in, the fan-in being all but the first axis."""
-    bound = 1 / math.sqrt(weight[0].numel())
+    bound = math.sqrt(weight.shape[0] / weight.numel())
     weight.uniform_(-bound, bound)
+
+
+def copy_whole(parameter: Tensor, value: Tensor) -> None:
+    """Set all of a parameter, which may be sharded: each process then keeps its share."""
+    value = value.to(parameter)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)

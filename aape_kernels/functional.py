@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from .backends import Call, choose
 from .geometry import PatchGrid
 from .ranges import check_band, check_decay
 
-__all__ = ["Responses", "analyse", "embed", "responses", "sblu"]
+__all__ = ["Responses", "analyse", "embed", "embed_by_parts", "listen_by_parts", "responses", "sblu"]
 
 KERNELS = ("bilateral", "quadrature")
 LAYOUTS = ("FT", "TF")
@@ -263,6 +263,63 @@ def embed(
     tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
     tokens: Tensor = run.embed(*tensors, grid, kernel == "quadrature", decay_range, band, layout == "TF")
     return tokens
+
+
+def embed_by_parts(
+    x: Tensor,
+    proj: Callable[[Tensor], Tensor],
+    encoder: Callable[[Tensor], Tensor],
+    filters: Callable[..., Tensor],
+    fusion: Callable[[Tensor], Tensor],
+    features: str,
+    patch_size: Sequence[int],
+    stride: int | Sequence[int] | None,
+    window: int | None,
+    kernel: str,
+    decay: Sequence[float],
+    band: Sequence[float],
+    layout: str,
+    backend: str,
+) -> Tensor:
+    """What `embed` computes, by calls of a stem's four parts, each of which may be anything that takes and gives:
+
+        proj: x (B, C, F, T), or (B, C, T, F) -> (B, D, N_f, N_t), or (B, D, N_t, N_f)
+        encoder: patches (B, N_f, N_t, C·P_f·P_t) -> r (B, N_f, N_t, 2S)
+        filters: x (B, C, F, T), decay and frequency (B, N_f, N_t, S), the options of `sblu` -> y (B, N_f, N_t, 2, S)
+        fusion: f (B, N_f, N_t, planes·S), in the tokens' dtype -> (B, N_f, N_t, D)
+
+    Slower: for stems whose parts have hooks, or have been replaced.
+    """
+    listen = (encoder, filters, patch_size, stride, window, kernel, decay, band, layout, backend)
+    _, _, y = listen_by_parts(x, *listen)
+    base = proj(x).flatten(2).transpose(1, 2)
+    heard = fusion(reference.features(y, reference.PLANES[features]).to(base.dtype))
+    heard = heard if layout == "FT" else heard.transpose(1, 2)
+    return (base + heard.flatten(1, 2)).contiguous()
+
+
+def listen_by_parts(
+    x: Tensor,
+    encoder: Callable[[Tensor], Tensor],
+    filters: Callable[..., Tensor],
+    patch_size: Sequence[int],
+    stride: int | Sequence[int] | None,
+    window: int | None,
+    kernel: str,
+    decay: Sequence[float],
+    band: Sequence[float],
+    layout: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay and frequency (B, N_f, N_t, S), and y (B, N_f, N_t, 2, S), as in `embed_by_parts`."""
+    grid = PatchGrid.make(patch_size, _mel_first(stride, layout), window)
+    mel, _ = _check_input(x, "channels", grid, layout)
+    mel = mel.to(reference.working_dtype(x.dtype))
+    with reference.full_precision(x.device):
+        r = encoder(reference.gather(mel, grid))
+        alpha, omega = reference.squash(r, check_decay(decay, grid), check_band(band, grid))
+        options = {"patch_size": grid.patch, "stride": grid.stride, "window": grid.window, "kernel": kernel}
+        return alpha, omega, filters(mel, alpha, omega, **options, backend=backend)
 
 
 def analyse(

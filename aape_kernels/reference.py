@@ -18,7 +18,19 @@ from torch import Tensor
 
 from .geometry import PatchGrid
 
-__all__ = ["autocasting", "embed", "full_precision", "gather", "lambda_encoder", "magnitudes", "sblu", "working_dtype"]
+__all__ = [
+    "autocasting",
+    "embed",
+    "features",
+    "full_precision",
+    "gather",
+    "lambda_encoder",
+    "logits",
+    "magnitudes",
+    "sblu",
+    "squash",
+    "working_dtype",
+]
 
 # Below this |Λ| the gain and its derivative cancel, so they are summed as series (docs/maths.md §2.4). The
 # terms kept leave a remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
@@ -152,6 +164,14 @@ def magnitudes(y: Tensor) -> Tensor:
     return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + VARIANCE_FLOOR)
 
 
+def features(y: Tensor, planes: int) -> Tensor:
+    """f of docs/maths.md §4, [n], [Re y ; Im y], or [Re y ; Im y ; n]: y (…, 2, S) -> (…, planes·S)."""
+    found = [y.flatten(-2)] if planes != PLANES["magnitude"] else []
+    if planes != PLANES["complex"]:
+        found.append(magnitudes(y))
+    return torch.cat(found, dim=-1)
+
+
 def gather(x: Tensor, grid: PatchGrid) -> Tensor:
     """The patches of x (B, C, F, T), each as one row: (B, N_f, N_t, C·P_f·P_t)."""
     patches = x.unfold(2, grid.patch[0], grid.stride[0]).unfold(3, grid.patch[1], grid.stride[1])
@@ -171,10 +191,21 @@ def lambda_encoder(
 
     patches (…, C·P_f·P_t) -> decay (1/frame) and frequency (rad/frame), each (…, S).
     """
+    return squash(logits(patches, w1, b1, w2, b2), decay_range, band)
+
+
+def logits(patches: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """r = W2 SiLU(W1 vec(patch) + b1) + b2: patches (…, C·P_f·P_t) -> (…, 2S)."""
     dtype = working_dtype(patches.dtype)
     with full_precision(patches.device):
         hidden = F.silu(F.linear(patches.to(dtype), w1.to(dtype).flatten(1), b1.to(dtype)))
-        r_decay, r_frequency = F.linear(hidden, w2.to(dtype), b2.to(dtype)).chunk(2, dim=-1)
+        return F.linear(hidden, w2.to(dtype), b2.to(dtype))
+
+
+def squash(r: Tensor, decay_range: tuple[float, float], band: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Logits (…, 2S) into the decay range, the first half, and into the band: decay and frequency, each (…, S)."""
+    with full_precision(r.device):
+        r_decay, r_frequency = r.chunk(2, dim=-1)
         lo, hi = decay_range
         decay = lo * torch.exp(math.log(hi / lo) * torch.sigmoid(r_decay))
         frequency = band[0] + (band[1] - band[0]) * torch.sigmoid(r_frequency)
@@ -207,11 +238,8 @@ def embed(
     patches = gather(x, grid)
     decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
     y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, quadrature)
-    planes, out_dtype = fusion_w.shape[1], proj_w.dtype
-    features = [y.flatten(3)] if planes != PLANES["magnitude"] else []
-    if planes != PLANES["complex"]:
-        features.append(magnitudes(y))
-    operand = torch.cat([value.to(out_dtype) for value in (patches, *features)], dim=-1)
+    out_dtype = proj_w.dtype
+    operand = torch.cat([value.to(out_dtype) for value in (patches, features(y, fusion_w.shape[1]))], dim=-1)
     if time_major:
         operand = operand.transpose(1, 2)
     operand = operand.flatten(1, 2)

@@ -10,14 +10,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import check_backend
-from .branch import LambdaEncoder, Weight
-from .functional import DTYPES, KERNELS, LAYOUTS, Responses, analyse, check_name, check_states, embed, responses
+from .branch import Filters, Fusion, LambdaEncoder, as_made
+from .functional import (
+    DTYPES,
+    KERNELS,
+    LAYOUTS,
+    Responses,
+    analyse,
+    check_name,
+    check_states,
+    embed,
+    embed_by_parts,
+    listen_by_parts,
+    responses,
+)
 from .geometry import PatchGrid, pair
 from .ranges import check_band, check_decay
-from .reference import PLANES
+from .reference import PLANES, magnitudes
 from .sizes import SizedStem
 
 __all__ = ["AaPE"]
+
+# What of a stem cannot change once it is made, those of a convolution among them.
+SETTLED = frozenset(
+    {"patch_size", "stride", "window", "kernel", "features", "band", "decay", "layout", "num_states", "encoder_dim"}
+    | {"in_chans", "embed_dim", "in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups"}
+)
 
 
 def _positive(value: object, name: str) -> int:
@@ -38,6 +56,13 @@ def _factory(device: object, dtype: object) -> dict[str, Any]:
         except (RuntimeError, TypeError) as error:
             raise ValueError(f'device: expected one such as "cpu" or "cuda:0", or None, got {device!r}') from error
     return {"device": device, "dtype": dtype}
+
+
+def computes_conv(conv: nn.Conv2d) -> bool:
+    """Whether calling it convolves by its weight, and nothing else; its forward would be lost."""
+    kind = type(conv)
+    own = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    return own and not {"forward", "_conv_forward"} & conv.__dict__.keys()
 
 
 class AaPE(SizedStem):
@@ -108,6 +133,8 @@ class AaPE(SizedStem):
 
     # 2: the fusion has a plane for n. See `_load_from_state_dict`.
     _version = 2
+    # whether the stem holds the convolution's weight itself, in the place of one: `surgery.AaPEConv2d`
+    _is_proj = False
 
     def __init__(
         self,
@@ -135,7 +162,7 @@ class AaPE(SizedStem):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # `surgery.AaPEConv2d` is an nn.Conv2d too, which is not made here
         self.layout = check_name(layout, "layout", LAYOUTS)
         self.kernel = check_name(kernel, "kernel", KERNELS)
         self.features = check_name(features, "features", tuple(PLANES))
@@ -159,8 +186,8 @@ class AaPE(SizedStem):
         factory = _factory(device, dtype)
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
         self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
-        self.sblu = Weight(num_states, in_chans, self._grid.patch[0], **factory)
-        self.fusion = Weight(embed_dim, PLANES[features], num_states, **factory)
+        self.sblu = Filters(num_states, in_chans, self._grid.patch[0], **factory)
+        self.fusion = Fusion(embed_dim, PLANES[features], num_states, **factory)
         given = {name: value for name, value in factory.items() if value is not None}
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim, **given)
         self._reset_branch()
@@ -186,6 +213,8 @@ class AaPE(SizedStem):
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
+        if not computes_conv(conv):
+            raise TypeError(f"conv: expected an nn.Conv2d with nn.Conv2d's forward, got {type(conv).__name__}")
         padding = (0, 0) if conv.padding == "valid" else conv.padding
         for name, got, expected in (
             ("padding", padding, (0, 0)),
@@ -239,7 +268,11 @@ class AaPE(SizedStem):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, D) of a log-mel spectrogram (B, C, F, T), or (B, C, T, F) for layout "TF"; see `output_fmt`."""
+        if isinstance(x, torch.fx.Proxy):
+            return self._leaf(x)
         x = self._fit(x)
+        if not self._as_made_for_tokens():
+            return self.norm(self._arrange(self._by_parts(x), x.shape[2:]))  # type: ignore[no-any-return]
         tokens = embed(
             x,
             self.proj.weight,
@@ -260,6 +293,39 @@ class AaPE(SizedStem):
         )
         return self.norm(self._arrange(tokens, x.shape[2:]))  # type: ignore[no-any-return]
 
+    def _as_made(self) -> bool:
+        """Whether the parts can be read for one fused call; else they are called, one by one."""
+        return as_made(self.encoder, LambdaEncoder) and as_made(self.sblu, Filters) and as_made(self.fusion, Fusion)
+
+    def _as_made_for_tokens(self) -> bool:
+        proj = self.proj
+        if isinstance(proj, nn.Conv2d):
+            # a convolution does as these say when people set them; window and band of the filters cannot follow
+            for name, want in (("stride", self.stride), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
+                if getattr(proj, name) != want:
+                    raise ValueError(
+                        f"proj.{name}: expected {want}, as the stem was made, got {getattr(proj, name)}; "
+                        "for another one make another stem"
+                    )
+        return self._as_made() and (self._is_proj or as_made(proj, nn.Conv2d))
+
+    def _by_parts(self, x: Tensor) -> Tensor:
+        proj: Callable[[Tensor], Tensor] = self._project if self._is_proj else self.proj
+        return embed_by_parts(x, proj, self.encoder, self.sblu, self.fusion, self.features, *self._listens())
+
+    def _listens(self) -> tuple[Any, ...]:
+        """The options of `listen_by_parts`."""
+        sizes = (self._grid.patch, self.stride, self.window)
+        return *sizes, self.kernel, self.decay, self.band, self.layout, self.backend
+
+    def _project(self, x: Tensor) -> Tensor:
+        """The convolution alone, where the stem is in the place of one."""
+        return F.conv2d(x, self.proj.weight, self.proj.bias, self.stride)
+
+    def _leaf(self, x: Any) -> Any:
+        """One node of `torch.fx`'s graph: what happens inside depends on sizes, which its tracer does not know."""
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+
     @torch.no_grad()
     def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder chose for each patch, to look at and plot; without gradients.
@@ -268,6 +334,8 @@ class AaPE(SizedStem):
         (B, N_f, N_t, S) whatever the layout, in float32 (float64 for float64 input).
         """
         encoder = self.encoder
+        if not self._as_made():
+            return listen_by_parts(self._fit(x), encoder, self.sblu, *self._listens())[:2]
         return analyse(
             self._fit(x),
             encoder.w1,
@@ -295,6 +363,9 @@ class AaPE(SizedStem):
             {'decay': (1, 8, 4, 4), 'frequency': (1, 8, 4, 4), 'y': (1, 8, 4, 2, 4), 'magnitude': (1, 8, 4, 4)}
         """
         encoder = self.encoder
+        if not self._as_made():
+            decay, frequency, y = listen_by_parts(self._fit(x), encoder, self.sblu, *self._listens())
+            return Responses(decay, frequency, y, magnitudes(y))
         return responses(
             self._fit(x),
             encoder.w1,
@@ -310,6 +381,16 @@ class AaPE(SizedStem):
             layout=self.layout,
             backend=self.backend,
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SETTLED and (known := getattr(self, name, None)) is not None:
+            asked = (value, value) if isinstance(known, tuple) and isinstance(value, int) else value
+            if asked != known:
+                raise AttributeError(
+                    f"{name}: cannot be set, as window, band and weights belong to {known}, got {value!r}; "
+                    f"make another stem with {name}={value!r}"
+                )
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
 from .functional import LAYOUTS, check_name
-from .stem import AaPE
+from .stem import AaPE, computes_conv
 
 __all__ = ["KNOWN", "AaPEConv2d", "Known", "replace_stem", "revert_stem"]
 
@@ -67,12 +67,15 @@ KNOWN = (
 )
 
 
-class AaPEConv2d(AaPE):
+class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in both
     """AaPE in the place of the `nn.Conv2d` of a patch embedding, as `replace_stem` puts it there.
 
     Called like the convolution, x (B, C, F, T) -> (B, D, N_f, N_t), or (B, C, T, F) -> (B, D, N_t, N_f) for layout
     "TF", and with its attributes: `weight`, `bias`, `in_channels`, `out_channels`, `kernel_size`, `stride`. The
     output is laid out in memory as channels-last convolutions have it, so that `flatten(2).transpose(1, 2)` is a view.
+
+    It is an `nn.Conv2d` to those who ask: what converts, adapts (LoRA) or initialises convolutions takes it for the one
+    that it replaces, which is right, as its weight, bias and output are that one's.
 
     Everything else is as in `AaPE`, `analyse` included; `proj` is the module itself. Source: ours.
     """
@@ -80,6 +83,10 @@ class AaPEConv2d(AaPE):
     padding = (0, 0)
     dilation = (1, 1)
     groups = 1
+    padding_mode = "zeros"
+    transposed = False
+    output_padding = (0, 0)
+    _is_proj = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, flatten=False)
@@ -87,30 +94,16 @@ class AaPEConv2d(AaPE):
         proj = self._modules.pop("proj")
         assert isinstance(proj, nn.Conv2d)
         self.weight, self.bias = proj.weight, proj.bias
+        self.in_channels, self.out_channels, self.kernel_size = self.in_chans, self.embed_dim, self.patch_size
 
     @property
     def proj(self) -> AaPEConv2d:  # type: ignore[override]
         """The module itself, which has the weight and bias that `AaPE` keeps in `proj`."""
         return self
 
-    @property
-    def in_channels(self) -> int:
-        """Channels C of the spectrogram."""
-        return self.in_chans
-
-    @property
-    def out_channels(self) -> int:
-        """Size D of a token."""
-        return self.embed_dim
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """The patch size, in the input's order."""
-        return self.patch_size
-
     def reset_parameters(self) -> None:
         """Initialise every parameter afresh, weight and bias as `nn.Conv2d` does."""
-        nn.Conv2d.reset_parameters(self)  # type: ignore[arg-type]
+        nn.Conv2d.reset_parameters(self)
         self._reset_branch()
 
 
@@ -183,7 +176,7 @@ def revert_stem(model: Model) -> Model:
         conv = nn.Conv2d(
             stem.in_channels,
             stem.out_channels,
-            stem.kernel_size,
+            stem.patch_size,
             stem.stride,
             bias=stem.bias is not None,
             device="meta",
@@ -207,9 +200,14 @@ def _known_stems(model: nn.Module) -> Iterator[tuple[str, Known]]:
         for name, module in model.named_modules():
             path = f"{name}.{row.path}" if name else row.path
             conv = _get(model, path) if row.holds(module) else None
-            if isinstance(conv, nn.Conv2d) and conv not in seen:
+            if is_conv(conv) and conv not in seen:
                 seen.add(conv)
                 yield path, row
+
+
+def is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """A convolution, and not AaPE in the place of one."""
+    return isinstance(module, nn.Conv2d) and not isinstance(module, AaPE)
 
 
 def _get(model: nn.Module, path: str) -> nn.Module | None:
@@ -220,7 +218,7 @@ def _get(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _convolutions(model: nn.Module) -> str:
-    paths = [repr(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    paths = [repr(name) for name, module in model.named_modules() if is_conv(module)]
     return ", ".join(paths[:8] + ["…"] * (len(paths) > 8)) or "none"
 
 
@@ -245,7 +243,7 @@ def _resolve(model: nn.Module, path: str) -> str:
     if not isinstance(path, str):
         raise TypeError(f"path: expected a str such as 'patch_embed.proj', got {path!r}")
     module = _get(model, path)
-    inside = [] if module is None else [name for name, m in module.named_modules() if isinstance(m, nn.Conv2d)]
+    inside = [] if module is None else [name for name, m in module.named_modules() if is_conv(m)]
     if len(inside) != 1 or not (path or inside[0]):
         what = "no module" if module is None else f"{type(module).__name__} with {len(inside)} of them"
         raise ValueError(
@@ -257,8 +255,7 @@ def _resolve(model: nn.Module, path: str) -> str:
 
 def _check_plain(conv: nn.Conv2d, path: str) -> None:
     """Refuse what only looks like a convolution of its weight: its forward would be lost."""
-    own = type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
-    if not own or type(conv._parameters.get("weight")) is not nn.Parameter:
+    if not computes_conv(conv) or type(conv._parameters.get("weight")) is not nn.Parameter:
         raise ValueError(
             f"model: expected {path!r} to be an nn.Conv2d with a weight of its own (not parametrised, sharded, "
             f"quantised or lazy, and no forward but nn.Conv2d's), got {type(conv).__name__}"
