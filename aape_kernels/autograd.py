@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import flops, ops, reference
 from .geometry import PatchGrid
 
 # `Function.apply` has no types in torch: hence the `no-untyped-call`s.
@@ -274,6 +274,7 @@ _register("sblu", SBLU)
 _register("sblu_backward", SBLUBackward)
 _register("embed", Embed)
 _register("embed_backward", EmbedBackward)
+flops.register()
 
 
 def _differentiated(tensors: Sequence[Tensor | None]) -> bool:

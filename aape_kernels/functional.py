@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Call, choose
-from .geometry import PatchGrid
+from .geometry import PatchGrid, sizes_of
 from .ranges import check_band, check_decay
 
 __all__ = ["Responses", "analyse", "embed", "embed_by_parts", "listen_by_parts", "responses", "sblu"]
@@ -47,7 +47,7 @@ def _check_tensor(value: object, name: str, shape: tuple[int | str, ...], meanin
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got one on {value.device}")
-    sizes = tuple(value.shape)
+    sizes = sizes_of(value)
     if len(sizes) != len(shape) or any(not isinstance(n, str) and n != m for n, m in zip(shape, sizes, strict=True)):
         want = ", ".join(map(str, shape))
         raise ValueError(f"{name}: expected shape ({want}){meaning}, got {sizes}")
@@ -64,21 +64,21 @@ def _check_input(x: object, channels: int | str, grid: PatchGrid, layout: str = 
     """x as (B, C, F, T), whichever its layout, and its token grid (N_f, N_t)."""
     axes = ("mel bins", "frames") if layout == "FT" else ("frames", "mel bins")
     x = _check_tensor(x, "x", ("batch", channels, *axes), f" for layout {layout}", None)
-    if x.shape[1] < 1:
+    if sizes_of(x)[1] < 1:
         raise ValueError(f"x: expected at least one channel, got shape {tuple(x.shape)}")
     if layout == "TF":
         x = x.transpose(2, 3)
-    for size, patch, axis in zip(x.shape[2:], grid.patch, ("mel bins", "frames"), strict=True):
+    for size, patch, axis in zip(sizes_of(x)[2:], grid.patch, ("mel bins", "frames"), strict=True):
         if size < patch:
             raise ValueError(f"x: expected at least one patch, {patch} {axis}, got {size}")
-    return x, grid.tokens(x.shape[2], x.shape[3])
+    return x, grid.tokens(*sizes_of(x)[2:])
 
 
 def _check_weight(weight: object, name: str, x: Tensor, grid: PatchGrid) -> Tensor:
     """SBLU's projection (S, C, P_f)."""
-    shape = ("states", x.shape[1], grid.patch[0])
+    shape = ("states", sizes_of(x)[1], grid.patch[0])
     checked = _check_tensor(weight, name, shape, ": (states, channels, P_f)", x)
-    if checked.shape[0] < 1:
+    if sizes_of(checked)[0] < 1:
         raise ValueError(f"{name}: expected at least one state, got shape {tuple(checked.shape)}")
     return checked
 
@@ -97,7 +97,7 @@ def _check_fusion(weight: object, dim: int, states: int, x: Tensor) -> Tensor:
     """The fusion weight (D, planes, S)."""
     name, meaning = SHOWN["fusion_w"], ": (embed_dim, planes, states)"
     checked = _check_tensor(weight, name, (dim, "planes", states), meaning, x)
-    found = {planes: features for features, planes in reference.PLANES.items()}.get(checked.shape[1])
+    found = {planes: features for features, planes in reference.PLANES.items()}.get(sizes_of(checked)[1])
     if found is None:
         known = ", ".join(f"{planes} ({features})" for features, planes in reference.PLANES.items())
         raise ValueError(f"{name}: expected planes {known}, got shape {tuple(checked.shape)}")
@@ -154,7 +154,7 @@ def sblu(
     check_name(kernel, "kernel", KERNELS)
     x, (n_f, n_t) = _check_input(x, "channels", grid)
     weight = _check_weight(weight, "weight", x, grid)
-    shape = (x.shape[0], n_f, n_t, weight.shape[0])
+    shape = (sizes_of(x)[0], n_f, n_t, sizes_of(weight)[0])
     decay = _check_tensor(decay, "decay", shape, ": (batch, N_f, N_t, states)", x)
     frequency = _check_tensor(frequency, "frequency", shape, ": (batch, N_f, N_t, states)", x)
     for value, name in ((decay, "decay"), (frequency, "frequency"), (weight, "weight")):
@@ -226,16 +226,16 @@ def embed(
         raise ValueError(f"{SHOWN['proj_w']}: expected a tensor (embed_dim, channels, patch, patch), got {got}")
     if layout == "TF":
         proj_w = proj_w.transpose(2, 3)
-    grid = PatchGrid.make(tuple(proj_w.shape[2:]), _mel_first(stride, layout), window)
+    grid = PatchGrid.make(sizes_of(proj_w)[2:], _mel_first(stride, layout), window)
     decay_range, band = check_decay(decay, grid), check_band(band, grid)
 
-    dim, channels = proj_w.shape[:2]
+    dim, channels = sizes_of(proj_w)[:2]
     x, _ = _check_input(x, channels, grid, layout)
     patch_shape = (channels, *grid.patch)
     sblu_w = _check_weight(sblu_w, SHOWN["sblu_w"], x, grid)
-    states = sblu_w.shape[0]
+    states = sizes_of(sblu_w)[0]
     w2 = _check_tensor(w2, SHOWN["w2"], (2 * states, "hidden"), ": (2 * states, hidden)", x)
-    hidden = w2.shape[1]
+    hidden = sizes_of(w2)[1]
     parameters = {
         "w1": _check_tensor(w1, SHOWN["w1"], (hidden, *patch_shape), ": (hidden, channels, P_f, P_t)", x),
         "b1": _check_tensor(b1, SHOWN["b1"], (hidden,), ": (hidden)", x),
@@ -345,10 +345,10 @@ def analyse(
     """
     check_name(layout, "layout", LAYOUTS)
     w1 = _check_tensor(w1, SHOWN["w1"], ("hidden", "channels", "P_f", "P_t"), "", None)
-    grid = PatchGrid.make(tuple(w1.shape[2:]), _mel_first(stride, layout), window)
+    grid = PatchGrid.make(sizes_of(w1)[2:], _mel_first(stride, layout), window)
     decay_range, band = check_decay(decay, grid), check_band(band, grid)
-    x, _ = _check_input(x, w1.shape[1], grid, layout)
-    _check_tensor(w1, SHOWN["w1"], tuple(w1.shape), "", x)
+    x, _ = _check_input(x, sizes_of(w1)[1], grid, layout)
+    _check_tensor(w1, SHOWN["w1"], sizes_of(w1), "", x)
     return reference.lambda_encoder(reference.gather(x, grid), w1, b1, w2, b2, decay_range, band)
 
 
@@ -393,6 +393,6 @@ def responses(
     """
     alpha, omega = analyse(x, w1, b1, w2, b2, stride, window, decay, band, layout)
     wide = (x if layout == "FT" else x.transpose(2, 3)).to(alpha.dtype)
-    patch = (w1.shape[2], w1.shape[3])
+    patch = sizes_of(w1)[2:]
     y = sblu(wide, alpha, omega, sblu_w, patch, _mel_first(stride, layout), window, kernel, backend)
     return Responses(alpha, omega, y, reference.magnitudes(y))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PatchGrid", "pair"]
+import torch
+from torch import Tensor
+
+__all__ = ["PatchGrid", "is_traced", "pair", "sizes_of"]
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -83,3 +87,17 @@ class PatchGrid:
     def extent(self, n_f: int, n_t: int) -> tuple[int, int]:
         """Mel bins and frames from the first patch's beginning to the end of the last one's."""
         return (n_f - 1) * self.stride[0] + self.patch[0], (n_t - 1) * self.stride[1] + self.patch[1]
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` looks, or TorchScript's ONNX exporter."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
+
+
+def sizes_of(value: Tensor) -> tuple[int, ...]:
+    """Its shape, in numbers even where `torch.jit.trace` makes tensors of sizes: what is traced holds for these."""
+    if not is_traced():
+        return tuple(value.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return tuple(map(int, value.shape))

@@ -10,6 +10,10 @@ from .geometry import PatchGrid
 __all__ = ["band_from_hz", "check_band", "check_decay", "decay_from_hz"]
 
 
+# e^{α/2} is float32's largest number at α = 177; what is left is for the spectrogram and the gradients.
+LARGEST_ODD = 160.0
+
+
 def _two_floats(value: Sequence[float], name: str) -> tuple[float, float]:
     both = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if len(both) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in both):
@@ -28,8 +32,9 @@ def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, fl
     if band is None:
         if grid.stride[1] == 1:
             raise ValueError(
-                "band: expected (low, high) in rad/frame, as a stride of 1 frame leaves no alias-prone band to "
-                "default to, got None"
+                "band: expected (low, high) in rad/frame, as a stride of 1 frame leaves no alias-prone band to default "
+                f"to, got None; band=({math.pi / grid.patch[1]:.4g}, {math.pi:.4g}) is what a stride of the patch's "
+                f"{grid.patch[1]} frames would alias"
             )
         return math.pi / grid.stride[1], math.pi
     low, high = _two_floats(band, "band")
@@ -41,11 +46,16 @@ def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, fl
 def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
     """The decay range in 1/frame, (1/K, 2) unless given (ours).
 
-    Errors: `TypeError` or `ValueError` unless 0 < low < high.
+    Errors: `TypeError` or `ValueError` unless 0 < low < high; `ValueError` above `LARGEST_ODD` for an odd window.
     """
     low, high = (1 / grid.window, 2.0) if decay is None else _two_floats(decay, "decay")
     if not 0 < low < high:
         raise ValueError(f"decay: expected 0 < low < high (1/frame), got {(low, high)}")
+    if grid.window % 2 and high > LARGEST_ODD:
+        raise ValueError(
+            f"decay: expected at most {LARGEST_ODD:g} for the odd window {grid.window}, whose middle frame has the "
+            f"gain 2 sinh(decay/2)/decay, got {(low, high)}"
+        )
     return low, high
 
 

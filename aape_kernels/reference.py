@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import PatchGrid
+from .geometry import PatchGrid, is_traced, sizes_of
 
 __all__ = [
     "autocasting",
@@ -93,12 +93,14 @@ def gain(decay: Tensor, frequency: Tensor, even: bool) -> tuple[Tensor, Tensor]:
     a, w = torch.where(small, 1.0, decay), torch.where(small, 1.0, frequency)
     sin, cos = torch.sin(w / 2), torch.cos(w / 2)
     if even:
-        # 1 − e^{−α} cos ω, without the cancellation
-        top_re = -torch.expm1(-a) + 2 * torch.exp(-a) * sin.square()
+        # 1 − e^{−α} cos ω, without the cancellation; 1 − e^{−α} by tanh, as not every runtime has expm1
+        top_re = torch.tanh(a / 2) * (1 + torch.exp(-a)) + 2 * torch.exp(-a) * sin.square()
         top_im = 2 * torch.exp(-a) * sin * cos
     else:
-        top_re = 2 * torch.sinh(a / 2) * cos
-        top_im = 2 * torch.cosh(a / 2) * sin
+        # 2 sinh(α/2) and 2 cosh(α/2), which not every runtime has
+        up, down = torch.exp(a / 2), torch.exp(-a / 2)
+        top_re = torch.tanh(a / 2) * (up + down) * cos
+        top_im = (up + down) * sin
     norm = a.square() + w.square()
     plain = (top_re * a + top_im * w) / norm, (top_im * a - top_re * w) / norm
 
@@ -127,6 +129,16 @@ def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> 
     return h_re, h_im
 
 
+def unfold(x: Tensor, axis: int, size: int, step: int) -> Tensor:
+    """`x.unfold`, which TorchScript's ONNX exporter has only where it knows the sizes: there by indices."""
+    if not is_traced():
+        return x.unfold(axis, size, step)
+    count = (sizes_of(x)[axis] - size) // step + 1
+    index = torch.arange(count).unsqueeze(1) * step + torch.arange(size)
+    picked = x.index_select(axis, index.flatten().to(x.device))
+    return torch.unflatten(picked, axis, (count, size)).movedim(axis + 1, -1)
+
+
 def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
     """y = Σ_d h(d) u[t_c + d], u_s[t] = Σ_c Σ_p B[s, c, p] x[c, i·S_f + p, t]: the direct sum of
     docs/maths.md §2.
@@ -135,12 +147,12 @@ def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: Patc
     """
     dtype = working_dtype(x.dtype)
     with full_precision(x.device):
-        rows = x.to(dtype).unfold(2, grid.patch[0], grid.stride[0])  # [B, C, N_f, T, P_f]
+        rows = unfold(x.to(dtype), 2, grid.patch[0], grid.stride[0])  # [B, C, N_f, T, P_f]
         u = torch.einsum("bcitp,scp->bits", rows, weight.to(dtype))  # [B, N_f, T, S]
         # Zeros outside the clip for K > P_t; for K < P_t the frames that no window reaches are cropped. Either way
         # exactly N_t windows are left.
         u = F.pad(u, (0, 0, -grid.offset, -grid.offset))
-        u = u.unfold(2, grid.window, grid.stride[1])  # [B, N_f, N_t, S, K]
+        u = unfold(u, 2, grid.window, grid.stride[1])  # [B, N_f, N_t, S, K]
         h_re, h_im = kernels(decay.to(dtype), frequency.to(dtype), grid.window, quadrature)
         y = torch.stack([(h_re * u).sum(-1), (h_im * u).sum(-1)], dim=-2)
         return y.to(x.dtype)
@@ -174,7 +186,7 @@ def features(y: Tensor, planes: int) -> Tensor:
 
 def gather(x: Tensor, grid: PatchGrid) -> Tensor:
     """The patches of x (B, C, F, T), each as one row: (B, N_f, N_t, C·P_f·P_t)."""
-    patches = x.unfold(2, grid.patch[0], grid.stride[0]).unfold(3, grid.patch[1], grid.stride[1])
+    patches = unfold(unfold(x, 2, grid.patch[0], grid.stride[0]), 3, grid.patch[1], grid.stride[1])
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
 
 
@@ -239,7 +251,7 @@ def embed(
     decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
     y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, quadrature)
     out_dtype = proj_w.dtype
-    operand = torch.cat([value.to(out_dtype) for value in (patches, features(y, fusion_w.shape[1]))], dim=-1)
+    operand = torch.cat([value.to(out_dtype) for value in (patches, features(y, sizes_of(fusion_w)[1]))], dim=-1)
     if time_major:
         operand = operand.transpose(1, 2)
     operand = operand.flatten(1, 2)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .geometry import PatchGrid, pair
+from .geometry import PatchGrid, pair, sizes_of
 
 __all__ = ["SizedStem"]
 
@@ -135,13 +135,13 @@ class SizedStem(nn.Module):
         """x with its size checked, and padded where that is asked for; `embed` refuses what is no spectrogram."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             return x
-        if self.strict_img_size and self.img_size is not None and tuple(x.shape[2:]) != self.img_size:
+        if self.strict_img_size and self.img_size is not None and sizes_of(x)[2:] != self.img_size:
             axes = "mel bins, frames" if self.layout == "FT" else "frames, mel bins"
             raise ValueError(f"x: expected img_size {self.img_size} ({axes}), got {tuple(x.shape[2:])}")
         if self.dynamic_img_pad:
-            grid = self.dynamic_feat_size(x.shape[2:])
+            grid = self.dynamic_feat_size(sizes_of(x)[2:])
             height, width = self._mel_first(self._grid.extent(*self._mel_first(grid)))
-            x = F.pad(x, (0, max(width - x.shape[3], 0), 0, max(height - x.shape[2], 0)))
+            x = F.pad(x, (0, max(width - sizes_of(x)[3], 0), 0, max(height - sizes_of(x)[2], 0)))
         return x
 
     def _arrange(self, tokens: Tensor, size: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from .functional import (
     listen_by_parts,
     responses,
 )
-from .geometry import PatchGrid, pair
+from .geometry import PatchGrid, pair, sizes_of
 from .ranges import check_band, check_decay
 from .reference import PLANES, magnitudes
 from .sizes import SizedStem
@@ -272,7 +272,7 @@ class AaPE(SizedStem):
             return self._leaf(x)
         x = self._fit(x)
         if not self._as_made_for_tokens():
-            return self.norm(self._arrange(self._by_parts(x), x.shape[2:]))  # type: ignore[no-any-return]
+            return self.norm(self._arrange(self._by_parts(x), sizes_of(x)[2:]))  # type: ignore[no-any-return]
         tokens = embed(
             x,
             self.proj.weight,
@@ -291,7 +291,7 @@ class AaPE(SizedStem):
             layout=self.layout,
             backend=self.backend,
         )
-        return self.norm(self._arrange(tokens, x.shape[2:]))  # type: ignore[no-any-return]
+        return self.norm(self._arrange(tokens, sizes_of(x)[2:]))  # type: ignore[no-any-return]
 
     def _as_made(self) -> bool:
         """Whether the parts can be read for one fused call; else they are called, one by one."""
@@ -391,6 +391,12 @@ class AaPE(SizedStem):
                     f"make another stem with {name}={value!r}"
                 )
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise NotImplementedError(
+            "torch.jit.script: expected a model without AaPE, whose backends TorchScript cannot compile; "
+            "torch.jit.trace(model, x) works, through the reference"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -273,3 +273,16 @@ def test_environment_variable_reaches_a_fresh_process():
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"AAPE_CPU_ISA": "baseline"}
     )
     assert run.stdout.split() == ["baseline"]
+
+
+def test_subnormal_halves_count_though_the_processor_flushes(isa):
+    """Subnormal in float16, they are normal numbers of float32; torch.set_flush_denormal is a setting of people's."""
+    x = (torch.randint(1, 1000, (1, 1, 16, 32)) * 2.0**-24).half()
+    rates, weight = torch.rand(1, 1, 2, 3).half(), torch.full((3, 1, 16), 100.0).half()
+    want = sblu(x, rates, rates, weight)
+    assert (want != 0).any()
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(sblu(x, rates, rates, weight), want)
+    finally:
+        torch.set_flush_denormal(False)

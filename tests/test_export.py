@@ -49,3 +49,59 @@ def test_compiled_ahead_of_time(tmp_path):
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
         x = torch.randn(5, 1, 32, 64)
         assert relative_error(torch._inductor.aoti_load_package(package)(x), model(x)) <= 1e-5
+
+
+EXPORTED = {
+    "replaced": lambda: replace_stem(nn.Sequential(nn.Conv2d(1, 8, 16, 16)), path="0", layout="FT", num_states=4),
+    "stem": lambda: nn.Sequential(AaPE(embed_dim=8, num_states=4, features="magnitude")),
+    "overlap-tf": lambda: nn.Sequential(AaPE(embed_dim=8, num_states=4, stride=10, window=18, layout="TF")),
+    "odd-narrow": lambda: nn.Sequential(AaPE((32, 50), (8, 5), embed_dim=8, num_states=4, window=3)),
+    "padded": lambda: nn.Sequential(AaPE(embed_dim=8, num_states=4, dynamic_img_pad=True, output_fmt="NHWC")),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_traced(name, backend):
+    """By `torch.jit.trace`: runs where our ops are not, for every batch."""
+    model = randomised(EXPORTED[name]())
+    model[0].backend = backend
+    traced = torch.jit.trace(model, torch.randn(2, 1, 32, 50))
+    assert not [node for node in traced.inlined_graph.nodes() if node.kind().startswith("aape")]
+    for batch in (1, 3):
+        x = torch.randn(batch, 1, 32, 50)
+        assert relative_error(traced(x), model(x)) <= 1e-5
+
+
+# torch.onnx itself calls what is deprecated
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_onnx_from_the_default_backend(name, exporter, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x, file = randomised(EXPORTED[name]()), torch.randn(2, 1, 32, 50), tmp_path / "model.onnx"
+    if exporter == "torchscript":
+        torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+    else:
+        torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert relative_error(torch.from_numpy(got), model(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_leaf_for_fx(name):
+    model = nn.Sequential(randomised(EXPORTED[name]()), nn.GELU())
+    traced = torch.fx.symbolic_trace(model)
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert targets == ["0.0", "1"]
+    x = torch.randn(2, 1, 32, 50)
+    assert torch.equal(traced(x), model(x))
+
+
+def test_scripting_is_refused():
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace\(model, x\) works"):
+        torch.jit.script(nn.Sequential(AaPE(embed_dim=8)))

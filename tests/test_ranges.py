@@ -42,3 +42,22 @@ def test_decay_halves_the_spectrum_at_its_bandwidth():
 def test_bad_values(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_decay_beyond_what_the_gain_of_an_odd_window_holds():
+    """2 sinh(α/2)/α is the value of the kernel's middle frame; an even window has none."""
+    with pytest.raises(ValueError, match=r"decay: expected at most 160 for the odd window 15, .* got \(1.0, 170.0\)"):
+        AaPE(patch_size=15, embed_dim=4, decay=(1.0, 170.0))
+    x = torch.randn(1, 1, 15, 30, requires_grad=True)
+    stem = AaPE(patch_size=15, embed_dim=4, decay=(159.0, 160.0))
+    stem(x).sum().backward()
+    assert x.grad.isfinite().all()
+    even = AaPE(patch_size=16, embed_dim=4, decay=(1.0, 1e4))
+    assert even(torch.randn(1, 1, 16, 32)).isfinite().all()
+
+
+def test_a_stride_of_one_frame_says_what_band_would_do():
+    with pytest.raises(
+        ValueError, match=r"band=\(0.1963, 3.142\) is what a stride of the patch's 16 frames would alias"
+    ):
+        AaPE(stride=(16, 1))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, reference
+from ..geometry import is_traced
 from . import cpu, cuda, triton
 
 __all__ = ["BACKENDS", "Backend", "Call", "check_backend", "choose", "reasons"]
@@ -118,7 +119,8 @@ def choose(name: str, call: Call) -> Implementation:
 
     The environment variable `AAPE_BACKEND` stands for `name` where `name` is "auto"; it is read at every call (under
     `torch.compile`, when the call is traced). Where "auto" passes over a faster backend for this device, one line is
-    logged, once, with the reason.
+    logged, once, with the reason. What `torch.jit.trace` and ONNX's exporters trace, "auto" gives to the reference: no
+    runtime of theirs has our ops.
 
     Errors: `ValueError` for an unknown name, `RuntimeError` with the reason if the one named cannot run the call.
     """
@@ -135,7 +137,14 @@ def choose(name: str, call: Call) -> Implementation:
     return backend.run
 
 
+def _for_other_runtimes() -> bool:
+    """Whether what is traced will run where our ops are not: TorchScript or ONNX."""
+    return is_traced() or torch.onnx.is_in_onnx_export()
+
+
 def _fastest(call: Call) -> Implementation:
+    if _for_other_runtimes():
+        return BACKENDS["reference"].run
     for name in ORDER[call.dtype]:
         backend = BACKENDS[name]
         why = backend.reason(call)

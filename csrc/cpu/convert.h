@@ -35,8 +35,10 @@ inline uint16_t to_bfloat16(float value) {
 inline float from_float16(uint16_t half) {
   uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
   if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
-  // below, 2^112 scales the shifted bits; subnormals come out exact
-  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+  // 2^112 scales the shifted bits. Those of a subnormal would be a subnormal of float too, which the processor may have
+  // been told to flush: it is a whole number of 2^-24.
+  float size = rest < 0x400 ? float(int32_t(rest)) * 0x1p-24f : float_of(rest << 13) * 0x1p112f;
+  return float_of(sign | bits_of(size));
 }
 inline uint16_t to_float16(float value) {
   uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
