@@ -1,1 +1,54 @@
-"""A slim self-supervised trainer for audio transformers with the AaPE stem: `aape-ssl demo`, `aape-ssl pretrain`."""
+"""A slim trainer for audio ViTs with the AaPE stem: masked teacher–student pre-training, and what is done with it."""
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Where the modules were while all lay in one folder; scripts that name them go on to work.
+MOVED = {
+    "audio": "sound.audio",
+    "sources": "sound.sources",
+    "loader": "sound.loader",
+    "data": "sound.data",
+    "model": "method.model",
+    "masks": "method.masks",
+    "objective": "method.objective",
+    "diagnostics": "method.diagnostics",
+    "checkpoints": "saved.checkpoints",
+    "pretrained": "saved.pretrained",
+    "embedding": "evaluation.embedding",
+    "probe": "evaluation.probe",
+    "commands": "evaluation.commands",
+    "pretrain": "training.commands",
+    "finetune": "training.commands",
+    "finetuning": "training.finetuning",
+    "optimisation": "training.optimisation",
+    "sharding": "training.sharding",
+    "monitor": "training.monitor",
+    "runs": "training.runs",
+    "stems": "demo.stems",
+    "picture": "demo.picture",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Imports a module under the name that it had."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, old = name.rpartition(".")
+        return ModuleSpec(name, self) if package == __name__ and old in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(f"{__name__}.{MOVED[spec.name.rpartition('.')[2]]}")
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # the machinery has given it that of the old name
+        module.__spec__ = self._spec
+
+
+sys.meta_path.append(_Moved())

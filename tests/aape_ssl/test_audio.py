@@ -282,3 +282,13 @@ def test_torchaudio_is_stubbed_only_where_it_does_not_import():
     guarded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert guarded.returncode == 0, guarded.stderr
     assert guarded.stdout.strip() == str(plain.returncode != 0)
+
+
+@pytest.mark.parametrize("loud", [1e13, 1e30])
+def test_sound_far_beyond_full_scale_is_refused(tmp_path, loud):
+    """Finite, but its powers are not."""
+    soundfile.write(tmp_path / "loud.wav", np.random.randn(16000) * loud, 16000, subtype="FLOAT")
+    with pytest.raises(audio.AudioError, match=r"holds samples far beyond full scale \(.*e\+"):
+        audio.load(tmp_path / "loud.wav")
+    soundfile.write(tmp_path / "less.wav", np.random.randn(16000) * 1e11, 16000, subtype="FLOAT")
+    assert audio.AUDIOSET128.log_mel(audio.load(tmp_path / "less.wav")).isfinite().all()

@@ -54,7 +54,7 @@ def manifest(tmp_path_factory):
             waveform = audio.load(path, 0.4, at=piece / 5)
             soundfile.write(folder / name, waveform.numpy(), audio.SAMPLE_RATE)
             label = "drum" if path.stem.split("_")[0] in ("drum", "loop", "perc") else "other"
-            clips.append(Clip(name, folder / name, label, str(piece % 3), path.stem))
+            clips.append(Clip(name, folder / name, label, str(piece % 3), f"{path.stem}-{piece}"))
     write_manifest(folder / "manifest.csv", clips)
     return folder / "manifest.csv"
 

@@ -199,3 +199,19 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
     assert (tmp_path / "there.npz").read_bytes() == b"precious"
     with pytest.raises(ValueError, match="clips: none of the 1 could be decoded"):
         embed_files(never, [Clip("x", tmp_path / "x.wav")], AUDIOSET128, 64, tmp_path / "a.npz")
+
+
+def test_a_file_that_was_recorded_again_is_embedded_again(tmp_path):
+    def write(seed):
+        samples = np.random.default_rng(seed).standard_normal(16000) * 0.1
+        soundfile.write(tmp_path / "a.wav", samples, 16000)
+        return [Clip("a.wav", tmp_path / "a.wav")]
+
+    def features(clips):
+        return cached(tmp_path / "c.npz", clips, "k", lambda: statistics(clips, AUDIOSET128))
+
+    first = features(write(0))
+    assert np.array_equal(features([Clip("a.wav", tmp_path / "a.wav")]), first)
+    again = write(1)
+    assert np.array_equal(features(again), statistics(again, AUDIOSET128))
+    assert not np.array_equal(features(again), first)

@@ -227,14 +227,22 @@ def test_rounds_test_every_fold_once():
         (
             ["train", "test", "test"],
             None,
-            "expected splits train, valid and test, or at least 3 folds, got test, train",
+            "expected splits train, valid and test, or folds, got test, train",
         ),
+        (
+            ["train", "val", "test", "extra"],
+            None,
+            "expected splits train, valid and test, or folds, got extra, test, t",
+        ),
+        (["train", "val", "dev", "test"], None, "expected splits train, valid and test, or folds, got dev, test, t"),
+        (["train", "0", "1", "2"], None, "expected splits train, valid and test, or folds, got 0, 1, 2, train"),
+        (["0", "1", "0"], None, "or at least 3 folds, got 0, 1"),
         (["0", "1", "2"], ["5"], "test: expected folds among 0, 1, 2, got 5"),
     ],
 )
 def test_bad_folds(folds, test, reason):
     with pytest.raises(ValueError, match=reason):
-        probe.folds_of(clips_of(list("abc"), folds), test)
+        probe.folds_of(clips_of(list("abcd")[: len(folds)], folds), test)
 
 
 def test_bad_features(rng):
@@ -284,3 +292,34 @@ def test_real_clips(tmp_path):
     features = statistics(pieces, AUDIOSET128)
     (linear,) = probe.evaluate("statistics", features, pieces, ("linear",))
     assert linear.accuracy > 0.5  # chance: 1/6
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train", "val", "test"),
+        ("Training", "VALIDATION", "Test"),
+        ("train", "dev", "eval"),
+        ("TRAIN", "valid", "testing"),
+    ],
+)
+def test_usual_names_of_splits(names):
+    train, valid, test = names
+    clips = clips_of(list("aaaa"), [train, test, valid, train])
+    ((trained, validated, tested),) = probe.folds_of(clips, [test])
+    assert (trained.tolist(), validated.tolist(), tested.tolist()) == ([0, 3], [2], [1])
+
+
+def test_groups_on_both_sides_are_warned_of():
+    clips = clips_of(list("abab") * 3, ["0", "1", "2"] * 4, list("xyzx") * 3)
+    with pytest.warns(UserWarning, match=r"groups: 3 of 3, such as 'x', have clips in more than one of"):
+        probe.folds_of(clips)
+    apart = clips_of(list("abc"), ["0", "1", "2"], ["x", "y", "z"])
+    without = clips_of(list("abc"), ["0", "1", "2"], ["", "", ""])
+    assert len(probe.folds_of(apart)) == len(probe.folds_of(without)) == 3
+
+
+def test_clips_without_a_label_are_refused(rng):
+    features = rng.standard_normal((6, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match="clips: expected a label for each, 4 has none"):
+        probe.evaluate("x", features, clips_of(["a", "b", "a", "b", "", "a"], list("012012")))

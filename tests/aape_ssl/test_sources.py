@@ -1,10 +1,13 @@
 """Where clips come from: what is found, in which order, and what errors name."""
 
 import io
+import os
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from aape_ssl.demo import command as demo
@@ -122,3 +125,42 @@ def test_bad_sources(tmp_path):
         with pytest.raises(SourceError, match=reason) as caught:
             find(tmp_path / source)
         assert str(tmp_path / source) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file,label,fold, group\na.wav,x,0,g\n",
+        "File,LABEL,Fold,Group\na.wav,x,0,g\n",
+        " file , label,fold,group \n a.wav , x,0 , g\n",
+        "\ufefffile,label,fold,group\r\na.wav,x ,0,g\r\n",
+    ],
+)
+def test_headers_and_cells_are_stripped_and_case_blind(tmp_path, text):
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8")
+    (clip,) = read_manifest(tmp_path / "m.csv")
+    assert (clip.name, clip.path, clip.label, clip.split, clip.group) == ("a.wav", tmp_path / "a.wav", "x", "0", "g")
+
+
+@pytest.mark.parametrize("again", ["a.wav", "./a.wav", "b/../a.wav", " a.wav"])
+def test_one_file_under_two_names(tmp_path, again):
+    (tmp_path / "m.csv").write_text(f"file,label\na.wav,x\n{again},y\n")
+    with pytest.raises(SourceError, match=r"m.csv:3: .*a.wav is listed already, in line 2"):
+        read_manifest(tmp_path / "m.csv")
+
+
+def test_splits_are_found_under_their_usual_names(tmp_path):
+    (tmp_path / "m.csv").write_text("file,split\na.wav,Training\nb.wav,dev\n")
+    for asked in ("valid", "val", "DEV"):
+        assert [clip.name for clip in find(tmp_path / "m.csv", [asked])] == ["b.wav"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Printable everywhere, and counted as what cannot be decoded."""
+    path = os.fsencode(tmp_path) + b"/b\xff.wav"
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 16000)
+    shutil.copy(tmp_path / "a.wav", path)
+    found = find(tmp_path)
+    assert [clip.name for clip in found] == ["a.wav", "b\\xff.wav"]
+    with pytest.raises(audio.AudioError, match="its name is not UTF-8"):
+        found[1].load()

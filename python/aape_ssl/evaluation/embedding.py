@@ -163,11 +163,11 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
 
     Args:
         path: the file, which says as `about` what `key` it was kept for.
-        clips: whose features they are: their names, in their order.
+        clips: whose features they are: their names, in their order, and the size and time of their files.
         key: whatever else they depend on: checkpoint, front end, frames.
         compute: () -> (clips, features).
     """
-    names = hashlib.sha256("\n".join([key, *(clip.name for clip in clips)]).encode()).hexdigest()
+    names = hashlib.sha256("\n".join([key, *map(_identity, clips)]).encode()).hexdigest()
     try:
         with open(path, "rb") as file, np.load(file) as kept:
             if str(kept["of"]) == names:
@@ -179,6 +179,14 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     _write(Path(path), lambda file: np.savez(file, of=names, about=key, features=features))
     return features
+
+
+def _identity(clip: Clip) -> str:
+    try:
+        found = os.stat(clip.path)
+    except OSError:  # `compute` will say so
+        return clip.name
+    return f"{clip.name} {clip.span} {found.st_size} {found.st_mtime_ns}"
 
 
 def _write(path: Path, write: Callable[[Any], None]) -> None:

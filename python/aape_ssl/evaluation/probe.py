@@ -8,6 +8,7 @@ probe.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..sound.sources import Clip
+from ..sound.sources import ALIASES, Clip, split_name
 
 __all__ = ["STRENGTHS", "LinearProbe", "Score", "evaluate", "fit_logistic", "folds_of", "interval", "knn", "table"]
 
@@ -175,27 +176,49 @@ def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
 def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[Round]:
     """Train, validation and test indices of each round.
 
-    Where the splits are train, valid and test there is one. Otherwise each fold is tested once, the next one (of the
-    last, the first) being validation and the others training; `test` keeps the rounds of these test folds.
+    Where the splits are train, valid and test there is one; each may go by a usual name of it (`sources.ALIASES`), in
+    any case. Otherwise each fold is tested once, the next one (of the last, the first) being validation and the others
+    training; `test` keeps the rounds of these test folds. Warns of groups with clips on more than one side.
 
-    Errors: `ValueError` for fewer than three folds, a clip without one, or a test fold that is not there.
+    Errors: `ValueError` for splits that are not all of these three, fewer than three folds, a clip without one, or a
+    test fold that is not there.
     """
-    of = np.array([clip.split for clip in clips])
+    given = sorted({clip.split for clip in clips})
+    if "" in given:
+        without = next(clip for clip in clips if not clip.split)
+        raise ValueError(f"clips: expected each to have a split or fold, {without.name} has none")
+    of = np.array([split_name(clip.split) for clip in clips])
     names = sorted(set(of.tolist()))
-    if "" in names:
-        raise ValueError(f"clips: expected each to have a split or fold, {clips[of.tolist().index('')].name} has none")
-    if names == ["test", "train", "valid"]:
+    if any(name in ALIASES for name in names):
+        # one name a split: two might mean different things
+        if names != ["test", "train", "valid"] or len({name.casefold() for name in given}) > len(names):
+            raise ValueError(f"clips: expected splits train, valid and test, or folds, got {', '.join(given)}")
         rounds = {"test": ("valid", ["train"])}
     elif len(names) < 3:
         raise ValueError(f"clips: expected splits train, valid and test, or at least 3 folds, got {', '.join(names)}")
     else:
         following = dict(zip(names, names[1:] + names[:1], strict=True))
         rounds = {name: (following[name], [n for n in names if n not in (name, following[name])]) for name in names}
-    wanted = list(rounds) if test is None else list(test)
+    wanted = list(rounds) if test is None else [split_name(name) for name in test]
     if not set(wanted) <= set(rounds):
         raise ValueError(f"test: expected folds among {', '.join(rounds)}, got {', '.join(wanted)}")
     where = [(rounds[name][1], [rounds[name][0]], [name]) for name in wanted]
-    return [(*(np.flatnonzero(np.isin(of, part)) for part in parts),) for parts in where]  # type: ignore[misc]
+    found: list[Round] = [(*(np.flatnonzero(np.isin(of, part)) for part in parts),) for parts in where]  # type: ignore[misc]
+    _warn_of_leaks(clips, found)
+    return found
+
+
+def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
+    leaking: set[str] = set()
+    for parts in rounds:
+        train, valid, test = ({clips[index].group for index in part} - {""} for part in parts)
+        leaking |= (train & valid) | (train & test) | (valid & test)
+    if leaking:
+        warnings.warn(
+            f"groups: {len(leaking)} of {len({clip.group for clip in clips} - {''})}, such as {min(leaking)!r}, have "
+            "clips in more than one of train, valid and test: what is learned of them by heart counts as right",
+            stacklevel=3,
+        )
 
 
 def interval(values: NDArray[Any], groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
@@ -255,6 +278,9 @@ def evaluate(
         raise ValueError(f"methods: expected linear or knn, got {', '.join(methods)}")
     if not np.isfinite(features).all() or len(features) != len(clips):
         raise ValueError(f"features: expected finite ones of {len(clips)} clips, got {features.shape}")
+    without = [clip.name for clip in clips if not clip.label]
+    if without:
+        raise ValueError(f"clips: expected a label for each, {without[0]} has none")
     labels = sorted({clip.label for clip in clips})
     y = np.array([labels.index(clip.label) for clip in clips], dtype=np.int64)
     rounds = folds_of(clips, test)

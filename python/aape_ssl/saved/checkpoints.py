@@ -105,8 +105,9 @@ def _sync_folder(folder: Path) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` in a folder: written anew every so many optimiser steps, and after the last one.
 
-    Only after a step, never between accumulated batches, whose gradients no checkpoint holds. Lightning's own callback
-    would call the file of a resumed run `last-v1.ckpt`.
+    Only after a step, never between accumulated batches, whose gradients no checkpoint holds; and after the validation
+    that an epoch ends with, which a resumed run would not make up for. Lightning's own callback would call the file of
+    a resumed run `last-v1.ckpt`.
 
     Args:
         folder: where.
@@ -118,7 +119,7 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
-        self._saved = 0
+        self._saved, self._due = 0, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has what it came from."""
@@ -129,6 +130,14 @@ class LastCheckpoint(Checkpoint):
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or step == trainer.max_steps
         if due and step != self._saved:
+            if trainer.is_last_batch and trainer.enable_validation:
+                self._due = True
+            else:
+                self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it if it was due before validation."""
+        if self._due:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,7 +147,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)
-        self._saved = trainer.global_step
+        self._saved, self._due = trainer.global_step, False
 
 
 def check_resumable(path: str | os.PathLike[str]) -> None:

@@ -36,6 +36,10 @@ __all__ = [
 SAMPLE_RATE = 16_000  # Hz
 
 
+# times full scale; powers of what is louder leave float32
+LOUDEST = 1e12
+
+
 class AudioError(ValueError):
     """A sound file that cannot be used; the message is one line that says why."""
 
@@ -94,10 +98,20 @@ def _open(file: str | os.PathLike[str] | BinaryIO) -> Any:
         if os.path.getsize(file) == 0:
             raise AudioError("is empty (0 bytes)")
         file = os.fspath(file)
+        if not _is_utf8(file):
+            raise AudioError("its name is not UTF-8")
     try:
         return soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless formats such as .raw
         raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
+
+
+def _is_utf8(name: str | bytes) -> bool:
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _one_line(error: Exception) -> str:
@@ -123,7 +137,8 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
     Returns:
         (samples), float32, full scale ±1.
 
-    Errors: `AudioError` for a file that is missing, unreadable, without samples, or with non-finite ones.
+    Errors: `AudioError` for a file that is missing, unreadable, without samples, or with ones that are not finite or
+    beyond `LOUDEST`.
     """
     import soundfile
     import soxr
@@ -142,6 +157,8 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
     waveform = torch.from_numpy(samples.mean(axis=1))
     if not bool(waveform.isfinite().all()):
         raise AudioError("holds samples that are not finite")
+    if (peak := float(waveform.abs().max())) > LOUDEST:
+        raise AudioError(f"holds samples far beyond full scale ({peak:.3g})")
     if rate != SAMPLE_RATE:
         waveform = torch.from_numpy(soxr.resample(waveform.numpy(), rate, SAMPLE_RATE))
     return waveform

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._lightning import LightningDataModule
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
-from .loader import ClipLoader, Crops, features
+from .loader import ClipLoader, Crops, features, for_trainer
 from .sources import Clip, SourceError, find
 
 __all__ = ["ClipData"]
@@ -108,9 +108,8 @@ class ClipData(LightningDataModule):
     def train_dataloader(self) -> ClipLoader:
         """The loader, this process's share of it under a trainer with several."""
         self.setup()
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         crops = Crops(self.clips, self.front_end, **self._options)
-        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world)
+        self.loader = for_trainer(crops, self.batch_size, self.workers, self.trainer, self.loader)
         return self.loader
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:

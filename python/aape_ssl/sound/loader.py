@@ -21,7 +21,7 @@ from . import audio
 from .audio import SAMPLE_RATE, FrontEnd
 from .sources import Clip
 
-__all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resize_crop"]
+__all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "for_trainer", "mix", "resize_crop"]
 
 ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag stands first
 Key = tuple[int, int]  # epoch, index
@@ -227,6 +227,7 @@ class ClipLoader:
         batch_size: clips of this process in a batch.
         workers: processes that load; 0 loads in this one.
         rank, world: which process this is, of how many.
+        epoch: to begin with.
 
     Attributes:
         failed: index and reason of every clip that could not be decoded.
@@ -235,7 +236,9 @@ class ClipLoader:
     `TooManyFailedError`.
     """
 
-    def __init__(self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
+    ) -> None:
         if batch_size < 1 or workers < 0:
             raise ValueError(f"expected batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}")
         self.step = batch_size * world
@@ -243,6 +246,7 @@ class ClipLoader:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")
         self.data, self.failed = data, dict[int, str]()
         self._order = _Order(len(data), data.seed, batch_size, rank, world)
+        self._order.epoch = epoch
         self._resumed = False
         self._loader = DataLoader(
             data,
@@ -314,6 +318,19 @@ class ClipLoader:
         clips = f"{len(self.data)} clips ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
         of_clips = {"clips": clips, "seed": self.data.seed, "clips a batch over all processes": self.step}
         return of_clips | {"mix": self.data.mix, "resize_crop": self.data.resize_crop}
+
+
+def for_trainer(data: Crops, batch_size: int, workers: int, trainer: Any, before: ClipLoader | None) -> ClipLoader:
+    """This process's share, from the trainer's epoch on; instead of the loader `before`, where that is replaced
+    (`reload_dataloaders_every_n_epochs`)."""
+    place = (
+        {"rank": trainer.global_rank, "world": trainer.world_size, "epoch": trainer.current_epoch} if trainer else {}
+    )
+    loader = ClipLoader(data, batch_size, workers=workers, **place)
+    if before:
+        before.close()
+        loader.failed |= before.failed
+    return loader
 
 
 def _as_is(batch: Any) -> Any:

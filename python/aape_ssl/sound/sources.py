@@ -15,10 +15,16 @@ from torch import Tensor
 
 from . import audio
 
-__all__ = ["SUFFIXES", "Clip", "SourceError", "find", "read_manifest", "write_manifest"]
+__all__ = ["SUFFIXES", "Clip", "SourceError", "find", "read_manifest", "split_name", "write_manifest"]
 
 SUFFIXES = frozenset({".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"})
 SPLITS = ("split", "fold")
+ALIASES = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "validate", "dev", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+CANONICAL = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 
 
 class SourceError(ValueError):
@@ -60,6 +66,11 @@ class Clip:
         return audio.load(io.BytesIO(content), seconds, at)
 
 
+def split_name(text: str) -> str:
+    """Of a split under one of its usual names, whatever the case, "train", "valid" or "test"; else what was given."""
+    return CANONICAL.get(text.strip().casefold(), text)
+
+
 def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) -> list[Clip]:
     """The clips of a source, in an order that depends on their names only.
 
@@ -90,7 +101,8 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
         raise SourceError(f"{text}: holds no clips (files that end in {', '.join(sorted(SUFFIXES))})")
     if splits is not None:
         present = sorted({clip.split for clip in clips})
-        clips = [clip for clip in clips if clip.split in splits]
+        wanted = {split_name(split) for split in splits}
+        clips = [clip for clip in clips if split_name(clip.split) in wanted]
         if not clips:
             raise SourceError(f"{text}: holds no clips of splits {sorted(splits)}; it has {present}")
     return clips
@@ -106,7 +118,12 @@ def _folder(folder: Path) -> Iterator[Clip]:
         yield from _shard(folder / path)
     for path in [] if shards else inside:
         if path.suffix.lower() in SUFFIXES:
-            yield Clip(path.as_posix(), folder / path, label=path.parent.name)
+            yield Clip(_printable(path.as_posix()), folder / path, label=_printable(path.parent.name))
+
+
+def _printable(name: str) -> str:
+    """A file's name with what is no UTF-8 in it as \\xff: reports and manifests hold it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _shard(path: Path) -> Iterator[Clip]:
@@ -135,18 +152,18 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
     """The clips of a CSV manifest, in its order.
 
     Its first line names the columns: `file`, relative to the manifest's folder unless absolute; optionally `label`,
-    `split` or `fold`, and `group`. Others are ignored.
+    `split` or `fold`, and `group`, in any case. Others are ignored. Spaces around names and cells do not count.
 
     Errors: `SourceError` naming the manifest, and the line where it is a line's fault. Whether the files exist is not
     looked at: one that does not is a clip that cannot be decoded.
     """
     folder = Path(path).parent
     clips: list[Clip] = []
-    seen: dict[str, int] = {}
+    seen: dict[str, int] = {}  # line of each file, however its path is written
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
-            columns = next(rows, [])
+            columns = [name.strip().casefold() for name in next(rows, [])]
             split = _split_column(f"{path}:1", columns)
             for row in rows:
                 if not row:
@@ -154,13 +171,14 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
                 line = f"{path}:{rows.line_num}"
                 if len(row) != len(columns):
                     raise SourceError(f"{line}: expected {len(columns)} cells ({','.join(columns)}), got {len(row)}")
-                cells = dict(zip(columns, row, strict=True))
+                cells = dict(zip(columns, map(str.strip, row), strict=True))
                 name = cells["file"]
                 if not name:
                     raise SourceError(f"{line}: the file column is empty")
-                if name in seen:
-                    raise SourceError(f"{line}: {name} is listed already, in line {seen[name]}")
-                seen[name] = rows.line_num
+                where = os.path.normpath(name)
+                if where in seen:
+                    raise SourceError(f"{line}: {name} is listed already, in line {seen[where]}")
+                seen[where] = rows.line_num
                 label, group = cells.get("label", ""), cells.get("group", "")
                 clips.append(Clip(name, folder / name, label, cells.get(split, ""), group))
     except OSError as error:

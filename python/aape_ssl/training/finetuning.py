@@ -14,7 +14,6 @@ from torch import Tensor
 from .._lightning import (
     FSDPStrategy,
     LightningDataModule,
-    LightningModule,
     ModelParallelStrategy,
     MulticlassAccuracy,
     MultilabelAveragePrecision,
@@ -22,10 +21,10 @@ from .._lightning import (
 from ..evaluation import probe
 from ..evaluation.embedding import first_window
 from ..saved.pretrained import AudioEncoder, load
-from ..sound.loader import ClipLoader, Crops
+from ..sound.loader import ClipLoader, Crops, for_trainer
 from ..sound.sources import Clip, find
 from .optimisation import decays, warmup_cosine
-from .pretraining import NonFiniteError
+from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
@@ -75,6 +74,7 @@ class LabelledClips(LightningDataModule):
         self._options: dict[str, Any] = {"seed": seed, "resize_crop": resize_crop, "max_failed": max_failed}
         self.labels: tuple[str, ...] = ()
         self.loader: ClipLoader | None = None
+        self._place: Mapping[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read the manifest."""
@@ -90,7 +90,10 @@ class LabelledClips(LightningDataModule):
 
     def labels_of(self, clip: Clip) -> list[str]:
         """One label, or several for multi-label clips."""
-        return [label.strip() for label in clip.label.split(";")] if self.multi_label else [clip.label]
+        labels = [label.strip() for label in clip.label.split(";")] if self.multi_label else [clip.label]
+        if "" in labels:
+            raise ValueError(f"data: expected labels separated by ;, {clip.name} has {clip.label!r}")
+        return labels
 
     def targets(self, clips: Sequence[Clip]) -> Tensor:
         """(clips, classes) float32: 1 for each clip's labels, else 0."""
@@ -108,9 +111,19 @@ class LabelledClips(LightningDataModule):
     def train_dataloader(self) -> ClipLoader:
         """Random crops {"log_mel": (B, 1, F, T), "index": (B)}, as in pre-training; this process's share of them."""
         crops = Crops(self.train, self.front_end, self.frames, **self._options)
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world)
+        self.loader = for_trainer(crops, self.batch_size, self.workers, self.trainer, self.loader)
+        if self._place is not None:
+            self.loader.load_state_dict(self._place)
+            self._place = None
         return self.loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's place: of a checkpoint at an epoch's end Lightning restores none."""
+        return {"loader": self.loader.state_dict()} if self.loader else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """For the loader that is yet to be made."""
+        self._place = state.get("loader")
 
     def val_dataloader(self) -> Any:
         """The clips to validate on, alike but in their order."""
@@ -139,7 +152,7 @@ class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"log_mel": first_window(self.clips[index], self.front_end, self.frames), "index": index}
 
 
-class FinetuningModule(LightningModule):
+class FinetuningModule(SteppingModule):
     """Trains the encoder of a checkpoint and a linear head on its pooled tokens, on `LabelledClips`.
 
     Cross-entropy, or binary cross-entropy of each class for multi-label clips. AdamW, warm-up and cosine
@@ -179,7 +192,6 @@ class FinetuningModule(LightningModule):
         self.checkpoint, self.lr, self.layer_decay = checkpoint, lr, layer_decay
         self.betas, self.weight_decay, self.warmup, self.label_smoothing = betas, weight_decay, warmup, label_smoothing
         self.model: AudioEncoder | None = None
-        self._loss: Tensor | None = None
 
     @property
     def clips(self) -> LabelledClips:
@@ -203,7 +215,7 @@ class FinetuningModule(LightningModule):
         count = len(data.labels)
         self.name = "map" if data.multi_label else "accuracy"
         self.quality = (
-            MultilabelAveragePrecision(count, average="macro")
+            MultilabelAveragePrecision(count, average=None)
             if data.multi_label
             else MulticlassAccuracy(count, average="micro")
         )
@@ -225,25 +237,27 @@ class FinetuningModule(LightningModule):
         else:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
-        self._loss = loss.detach()
-        return loss
+        return self.accumulated(loss, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss or gradient that is no number, before it reaches the weights."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        assert self._loss is not None
-        # all processes stop, or those that are left wait for the others
-        if not self.trainer.strategy.reduce_boolean_decision(bool((norm + self._loss).isfinite())):
-            raise NonFiniteError(
-                f"optimiser step {self.global_step}: loss {float(self._loss):.4g}, gradient {float(norm):.4g}"
-            )
+        self.check_step(norm)
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Scores of one batch of clips."""
         logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]
-        self.quality.update(logits, targets.long() if self.clips.multi_label else targets.argmax(1))
-        self.log(f"valid/{self.name}", self.quality, prog_bar=True, on_epoch=True, batch_size=len(logits))
+        # as probabilities: of scores it would guess, batch by batch, whether they are
+        scores, classes = (logits.sigmoid(), targets.long()) if self.clips.multi_label else (logits, targets.argmax(1))
+        self.quality.update(scores, classes)
+
+    def on_validation_epoch_end(self) -> None:
+        """The score of all clips; of several labels, its mean over the classes that occur."""
+        found = self.quality.compute()
+        found = found[self._valid.any(0)].mean() if self.clips.multi_label else found
+        self.quality.reset()
+        self.log(f"valid/{self.name}", found, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a rate a layer, and warm-up and cosine over all steps."""

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._lightning import LightningModule, rank_zero_warn
+from .._lightning import rank_zero_warn
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
 from ..saved.checkpoints import made_with
 from .optimisation import decays, warmup_cosine
 from .sharding import ShardedStrategy, check_strategy, shard, total_norm
+from .steps import NonFiniteError, SteppingModule
 
 __all__ = ["NonFiniteError", "PretrainingModule"]
 
@@ -24,11 +25,7 @@ __all__ = ["NonFiniteError", "PretrainingModule"]
 SCALARS = ("loss", "regression", "contrastive", "agreement", "top1")
 
 
-class NonFiniteError(FloatingPointError):
-    """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
-
-
-class PretrainingModule(LightningModule):
+class PretrainingModule(SteppingModule):
     """Pre-trains an `Encoder` by the objective `Pretraining`; batches are {"log_mel": (B, 1, F, T), "index": (B)}.
 
     AdamW, with warm-up and cosine (`warmup_cosine`) over the trainer's `max_steps`, which must be given; no decay of
@@ -47,8 +44,8 @@ class PretrainingModule(LightningModule):
         warmup_steps: optimiser steps.
         compile: whether to run the objective through `torch.compile`; layer by layer where it is sharded.
 
-    Errors: `ValueError` naming the argument; `NonFiniteError` while training. Loading a checkpoint of other options is
-    a `ValueError` that names them.
+    Errors: `ValueError` naming the argument, or the trainer's, such as weights in 16 bits; `NonFiniteError` while
+    training. Loading a checkpoint of other options is a `ValueError` that names them.
     Source: M2D's optimisation (AdamW (.9, .95), 3e-4 at batch 256, weight decay .05); the rest as `Pretraining` says.
     """
 
@@ -102,6 +99,11 @@ class PretrainingModule(LightningModule):
         """
         strategy = self.trainer.strategy
         check_strategy(strategy)
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision: expected weights in float32 (bf16-mixed, 16-mixed or 32-true), as steps of the teacher's "
+                f"average are too small for 16 bits, got {self.trainer.precision}"
+            )
         if isinstance(strategy, ShardedStrategy):
             shard(self.objective, strategy.device_mesh["data_parallel"], strategy.root_device, self.compiled)
         elif self.compiled:
@@ -116,22 +118,20 @@ class PretrainingModule(LightningModule):
         masks = self.masks(index, grid, self.global_step, len(self._micro_batches)).to(x.device)
         terms: Terms = self.objective(x, masks, index)
         self._micro_batches.append((terms, index))
+        loss = self.accumulated(terms.loss, batch_idx)
         values = {f"train/{name}": getattr(terms, name).detach() for name in SCALARS}
         self.log_dict(values, batch_size=len(x), sync_dist=True)
-        return {"loss": terms.loss, "terms": terms, "masks": masks}
+        return {"loss": loss, "terms": terms, "masks": masks}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop at a loss or gradient that is no number, before it reaches the weights."""
         norm = total_norm(self.parameters())
-        losses = [terms.loss.detach() for terms, _ in self._micro_batches]
-        finite = bool(torch.stack([norm, *losses]).isfinite().all())  # one synchronisation a step
-        # all processes stop, or those that are left wait for the others
-        if not self.trainer.strategy.reduce_boolean_decision(finite):
-            raise NonFiniteError(self._which_is_not_finite(norm))
+        self.check_step(norm)
         group = optimizer.param_groups[0]
         self.log_dict({"train/grad_norm": norm, "train/lr": group["lr"], "train/ema_decay": self.objective.decay})
 
-    def _which_is_not_finite(self, norm: Tensor) -> str:
+    def what_is_not_finite(self, norm: Tensor) -> str:
+        """The micro-batch and its clips, for a message."""
         for i, (terms, index) in enumerate(self._micro_batches):
             if not terms.loss.isfinite():
                 values = ", ".join(f"{name} {float(getattr(terms, name).detach()):.4g}" for name in SCALARS[:3])
@@ -144,7 +144,8 @@ class PretrainingModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """One real step, once for all accumulated micro-batches, and the teacher's after it."""
         super().optimizer_step(*args, **kwargs)
-        self.objective.update_teacher()
+        if not self.skipped:
+            self.objective.update_teacher()
         self._micro_batches.clear()
 
     # --- optimiser and schedule ---

@@ -23,7 +23,7 @@ from .._lightning import (
 )
 from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, check_resumable
 from ..sound.loader import TooManyFailedError
-from .pretraining import NonFiniteError
+from .steps import NonFiniteError
 
 __all__ = ["Run", "main"]
 

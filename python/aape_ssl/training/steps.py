@@ -1,0 +1,78 @@
+"""What pre-training and fine-tuning have in common at an optimiser step: accumulation, and numbers that are none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._lightning import LightningModule
+
+__all__ = ["NonFiniteError", "SteppingModule"]
+
+OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then it is not the scale
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
+
+
+class SteppingModule(LightningModule):
+    """A `LightningModule` that optimises in steps of accumulated micro-batches.
+
+    Attributes:
+        skipped: whether the optimiser's last step was left out by the gradient scaler, as a gradient overflowed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped = False
+        self._overflows = 0
+        self._losses: list[Tensor] = []
+        self._share = 1.0
+
+    def accumulated(self, loss: Tensor, batch_idx: int) -> Tensor:
+        """The loss of a micro-batch as its share of the step's mean.
+
+        The trainer divides by `accumulate_grad_batches` also where an epoch ends with fewer.
+        """
+        self._losses.append(loss.detach())
+        each, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        first = batch_idx - batch_idx % each
+        count = min(each, batches - first)  # ∞ where the loader has no length
+        self._share = each / max(1, count)
+        return loss * self._share if count < each else loss
+
+    def check_step(self, norm: Tensor) -> None:
+        """Mend the mean where fewer micro-batches came than were foreseen, and see whether everything is a number.
+
+        With a gradient scaler (`16-mixed`) an overflow is its way of finding the scale: that step is left out.
+
+        Args:
+            norm: of the gradient.
+
+        Errors: `NonFiniteError`, on all processes or on none.
+        """
+        missing = self.trainer.accumulate_grad_batches / (len(self._losses) * self._share)
+        if missing > 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(missing)
+        finite = bool(torch.stack([norm, *self._losses]).isfinite().all())  # one synchronisation a step
+        # all processes stop, or those that are left wait for the others
+        self.skipped = not self.trainer.strategy.reduce_boolean_decision(finite)
+        self._overflows = self._overflows + 1 if self.skipped else 0
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if self.skipped and not (scaled and self._overflows < OVERFLOWS):
+            raise NonFiniteError(self.what_is_not_finite(norm))
+
+    def what_is_not_finite(self, norm: Tensor) -> str:
+        """Step, losses and gradient, for a message."""
+        losses = ", ".join(f"{float(loss):.4g}" for loss in self._losses)
+        return f"optimiser step {self.global_step}: loss {losses}, gradient {float(norm):.4g}"
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """One step for all accumulated micro-batches."""
+        super().optimizer_step(*args, **kwargs)
+        self._losses.clear()
