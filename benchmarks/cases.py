@@ -30,8 +30,8 @@ class Sizes:
     window: int = 16
     channels: int = 1
     dim: int = 768
-    states: int = 32
-    hidden: int = 64
+    states: int = 16
+    hidden: int = 32
     kernel: str = "quadrature"
     features: str = "both"
 

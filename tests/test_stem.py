@@ -293,15 +293,15 @@ def test_initial_values():
         (stem.proj.weight, bound_w1),
         (stem.encoder.w1, bound_w1),
         (stem.sblu.weight, 1 / math.sqrt(2 * 16)),
-        (stem.fusion.weight, 1 / math.sqrt(3 * 32)),
+        (stem.fusion.weight, 1 / math.sqrt(3 * 16)),
     ):
         assert weight.abs().max() <= limit
         assert weight.std().item() == pytest.approx(limit / math.sqrt(3), rel=0.1)
     assert not stem.encoder.b1.any()
     assert stem.encoder.w2.std().item() == pytest.approx(0.02, rel=0.1)
     share = torch.sigmoid(stem.encoder.b2)
-    torch.testing.assert_close(share[:32], torch.full((32,), 0.5))
-    torch.testing.assert_close(share[32:], (torch.arange(32) + 0.5) / 32)
+    torch.testing.assert_close(share[:16], torch.full((16,), 0.5))
+    torch.testing.assert_close(share[16:], (torch.arange(16) + 0.5) / 16)
 
 
 def test_starts_as_a_fixed_bank_over_the_band():
@@ -309,8 +309,8 @@ def test_starts_as_a_fixed_bank_over_the_band():
     with torch.no_grad():
         stem.encoder.w2.zero_()
     decay, frequency = stem.analyse(torch.randn(1, 1, 16, 32))
-    spacing = (math.pi - math.pi / 16) / 32
-    torch.testing.assert_close(frequency[0, 0, 1], math.pi / 16 + spacing * (torch.arange(32) + 0.5))
+    spacing = (math.pi - math.pi / 16) / 16
+    torch.testing.assert_close(frequency[0, 0, 1], math.pi / 16 + spacing * (torch.arange(16) + 0.5))
     torch.testing.assert_close(decay, torch.full_like(decay, math.sqrt(2 / 16)))
 
 
@@ -395,7 +395,7 @@ def test_from_conv_computes_what_the_conv_computes(stride, layout, dtype):
 def test_from_conv_is_silent_at_first_whatever_the_features(features):
     conv, x = nn.Conv2d(1, 24, 16, 16), torch.randn(2, 1, 32, 64)
     stem = AaPE.from_conv(conv, features=features)
-    assert stem.fusion.weight.shape == (24, PLANES[features], 32)
+    assert stem.fusion.weight.shape == (24, PLANES[features], 16)
     assert relative_error(stem(x), conv(x).flatten(2).transpose(1, 2)) <= 1e-6
     stem(x).square().sum().backward()
     assert (stem.fusion.weight.grad.abs().amax((0, 2)) > 0).all()

@@ -80,7 +80,7 @@ def sizes() -> list[Configuration]:
     return found
 
 
-def adapting(states: int = 16, hidden: int = 64) -> list[Configuration]:
+def adapting(states: int = 16, hidden: int = 32) -> list[Configuration]:
     """How AaPE's encoder might learn more: from larger weights, at a higher rate, after the rest has begun."""
     variants: dict[str, dict[str, float]] = {
         "w2-0.1": {"w2_std": 0.1},

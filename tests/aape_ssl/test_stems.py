@@ -12,7 +12,7 @@ from aape_ssl.demo import picture, stems
 from aape_ssl.sound import audio
 
 HOP = audio.AUDIOSET128.hop
-SPACING = (50 - 3.125) / 32  # Hz between the untrained stem's states
+SPACING = (50 - 3.125) / 16  # Hz between the untrained stem's states
 
 
 def modulated_noise(hz: float, depth: float = 0.8, seconds: float = 2.0) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_untrained_stem_is_a_fixed_bank():
     responses = untrained_responses(modulated_noise(8))
     assert (responses.hz == responses.hz[0, 0]).all()
     assert (responses.decay == responses.decay[0, 0]).all()
-    expected = 3.125 + SPACING * (torch.arange(32) + 0.5)
+    expected = 3.125 + SPACING * (torch.arange(16) + 0.5)
     torch.testing.assert_close(responses.hz[0, 0], expected, atol=1e-3, rtol=0)
     assert all(
         torch.equal(*pair) for pair in zip(*(stems.untrained_stem().parameters() for _ in range(2)), strict=True)
@@ -169,9 +169,9 @@ BAD_CHECKPOINTS = {
     "a part missing": (_without("encoder.w2"), "lacks encoder.w2"),
     "two channels": (AaPE(in_chans=2, embed_dim=8).state_dict(), "2 input channels"),
     "unequal sizes": ({**AaPE(embed_dim=8).state_dict(), "encoder.b2": torch.zeros(3)}, "do not fit"),
-    "four planes": ({**AaPE(embed_dim=8).state_dict(), "fusion.weight": torch.zeros(8, 4, 32)}, "1 to 3 planes"),
+    "four planes": ({**AaPE(embed_dim=8).state_dict(), "fusion.weight": torch.zeros(8, 4, 16)}, "1 to 3 planes"),
     "wrong rank": ({**AaPE(embed_dim=8).state_dict(), "encoder.w1": torch.zeros(3)}, "do not fit"),
-    "not finite": ({**_without("x"), "encoder.b2": torch.full((64,), math.nan)}, "not finite"),
+    "not finite": ({**_without("x"), "encoder.b2": torch.full((32,), math.nan)}, "not finite"),
     "code": (AaPE(embed_dim=8), r"got one that torch\.load\(weights_only=True\) refuses"),
 }
 

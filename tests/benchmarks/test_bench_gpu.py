@@ -278,7 +278,7 @@ def test_16_bit_outputs_have_bounds_of_their_own() -> None:
 
 def test_floor_counts_inputs_and_output_once() -> None:
     problem = problem_of(Case("sblu", "float32", 1), CPU)
-    x, states, y, weight = 128 * 1024, 8 * 64 * 32, 8 * 64 * 2 * 32, 32 * 16
+    x, states, y, weight = 128 * 1024, 8 * 64 * 16, 8 * 64 * 2 * 16, 16 * 16
     assert floor_bytes(problem) == 4 * (x + 2 * states + y + weight)
 
 

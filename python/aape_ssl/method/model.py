@@ -117,8 +117,8 @@ class ConvMLPStem(ConvStem):
         patch_size: int | tuple[int, int],
         in_chans: int,
         embed_dim: int,
-        num_states: int = 32,
-        encoder_dim: int = 64,
+        num_states: int = 16,
+        encoder_dim: int = 32,
         features: str = "both",
     ) -> None:
         super().__init__(patch_size, in_chans, embed_dim)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
-from ..method.model import Encoder
+from ..method.model import Encoder, make_stem
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -26,6 +26,13 @@ __all__ = [
 ]
 
 Part = Literal["teacher", "student"]
+
+# Sizes and features of the stems that a checkpoint does not say the sizes of.
+EARLIER = (
+    {"num_states": 32, "encoder_dim": 64, "features": "both"},
+    {"num_states": 32, "encoder_dim": 64, "features": "complex"},
+    {"features": "complex"},
+)
 
 
 class CheckpointError(RuntimeError):
@@ -164,17 +171,22 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
 def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for another checkpoint's.
 
-    Stems from before AaPE had `features` saw responses only, and the MLP had their size: they are those of "complex".
+    Options that were left out are those that were the defaults when it was made: 32 states and an encoder of 64 before
+    they were 16 and 32, and of these the first had responses only, features "complex", as had the MLP of their size.
     """
     options = dict(checkpoint.get("options", {}))
-    given = options.get("stem_options") or {}
-    last = {"aape": "fusion.weight", "conv+mlp": "branch.4.weight"}.get(options.get("stem", ""))
-    weight = checkpoint.get("state_dict", {}).get(f"objective.student.stem.{last}")
-    if isinstance(weight, Tensor) and "features" not in given:
-        # (D, 2, S) of AaPE, (D, 2S, 1, 1) of the MLP
-        columns = weight.shape[1:].numel()
-        if columns == 2 * given.get("num_states", 32):
-            options["stem_options"] = {**given, "features": "complex"}
+    stem, given = options.get("stem"), options.get("stem_options") or {}
+    prefix = "objective.student.stem."
+    state = checkpoint.get("state_dict", {})
+    shapes = {name.removeprefix(prefix): value.shape for name, value in state.items() if name.startswith(prefix)}
+    if stem in ("aape", "aape-fixed", "conv+mlp") and "proj.weight" in shapes:
+        for defaults in ({}, *EARLIER):
+            with torch.device("meta"):
+                made = make_stem(stem, options["patch_size"], shapes["proj.weight"][0], {**defaults, **given})
+            if {name: value.shape for name, value in made.state_dict().items()} == shapes:
+                if defaults:
+                    options["stem_options"] = {**defaults, **given}
+                break
     return options
 
 
