@@ -6,65 +6,19 @@ its checks, attributes, hooks and output format, and the names under which check
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from .finder import KNOWN, Known, find, get, is_conv, layout_of, listed, size_of
 from .functional import LAYOUTS, check_name
 from .stem import AaPE, computes_conv
 
 __all__ = ["KNOWN", "AaPEConv2d", "Known", "replace_stem", "revert_stem"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Known:
-    """Where the patch embedding of a model sits.
-
-    Attributes:
-        models: whose it is.
-        holder: names of the class that `path` starts from; those derived from it count too.
-        library: the package that class comes from; "" for code that people copy into their own tree.
-        path: from the holder to the `nn.Conv2d`.
-        layout: of that convolution's input: "FT" (B, C, F, T), "TF" (B, C, T, F). Tokens are frequency-major with
-            the former, time-major with the latter.
-    """
-
-    models: str
-    holder: tuple[str, ...]
-    library: str
-    path: str
-    layout: str
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether `module` is of the holder's class."""
-        return any(
-            base.__name__ in self.holder and self.library in ("", base.__module__.partition(".")[0])
-            for base in type(module).__mro__
-        )
-
-    def __str__(self) -> str:
-        return f"{self.path!r} of {' or '.join(self.holder)} ({self.models})"
-
-
-# The more particular before the more general: a convolution that two rows find has the layout of the first. Patch and
-# stride are the convolution's own; the holder's code decides what becomes of its output.
-KNOWN = (
-    Known("AudioMAE, EAT", ("PatchEmbed_new", "PatchEmbed_org"), "", "proj", "TF"),
-    Known("EAT in fairseq", ("ImageEncoder",), "", "local_encoder.proj", "TF"),
-    Known("BEATs", ("BEATs",), "", "patch_embedding", "TF"),
-    Known("AST and SSAST, the authors'", ("ASTModel",), "", "v.patch_embed.proj", "FT"),
-    Known("M2D", ("M2DViT", "LocalViT"), "", "patch_embed.proj", "FT"),
-    Known("PaSST", ("PaSST",), "", "patch_embed.proj", "FT"),
-    Known("transformers AST", ("ASTPatchEmbeddings",), "transformers", "projection", "FT"),
-    Known("transformers ViT", ("ViTPatchEmbeddings",), "transformers", "projection", "FT"),
-    Known("torchvision ViT", ("VisionTransformer",), "torchvision", "conv_proj", "FT"),
-    Known("timm", ("PatchEmbed",), "timm", "proj", "FT"),
-)
 
 
 class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in both
@@ -88,12 +42,17 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
     output_padding = (0, 0)
     _is_proj = True
 
+    def __new__(cls, *sizes: Any, **options: Any) -> Any:
+        """A plain `nn.Conv2d` where it is called as that is: LoRA makes its convolutions by `type(conv)(...)`."""
+        return nn.Conv2d(*sizes, **options) if sizes else super().__new__(cls)
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, flatten=False)
         # one level up: the names that the convolution's parameters have in the model's checkpoints
         proj = self._modules.pop("proj")
         assert isinstance(proj, nn.Conv2d)
-        self.weight, self.bias = proj.weight, proj.bias
+        self.weight = proj.weight
+        self.register_parameter("bias", proj.bias)  # type: ignore[arg-type]  # a Parameter or None
         self.in_channels, self.out_channels, self.kernel_size = self.in_chans, self.embed_dim, self.patch_size
 
     @property
@@ -116,11 +75,13 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
     convolution move to what replaces it.
 
     Args:
-        model: one that holds a stem of `aape_kernels.surgery.KNOWN`, at any depth; or any other, with `path`.
-        path: of the stem in `model`: an `nn.Conv2d`, or a module that holds just one. Needed where `model` holds no
-            known stem, or several.
-        layout: of the input of that convolution: "FT" (B, C, F, T), "TF" (B, C, T, F). Known for the known stems,
-            for which it may be given too, if the model is fed otherwise; needed for others.
+        model: a ViT, whose tokens one `nn.Conv2d` makes: it is found by that (`aape_kernels.finder`). Make copies of
+            it, such as moving averages, and optimisers afterwards.
+        path: of the stem in `model`: an `nn.Conv2d`, or a module that holds just one. Needed where there are several,
+            or other convolutions beside it.
+        layout: of the input of that convolution: "FT" (B, C, F, T), "TF" (B, C, T, F). Known for the models of
+            docs/models.md, for which it may be given too, if the model is fed otherwise; needed for others, and for
+            image models that were built higher than wide.
         options: keywords of `AaPE`: num_states, encoder_dim, window, kernel, band, decay, backend.
 
     Returns:
@@ -141,15 +102,20 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
         raise TypeError(f"{', '.join(sorted(settled))}: expected to be left out, as the model's own code settles it")
     if layout is not None:
         check_name(layout, "layout", LAYOUTS)
-    known = dict(_known_stems(model))
-    where = _only(model, list(known)) if path is None else _resolve(model, path)
-    if layout is None and where not in known:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, as {where!r} is no known stem, got None")
+    where = find(model) if path is None else _resolve(model, path)
+    layout = layout or layout_of(model, where)
+    if layout is None:
+        size = size_of(model, where)
+        built = f", built for {size}," if size else ""
+        raise ValueError(
+            f"layout: expected one of {', '.join(LAYOUTS)}, as nothing tells in which order "
+            f"{type(model).__name__}{built} feeds {where!r} with mel bins (F) and frames (T), got None"
+        )
     conv = model.get_submodule(where)
     assert isinstance(conv, nn.Conv2d)
     _check_plain(conv, where)
 
-    stem = AaPEConv2d.from_conv(conv, layout or known[where].layout, **options)
+    stem = AaPEConv2d.from_conv(conv, layout, **options)
     assert isinstance(stem, AaPEConv2d)
     _check_shape(conv, stem)
     stem.weight, stem.bias = conv.weight, conv.bias
@@ -173,6 +139,14 @@ def revert_stem(model: Model) -> Model:
     if not stems:
         raise ValueError(f"model: expected one with a stem that replace_stem put there, got {type(model).__name__}")
     for stem in stems:
+        names = [name for name in ("weight", "bias") if name not in stem._parameters]
+        if names or parametrize.is_parametrized(stem):
+            raise ValueError(
+                f"model: expected a stem whose {' and '.join(names) or 'weight'} is a parameter, without weight_norm, "
+                "pruning or the like: remove these first (torch.nn.utils.parametrize.remove_parametrizations, "
+                "torch.nn.utils.prune.remove)"
+            )
+    for stem in stems:
         conv = nn.Conv2d(
             stem.in_channels,
             stem.out_channels,
@@ -193,62 +167,17 @@ def _check_model(model: object) -> None:
         raise ValueError("model: expected one that DistributedDataParallel does not wrap yet: swap the stem, then wrap")
 
 
-def _known_stems(model: nn.Module) -> Iterator[tuple[str, Known]]:
-    """The path of every convolution that a row of the table finds, once, with the first such row."""
-    seen = set()
-    for row in KNOWN:
-        for name, module in model.named_modules():
-            path = f"{name}.{row.path}" if name else row.path
-            conv = _get(model, path) if row.holds(module) else None
-            if is_conv(conv) and conv not in seen:
-                seen.add(conv)
-                yield path, row
-
-
-def is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """A convolution, and not AaPE in the place of one."""
-    return isinstance(module, nn.Conv2d) and not isinstance(module, AaPE)
-
-
-def _get(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _convolutions(model: nn.Module) -> str:
-    paths = [repr(name) for name, module in model.named_modules() if is_conv(module)]
-    return ", ".join(paths[:8] + ["…"] * (len(paths) > 8)) or "none"
-
-
-def _only(model: nn.Module, found: list[str]) -> str:
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"path: expected one of {', '.join(map(repr, found))}, the known stems in {type(model).__name__}, got None"
-        )
-    if any(isinstance(module, AaPE) for module in model.modules()):
-        raise ValueError(f"model: expected one whose stem is an nn.Conv2d, got {type(model).__name__} with AaPE in it")
-    raise ValueError(
-        f"model: expected one that holds {'; '.join(map(str, KNOWN))}; got {type(model).__name__}. For any other, name "
-        f'its patch embedding and its input\'s order: replace_stem(model, path="...", layout="FT" or "TF"); the '
-        f"nn.Conv2d in it: {_convolutions(model)}"
-    )
-
-
 def _resolve(model: nn.Module, path: str) -> str:
     """The path of the one convolution at or below `path`."""
     if not isinstance(path, str):
         raise TypeError(f"path: expected a str such as 'patch_embed.proj', got {path!r}")
-    module = _get(model, path)
+    module = get(model, path)
     inside = [] if module is None else [name for name, m in module.named_modules() if is_conv(m)]
     if len(inside) != 1 or not (path or inside[0]):
         what = "no module" if module is None else f"{type(module).__name__} with {len(inside)} of them"
         raise ValueError(
             f"path: expected that of an nn.Conv2d in {type(model).__name__}, or of a module that holds just one, got "
-            f"{path!r} ({what}); there are: {_convolutions(model)}"
+            f"{path!r} ({what}); there are: {listed([n for n, m in model.named_modules() if is_conv(m)])}"
         )
     return ".".join(filter(None, (path, inside[0])))
 
