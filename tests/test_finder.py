@@ -200,24 +200,27 @@ def test_reverting_what_was_pruned_for_good():
     assert revert_stem(made).patch_embed.proj.weight is weight
 
 
-def test_adapters_of_peft():
-    """LoRA on the stem's convolution, and what of AaPE is to be trained and saved beside the adapters."""
+@pytest.mark.parametrize("on_the_stem", [False, True])
+def test_adapters_of_peft(on_the_stem):
+    """LoRA beside AaPE's own parts, which are trained and saved whole; or on the stem's convolution itself."""
     peft = pytest.importorskip("peft")
     made = replace_stem(timm_vit(), num_states=4)
+    nn.init.normal_(made.patch_embed.proj.fusion.weight)
     x = torch.randn(1, 1, 32, 64)
     before = made(x)
-    parts = ["proj.encoder", "proj.sblu", "proj.fusion"]
-    config = peft.LoraConfig(target_modules=["qkv", "patch_embed.proj"], modules_to_save=parts)
-    adapted = peft.get_peft_model(made, config)
-    assert torch.allclose(adapted(x), before, atol=1e-5)
+    parts = None if on_the_stem else [f"proj.{part}" for part in ("encoder", "sblu", "fusion")]
+    targets = ["qkv", *["patch_embed.proj"] * on_the_stem]
+    adapted = peft.get_peft_model(made, peft.LoraConfig(target_modules=targets, modules_to_save=parts))
+    assert torch.allclose(adapted(x), before, atol=1e-4)
     adapted(x).square().sum().backward()
-    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    for part in ("encoder", "sblu", "fusion", "lora_A"):
-        assert any(part in name and "patch_embed" in name for name in trained), part
-    fusion = [value for name, value in adapted.named_parameters() if "fusion" in name and value.requires_grad]
-    assert all(value.grad.any() for value in fusion)
+    trained = {name: value for name, value in adapted.named_parameters() if value.requires_grad}
+    wanted = ("lora_B",) if on_the_stem else ("encoder", "sblu", "fusion")
+    for part in wanted:
+        found = [value for name, value in trained.items() if part in name and "patch_embed" in name]
+        assert found
+        assert all(value.grad.any() for value in found), part
     saved = peft.get_peft_model_state_dict(adapted)
-    assert any("fusion" in name for name in saved)
+    assert all(any(part in name and "patch_embed" in name for name in saved) for part in wanted)
 
 
 def test_transformers_trainer_decays_what_the_stem_does_not_name():
