@@ -111,6 +111,14 @@ def _ssl(command: str, argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names (`sys.argv` unless given) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # while libraries were imported, say
+        print("aape-ssl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
     if argv and argv[0] in SSL:
         return _ssl(argv[0], argv[1:])
     args = _parser().parse_args(argv)

@@ -3,6 +3,9 @@
 import csv
 import random
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import cli_case
@@ -51,3 +54,29 @@ def test_killed_and_resumed_is_never_interrupted(clips, tmp_path, accumulate):
         assert {**first, **second}.keys() == rows.keys()
         for step, row in [*first.items(), *second.items()]:
             assert row == rows[step]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_checkpoint(number, clips, tmp_path):
+    out = tmp_path / "cut"
+    run = cli_case.start(clips, out, trainer__max_steps=10_000, checkpoint_every=5)
+    deadline = time.monotonic() + 120
+    while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert run.wait(60) == 128 + number
+    words = cli_case.said(out).read_text()
+    step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
+    assert f"stopped at optimiser step {step}; {out / 'last.ckpt'} is written" in words
+    assert "Traceback" not in words
+    assert len([line for line in words.splitlines() if line.startswith("aape-ssl:")]) == 2
+
+
+def test_an_interrupt_while_libraries_are_imported_says_one_line():
+    code = (
+        "import signal, os, aape_ssl.cli as cli\n"
+        "cli._ssl = lambda *given: os.kill(os.getpid(), signal.SIGINT)\n"
+        "print(cli.main(['probe']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.stdout, run.stderr) == ("130\n", "aape-ssl: interrupted\n")

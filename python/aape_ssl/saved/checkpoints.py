@@ -18,6 +18,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "CheckpointError",
     "LastCheckpoint",
+    "StoppedError",
     "check_resumable",
     "load_encoder",
     "made_with",
@@ -37,6 +38,18 @@ EARLIER = (
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read; the message is one line that names the file and says why."""
+
+
+class StoppedError(RuntimeError):
+    """A training that was told to end has written its checkpoint.
+
+    Attributes:
+        signal: the number of the signal that told it, 0 on processes that got none.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -116,6 +129,8 @@ class LastCheckpoint(Checkpoint):
     that an epoch ends with, which a resumed run would not make up for. Lightning's own callback would call the file of
     a resumed run `last-v1.ckpt`.
 
+    Asked to `stop`, it writes after the step that is under way, and raises `StoppedError`, on all processes at once.
+
     Args:
         folder: where.
         every_n_steps: optimiser steps.
@@ -127,6 +142,11 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
         self._saved, self._due = 0, False
+        self._asked: int | None = None
+
+    def stop(self, signal: int) -> None:
+        """Ask for an end, as `signal` has."""
+        self._asked = signal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run has what it came from."""
@@ -141,6 +161,11 @@ class LastCheckpoint(Checkpoint):
                 self._due = True
             else:
                 self._save(trainer)
+        between = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not due
+        if not between and trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+            if step != self._saved:
+                self._save(trainer)
+            raise StoppedError(self._asked or 0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it if it was due before validation."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from abc import abstractmethod
@@ -21,11 +23,42 @@ from .._lightning import (
     TensorBoardLogger,
     Trainer,
 )
-from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, check_resumable
+from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, StoppedError, check_resumable
 from ..sound.loader import TooManyFailedError
 from .steps import NonFiniteError
 
 __all__ = ["Run", "main"]
+
+
+class StopOnSignals(Callback):
+    """SIGTERM, which SLURM and others send before they kill, and the first SIGINT end a training after its step, with a
+    checkpoint; the second SIGINT ends it at once.
+
+    Args:
+        last: writes the checkpoint.
+    """
+
+    def __init__(self, last: LastCheckpoint) -> None:
+        super().__init__()
+        self.last, self._before = last, dict[signal.Signals, Any]()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Instead of the trainer's, of which SIGTERM's ends a run without a checkpoint."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.last.stop(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # not print: what it interrupts may be printing
+        os.write(2, f"aape-ssl: {signal.Signals(number).name}: ends after this step\n".encode())
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As they were."""
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        self._before = {}
 
 
 class Run(LightningCLI):
@@ -58,7 +91,7 @@ class Run(LightningCLI):
         if given["logger"] is None:
             given["logger"] = [CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard")]
         given["plugins"] = [AtomicCheckpointIO(), *_listed(given["plugins"])]
-        given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last]
+        given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last, StopOnSignals(self.last)]
         given["default_root_dir"] = out
         return self._instantiate_trainer(given, callbacks)
 
@@ -116,7 +149,8 @@ def _one_line(error: Exception) -> str:
 
 
 def main(run: type[Run], argv: Sequence[str]) -> int:
-    """Run the command with `argv` and return its exit status: 0, or 2 with one line on stderr."""
+    """Run the command with `argv` and return its exit status: 0, 2 with a line on stderr, or 128 and the number of the
+    signal that ended it."""
     # jsonargparse's, of what lightning 2.6 does
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     # at every start: of lightning 2.6 beside torch 2.13, and that arguments come from `argv`, as they do
@@ -138,6 +172,12 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
             run=False,
         )
         cli.fit()
+    except StoppedError as error:
+        assert cli is not None
+        if cli.trainer.is_global_zero:
+            said = f"stopped at optimiser step {cli.trainer.global_step}; {cli.last.path} is written"
+            print(f"aape-ssl: {said}; the same command with --resume=true goes on", file=sys.stderr)
+        return 128 + (error.signal or signal.SIGTERM)
     except (CheckpointError, NonFiniteError, TooManyFailedError, OSError, ValueError) as error:
         stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
