@@ -52,9 +52,10 @@ def test_initial_values_survive():
 def check_initial_values(stem: AaPE) -> None:
     assert not stem.encoder.b1.any()
     assert stem.encoder.w2.std().item() == pytest.approx(0.02, rel=0.1)
-    share = torch.sigmoid(stem.encoder.b2)
-    torch.testing.assert_close(share[:32], torch.full((32,), 0.5))
-    torch.testing.assert_close(share[32:], (torch.arange(32) + 0.5) / 32)
+    decay, frequency = torch.sigmoid(stem.encoder.b2).chunk(2)
+    states = stem.num_states
+    torch.testing.assert_close(decay, torch.full((states,), 0.5))
+    torch.testing.assert_close(frequency, (torch.arange(states) + 0.5) / states)
     for weight in (stem.encoder.w1, stem.sblu.weight, stem.fusion.weight):
         limit = 1 / math.sqrt(weight[0].numel())
         assert limit / 2 < weight.abs().max() <= limit

@@ -34,7 +34,8 @@ def test_a_checkpoint_without_aape(with_aape, tmp_path):
     assert relative_error(model(x).logits, plain(x).logits) <= 1e-5
     stem = branch(model)
     assert not stem.fusion.weight.any()
-    torch.testing.assert_close(torch.sigmoid(stem.encoder.b2)[32:], (torch.arange(32) + 0.5) / 32)
+    states = stem.num_states
+    torch.testing.assert_close(torch.sigmoid(stem.encoder.b2)[states:], (torch.arange(states) + 0.5) / states)
     for weight in (stem.encoder.w1, stem.sblu.weight):
         limit = weight[0].numel() ** -0.5
         assert limit / 2 < weight.abs().max() <= limit
