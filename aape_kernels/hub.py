@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from . import stem
 
 try:
-    from huggingface_hub import PyTorchModelHubMixin
+    from huggingface_hub import ModelCard, PyTorchModelHubMixin
 except ImportError as error:
     raise ImportError('aape_kernels.hub needs huggingface_hub: pip install "aape-kernels[hub]"') from error
 
-__all__ = ["AaPE"]
+__all__ = ["CARD", "AaPE", "OrdinaryFiles"]
+
+CARD = """---
+{{ card_data }}
+---
+
+{{ summary }}
+
+```python
+{{ code }}
+```
+
+Paper: <https://arxiv.org/abs/2512.03637>
+"""
 
 
-class AaPE(stem.AaPE, PyTorchModelHubMixin, library_name="aape_kernels", tags=["audio", "patch-embedding"]):
+class OrdinaryFiles(PyTorchModelHubMixin):
+    """The mixin, whose weights get the permissions of any new file: safetensors lets nobody else read them."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in save_directory.glob("*.safetensors"):
+            path.chmod(0o666 & ~mask)
+
+
+class AaPE(
+    stem.AaPE,
+    OrdinaryFiles,
+    library_name="aape_kernels",
+    tags=["audio", "patch-embedding"],
+    model_card_template=CARD,
+):
     """`aape_kernels.AaPE` with huggingface_hub's mixin.
 
     `save_pretrained(folder)` writes the weights (`model.safetensors`) and the constructor's arguments (`config.json`);
@@ -23,3 +56,12 @@ class AaPE(stem.AaPE, PyTorchModelHubMixin, library_name="aape_kernels", tags=["
         >>> AaPE(embed_dim=192, num_states=8).save_pretrained("stem")  # doctest: +SKIP
         >>> AaPE.from_pretrained("stem")  # doctest: +SKIP
     """
+
+    def generate_model_card(self, **given: object) -> ModelCard:
+        """The README.md that lies beside the weights."""
+        said = {
+            "summary": "An Aliasing-aware Patch Embedding, the stem of an audio transformer.",
+            "code": "from aape_kernels.hub import AaPE\n\n"
+            'stem = AaPE.from_pretrained("this folder, or its name on the Hub")',
+        }
+        return super().generate_model_card(**said | given)

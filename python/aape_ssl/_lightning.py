@@ -5,6 +5,7 @@ from .libraries import mend_torchvision
 mend_torchvision()
 
 from lightning.fabric.plugins import CheckpointIO  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "LightningCLI",
     "LightningDataModule",
     "LightningModule",
+    "MisconfigurationException",
     "ModelCheckpoint",
     "ModelParallelStrategy",
     "MulticlassAccuracy",

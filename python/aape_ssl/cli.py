@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 __all__ = ["main"]
 
-DEMO_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "matplotlib")
+DEMO_NEEDS = ("torch", "torchaudio", "soundfile", "soxr", "matplotlib", "anyascii")
 SSL_NEEDS = (
     *("torch", "torchaudio", "soundfile", "soxr", "lightning", "jsonargparse", "tensorboard"),
     *("huggingface_hub", "safetensors", "sklearn"),
@@ -34,18 +36,26 @@ def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
     return bool(missing)
 
 
-def _seconds(text: str) -> float:
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("aape-kernels")
+
+
+def _seconds(text: str, zero: bool = False) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        what = "a number of seconds, 0 or more" if zero else "a positive number of seconds"
+        raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="aape-ssl", description="Audio representation learning with the AaPE stem.")
+    parser.add_argument("--version", action="version", version=f"aape-ssl {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -62,14 +72,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="wav, flac, ogg or mp3; any sampling rate, mono or stereo (default: the clips that come along)",
+        help="wav, flac, ogg or mp3, any sampling rate, mono or stereo; or a folder, a .csv manifest or .tar shards of "
+        "them (default: the clips that come along)",
     )
     demo.add_argument(
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="a stem's state dict from torch.save or as .safetensors, alone or in a model's (default: an untrained "
-        "stem, a fixed filter bank)",
+        help="of aape-ssl pretrain (its teacher), a folder of aape-ssl export or finetune, or a stem's state dict from "
+        "torch.save or as .safetensors, alone or in a model's (default: an untrained stem, a fixed filter bank)",
     )
     demo.add_argument(
         "--out",
@@ -83,7 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=10.0,
         metavar="S",
-        help="analyse the first S seconds of each clip (default: %(default)g)",
+        help="how much of each clip to analyse; one picture shows up to 32 s (default: %(default)g)",
+    )
+    demo.add_argument(
+        "--start",
+        type=partial(_seconds, zero=True),
+        default=0.0,
+        metavar="S",
+        help="where in each clip to begin (default: %(default)g)",
     )
     for command, does in SSL.items():
         commands.add_parser(command, add_help=False, help=does)  # jsonargparse parses their arguments
@@ -113,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return _run(argv)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except KeyboardInterrupt:  # while libraries were imported, say
         print("aape-ssl: interrupted", file=sys.stderr)
         return 130
@@ -126,7 +147,7 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     from .demo import command as demo
 
-    return demo.run(args.files, checkpoint=args.checkpoint, out=args.out, seconds=args.seconds)
+    return demo.run(args.files, checkpoint=args.checkpoint, out=args.out, seconds=args.seconds, start=args.start)
 
 
 if __name__ == "__main__":

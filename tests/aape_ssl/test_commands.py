@@ -103,7 +103,7 @@ def test_embed(exported, manifest, tmp_path, capsys):
     (tmp_path / "bad.wav").write_text("no sound")
     shutil.copy(demo.bundled_clips()[0], tmp_path)
     out = tmp_path / "out.npz"
-    assert run("embed", checkpoint=exported, data=tmp_path, out=out, level="frame", device="cpu") == 0
+    assert run("embed", checkpoint=exported, data=tmp_path, out=out, level="frame", device="cpu") == 1
     said = capsys.readouterr()
     assert said.out.endswith("out.npz: 1 of 2 clips\n")
     assert said.err.startswith("aape-ssl: bad.wav: cannot be read as sound")
@@ -116,7 +116,7 @@ def test_embed(exported, manifest, tmp_path, capsys):
         np.testing.assert_allclose(table["time"][:2], [0.08, 0.24])
     before = out.read_bytes()
     assert run("embed", checkpoint=exported, data=manifest, out=out) == 2
-    assert capsys.readouterr().err == f"aape-ssl: out: {out} exists already\n"
+    assert capsys.readouterr().err == f"aape-ssl: --out: {out} exists already\n"
     assert out.read_bytes() == before
 
 
@@ -190,7 +190,7 @@ def test_finetune_learns_slower_the_deeper_and_decays_matrices_only():
 def test_finetune_stops_where_nothing_can_be_said(exported, manifest, tmp_path, capsys, monkeypatch):
     assert finetuned(exported, manifest, tmp_path / "short", trainer__max_steps=1) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "aape-ssl: max_steps: no epoch ended in 1 steps, so nothing was validated"
+    assert last == "aape-ssl: --trainer.max_steps: no epoch ended in 1 steps, so nothing was validated"
     forward = FinetuningModule.forward
     monkeypatch.setattr(FinetuningModule, "forward", lambda self, x: forward(self, x) * float("nan"))
     assert finetuned(exported, manifest, tmp_path / "nan", trainer__num_sanity_val_steps=0) == 2
@@ -251,18 +251,18 @@ def test_mean_average_precision_leaves_absent_classes_out():
 ERRORS = {
     "no such checkpoint": ("probe", {"checkpoint": "nowhere"}, "nowhere: expected a checkpoint or an exported folder"),
     "no model": ("probe", {"checkpoint": "."}, ".: expected a folder with config.json and model.safetensors"),
-    "no labels": ("probe", {"data": "clips"}, "data: expected clips with at least two labels"),
-    "no fold": ("probe", {"test": "[9]"}, "test: expected folds among 0, 1, 2, got 9"),
-    "no GPU": ("embed", {"device": "cuda", "out": "x.npz"}, "device: expected cpu"),
-    "kind of file": ("embed", {"out": "x.txt"}, "out: expected a .npz or .parquet file"),
+    "no labels": ("probe", {"data": "clips"}, "--data: expected clips with at least two labels"),
+    "no fold": ("probe", {"test": "[9]"}, "--test: expected folds among 0, 1, 2, got 9"),
+    "no GPU": ("embed", {"device": "cuda", "out": "x.npz"}, "--device: expected cpu"),
+    "kind of file": ("embed", {"out": "x.txt"}, "--out: expected a .npz or .parquet file"),
     "not pre-trained": (
         "export",
         {"checkpoint": "manifest", "out": "x"},
         "manifest.csv: the checkpoint cannot be read",
     ),
-    "one label": ("finetune", {"data.data": "one label"}, "data: expected at least two labels, got drum"),
-    "no head": ("finetune", {"model.layer_decay": 0}, "layer_decay: expected a number in (0, 1], got 0.0"),
-    "no test": ("finetune", {}, "test: expected folds among 0, 1, 2, got test"),
+    "one label": ("finetune", {"data.data": "one label"}, "--data: expected at least two labels, got drum"),
+    "no head": ("finetune", {"model.layer_decay": 0}, "--model.layer_decay: expected a number in (0, 1], got 0.0"),
+    "no test": ("finetune", {}, "--data.test: expected folds among 0, 1, 2, got test"),
 }
 
 

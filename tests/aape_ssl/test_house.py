@@ -17,7 +17,7 @@ BELOW = {
     "sound": {"method"},
     "method": set(),
 }
-SHARED = {"_lightning", "libraries"}  # other people's libraries, as they are to be imported
+SHARED = {"_lightning", "_arguments", "libraries"}  # other people's libraries, as they are to be imported and used
 
 
 def imported(path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import statistics
 import sys
 import time
@@ -15,13 +17,14 @@ from torch import Tensor
 from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
 
-from ..sound import audio
+from ..sound import audio, sources
 from . import picture, stems
 
 __all__ = ["bundled_clips", "run", "tokens_per_second"]
 
 FRONT_END = audio.AUDIOSET128
 BUDGET = 0.4  # seconds of timing a clip; within it 3 to 50 rounds
+BUSY = 0.7  # processors in use of late, above which rates are not to be trusted; starting Python counts for some 0.2
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,20 @@ class Viewer:
         trained: whether its input is normalised as in training. The untrained bank looks at the log-mel less its
             level instead (`audio.remove_level`): its states are wide (±5.6 Hz at half height), and natural sound has
             so much energy below the alias-prone band that its slowest states would otherwise win in every patch.
+        front_end: that it was trained behind.
+        guessed: its file holds tensors only, which do not tell stride, window, kernel, band and decay range.
     """
 
     stem: AaPE
     label: str
     trained: bool
+    front_end: audio.FrontEnd = FRONT_END
+    guessed: bool = False
 
     def prepare(self, log_mel: Tensor) -> Tensor:
         """The stem's input (F, T)."""
         if self.trained:
-            return FRONT_END.normalise(log_mel)
+            return self.front_end.normalise(log_mel)
         return audio.remove_level(log_mel, self.stem.stride[1])
 
 
@@ -91,7 +98,7 @@ def tokens_per_second(stem: AaPE, x: Tensor, backends: Sequence[str]) -> list[fl
     return [count / statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: float) -> int:
+def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: float, start: float = 0.0) -> int:
     """The command: returns its exit status, 0, 1 if some clips could not be used, 2 if nothing could be done.
 
     Nothing is printed on stdout, and `out` is not made, before the first clip that can be used.
@@ -106,40 +113,74 @@ def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: floa
     except (ValueError, RuntimeError, ImportError) as error:
         return _fail(str(error))
 
-    files = list(files) or bundled_clips()
-    names = _unique_names(files)
+    clips, missing = _clips(files or bundled_clips())
+    names = _unique_names([clip.name for clip in clips])
     width = max([len("clip"), *(len(_printable(name)) for name in names)])
+    busy = _others_load()
     shown = 0
-    for file, name in zip(files, names, strict=True):
+    for clip, name in zip(clips, names, strict=True):
         try:
-            whole, log_mel = audio.duration(file), _log_mel(file, viewer.stem, seconds)
+            waveform, whole = _piece(clip, start, seconds)
+            log_mel = _log_mel(waveform, viewer)
         except audio.AudioError as error:
-            _complain(f"{file}: {error}")
+            _complain(f"{clip.name}: {error}")
             continue
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             return _fail(f"--out {out}: cannot be written ({error.strerror})")
         try:
-            row = _look(log_mel, name, viewer, backends, out)
+            row = _look(log_mel, name, viewer, backends, out, start)
         except OSError as error:
             _complain(f"{out / name}.png: cannot be written ({error.strerror})")
             continue
         if not shown:
-            print(_heading(viewer, backends, width), flush=True)
-        length = f"{whole:.2f}" if whole <= seconds else f"{seconds:.4g} of {whole:.1f}"
+            print(_heading(viewer, backends, width, busy), flush=True)
+        got = len(waveform) / audio.SAMPLE_RATE
+        length = f"{whole:.2f}" if got > whole - 0.01 else f"{got:.4g} of {whole:.1f}"
         print(f"{_printable(name):{width}}  {length:>12}  {row}", flush=True)
         shown += 1
 
     if not shown:
         return 2
-    edge = _nyquist(viewer.stem)
+    edge = _nyquist(viewer)
     print(f"\nalias-prone: share of the modulation energy above {edge:g} Hz, where the sequence of patches aliases")
     for name, why in available.items():
         if why is not None:
             print(f"not run: {name} ({why})")
     print(_printable(f"pictures: {out}"))
-    return 0 if shown == len(files) else 1
+    return 0 if shown == len(clips) and not missing else 1
+
+
+def _clips(files: Sequence[Path]) -> tuple[list[sources.Clip], int]:
+    """The files, and the clips of folders, manifests and shards; how many of those could not be used."""
+    clips, missing = [], 0
+    for file in files:
+        several = file.is_dir() or file.suffix in (".csv", ".tar")
+        if not several and (file.is_file() or not glob.has_magic(str(file))):
+            clips.append(sources.Clip(str(file), file))
+            continue
+        try:
+            clips += sources.find(file)
+        except sources.SourceError as error:
+            _complain(str(error))
+            missing += 1
+    return clips, missing
+
+
+def _piece(clip: sources.Clip, start: float, seconds: float) -> tuple[Tensor, float]:
+    """From `start` on, and how many seconds the clip has in all. Errors: `AudioError`."""
+    whole = clip.seconds()
+    if 0 < whole <= start:
+        raise audio.AudioError(f"has {whole:.2f} s, nothing from --start {start:g} on")
+    if start:
+        seconds = min(seconds, whole - start)
+    return clip.load(seconds, start / (whole - seconds) if start else 0.0), whole
+
+
+def _others_load() -> float:
+    """Busy processors, of others too, in the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _try_backends(names: Sequence[str]) -> None:
@@ -154,46 +195,61 @@ def _try_backends(names: Sequence[str]) -> None:
         stem(patch)
 
 
-def _heading(viewer: Viewer, backends: Sequence[str], width: int) -> str:
+def _heading(viewer: Viewer, backends: Sequence[str], width: int, busy: float) -> str:
     """What stands above the table's rows."""
-    sizes = f"{'x'.join(map(str, viewer.stem.patch_size))} patches, {FRONT_END.mel_bins} mel bins"
+    sizes = f"{'x'.join(map(str, viewer.stem.patch_size))} patches, {viewer.front_end.mel_bins} mel bins"
     lines = [f"stem: {_printable(viewer.label)}; {sizes}"]
-    if viewer.trained:
+    if viewer.guessed:
         lines.append("its stride, window, kernel, band and decay range: taken as AaPE's defaults")
     lines.append(
         f"tokens/s: one clip at a time, {torch.get_num_threads()} CPU threads; short single clips are the slow case, "
         "a batch comes nearer to Conv2d"
     )
+    if busy > BUSY:
+        load = f"load {busy:.1f} on {os.cpu_count()} processors"
+        lines.append(f"THE MACHINE IS NOT IDLE ({load}): tokens/s may be many times too low")
     rates = "  ".join(f"{rate:>14}" for rate in (*(f"AaPE {name}" for name in backends), "Conv2d"))
     lines += ["", f"{'clip':{width}}  {'seconds':>12}  {'tokens':>6}  {rates}  {'alias-prone':>11}"]
     return "\n".join(lines)
 
 
-def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], out: Path) -> str:
-    """One clip: its picture, and its table row without name and length. Errors: `OSError`."""
-    stem = viewer.stem
+def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], out: Path, start: float) -> str:
+    """One clip: its pictures, and its table row without name and length. Errors: `OSError`."""
+    stem, front_end = viewer.stem, viewer.front_end
     x = viewer.prepare(log_mel)
-    responses = stems.respond(stem, x, FRONT_END.hop)
+    responses = stems.respond(stem, x, front_end.hop)
     rates = tokens_per_second(stem, x[None, None], backends)
     share = audio.modulation_share(log_mel, stem.stride[1])
 
-    figure = picture.draw(log_mel, FRONT_END, stem, responses, name, viewer.label)
-    picture.save(figure, out / f"{name}.png")
+    patches = range(0, responses.energy.shape[1], picture.PATCHES)
+    for page, first in enumerate(patches, 1):
+        last = page == len(patches)
+        shown = log_mel[:, first * stem.stride[1] : None if last else (first + picture.PATCHES) * stem.stride[1]]
+        title, of = name, f", {page} of {len(patches)}" if len(patches) > 1 else ""
+        figure = picture.draw(
+            shown,
+            front_end,
+            stem,
+            responses.between(first, first + picture.PATCHES),
+            f"{picture.shortened(title)}{of}",
+            viewer.label,
+            start + first * stem.stride[1] * front_end.hop,
+        )
+        picture.save(figure, out / (f"{name}.png" if page == 1 else f"{name}-page{page}.png"))
 
     tokens = responses.energy.shape[0] * responses.energy.shape[1]
     speeds = "  ".join(f"{rate:>14,.0f}" for rate in rates)
     return f"{tokens:>6}  {speeds}  {100 * share:>9.1f} %"
 
 
-def _log_mel(file: Path, stem: AaPE, seconds: float) -> Tensor:
-    waveform = audio.load(file, seconds)
-    log_mel = FRONT_END.log_mel(waveform)
-    patch = stem.patch_size[1]
+def _log_mel(waveform: Tensor, viewer: Viewer) -> Tensor:
+    log_mel = viewer.front_end.log_mel(waveform)
+    patch = viewer.stem.patch_size[1]
     if log_mel.shape[1] < patch:
-        needed = FRONT_END.seconds(patch)
+        needed = viewer.front_end.seconds(patch)
         got = len(waveform) / audio.SAMPLE_RATE
         raise audio.AudioError(f"is too short: expected {needed:.3f} s, one patch of {patch} frames, got {got:.3f} s")
-    if float(log_mel.max()) <= FRONT_END.floor + 1e-3:
+    if float(log_mel.max()) <= viewer.front_end.floor + 1e-3:
         raise audio.AudioError("is silent")
     return log_mel
 
@@ -201,25 +257,28 @@ def _log_mel(file: Path, stem: AaPE, seconds: float) -> Tensor:
 def _viewer(checkpoint: Path | None) -> Viewer:
     if checkpoint is None:
         return Viewer(stems.untrained_stem(), "untrained: a fixed filter bank", trained=False)
+    whole = stems.load_encoders_stem(checkpoint)
+    if whole is not None:
+        return Viewer(whole[0], checkpoint.resolve().name, trained=True, front_end=whole[1])
     stem, prefix = stems.load_stem(checkpoint)
     where = f" ({prefix.rstrip('.')})" if prefix else ""
-    return Viewer(stem, f"{checkpoint.name}{where}", trained=True)
+    return Viewer(stem, f"{checkpoint.name}{where}", trained=True, guessed=True)
 
 
-def _nyquist(stem: AaPE) -> float:
+def _nyquist(viewer: Viewer) -> float:
     """The lower edge of the alias-prone band, π/S_t, in Hz."""
-    return 1 / (2 * stem.stride[1] * FRONT_END.hop)
+    return 1 / (2 * viewer.stem.stride[1] * viewer.front_end.hop)
 
 
-def _unique_names(files: Sequence[Path]) -> list[str]:
+def _unique_names(files: Sequence[str]) -> list[str]:
     """A picture's name for each file: its stem, numbered where others have it (whatever the case) already."""
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
-        name, number = file.stem, 1
+        name, number = Path(file).stem, 1
         while name.casefold() in taken:
             number += 1
-            name = f"{file.stem}-{number}"
+            name = f"{Path(file).stem}-{number}"
         taken.add(name.casefold())
         names.append(name)
     return names

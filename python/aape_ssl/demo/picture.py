@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
+from anyascii import anyascii
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
@@ -24,10 +25,11 @@ from aape_kernels import AaPE
 from ..sound.audio import FrontEnd
 from .stems import Responses, kernels, strongest_frequency
 
-__all__ = ["DPI", "HEIGHT", "distinct_states", "draw", "save", "width_inches"]
+__all__ = ["DPI", "HEIGHT", "PATCHES", "distinct_states", "draw", "drawable", "save", "shortened", "width_inches"]
 
 DPI = 120
 HEIGHT = 9.0  # inches
+PATCHES = 200  # along time, of one picture: as many as can be told apart in 36 inches
 RANGE = 30.0  # dB below the clip's strongest patch at which a dot vanishes
 GREYS = LinearSegmentedColormap.from_list("pale greys", ["#ffffff", "#8c8c8c"])
 INK, FAINT = "#222222", "#6b6b6b"
@@ -45,7 +47,15 @@ def width_inches(patches: int) -> float:
     return min(36.0, max(12.0, 2.3 + 0.17 * patches))
 
 
-def draw(log_mel: torch.Tensor, front_end: FrontEnd, stem: AaPE, responses: Responses, name: str, label: str) -> Figure:
+def draw(
+    log_mel: torch.Tensor,
+    front_end: FrontEnd,
+    stem: AaPE,
+    responses: Responses,
+    name: str,
+    label: str,
+    start: float = 0.0,
+) -> Figure:
     """The picture of a clip.
 
     Args:
@@ -54,6 +64,7 @@ def draw(log_mel: torch.Tensor, front_end: FrontEnd, stem: AaPE, responses: Resp
         stem: for its grid, window, kernel and band.
         responses: of the stem to the clip.
         name, label: the clip's and the stem's, for the title.
+        start: seconds at which the clip was begun to be looked at, for the time axis.
 
     Above, over the spectrogram, a dot in each patch for the state with the most energy |y_s|²: its colour is the
     state's frequency, its area the energy in dB, the bar under it ±1/α on the time axis. Below, left, the energy of
@@ -72,12 +83,14 @@ def draw(log_mel: torch.Tensor, front_end: FrontEnd, stem: AaPE, responses: Resp
     FigureCanvasAgg(figure)
     width = figure.get_figwidth()
     left, right = 0.85 / width, 1 - 1.75 / width
-    figure.text(left, 0.965, _short(name), fontsize=17, weight="bold", color=INK, va="center", parse_math=False)
-    figure.text(right, 0.965, _short(label), fontsize=12, color=INK, va="center", ha="right", parse_math=False)
+    title: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}
+    figure.text(left, 0.965, drawable(name), fontsize=17, weight="bold", **title)
+    figure.text(right, 0.965, drawable(shortened(label)), fontsize=12, ha="right", **title)
 
     top = figure.add_axes((left, 0.43, right - left, 0.445))
-    _spectrogram(top, log_mel, front_end)
-    _strongest_states(figure, top, stem, responses, hop, scale)
+    _spectrogram(top, log_mel, front_end, start)
+    _strongest_states(figure, top, stem, responses, hop, scale, start)
+    _left_over(top, log_mel.shape[1], stem, hop, start)
     bar = figure.add_axes((1 - 0.95 / width, 0.43, 0.2 / width, 0.445))
     _colour_bar(figure, bar, scale, band)
 
@@ -91,20 +104,24 @@ def draw(log_mel: torch.Tensor, front_end: FrontEnd, stem: AaPE, responses: Resp
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a picture as PNG. Errors: `OSError` if `path` cannot be written."""
-    with warnings.catch_warnings():
-        # a clip's name may hold letters that the font lacks; it shows boxes for them
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure.savefig(path, format="png")
+    figure.savefig(path, format="png")
 
 
-def _short(text: str, length: int = 48) -> str:
+def shortened(text: str, length: int = 48) -> str:
+    """For a title."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-def _spectrogram(axes: Axes, log_mel: torch.Tensor, front_end: FrontEnd) -> None:
+def drawable(text: str) -> str:
+    """With what the font has no glyph for in Latin letters."""
+    has = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(letter if ord(letter) in has else anyascii(letter) or "?" for letter in text)
+
+
+def _spectrogram(axes: Axes, log_mel: torch.Tensor, front_end: FrontEnd, start: float) -> None:
     bins, frames = log_mel.shape
     values = log_mel.numpy()
-    end = frames * front_end.hop
+    end = start + frames * front_end.hop
     low, high = np.quantile(values, [0.02, 0.998])
     axes.imshow(
         values,
@@ -113,18 +130,36 @@ def _spectrogram(axes: Axes, log_mel: torch.Tensor, front_end: FrontEnd) -> None
         vmax=max(high, low + 1e-3),
         origin="lower",
         aspect="auto",
-        extent=(0, end, 0, bins),
+        extent=(start, end, 0, bins),
     )
     centres = front_end.centres().numpy()
     hz = [hz for hz in (100, 200, 500, 1000, 2000, 4000) if centres[0] < hz < centres[-1]]
     axes.set_yticks(np.interp(hz, centres, np.arange(bins) + 0.5), [f"{value:,}" for value in hz])
     axes.set_ylabel("frequency (Hz), centre of mel bin")
     axes.set_xlabel("time (s)")
-    axes.set_xlim(0, end)
+    axes.set_xlim(start, end)
+
+
+def _left_over(axes: Axes, frames: int, stem: AaPE, hop: float, start: float) -> None:
+    """Mark the frames at the end that are too few for a patch."""
+    end = (frames - stem.patch_size[1]) // stem.stride[1] * stem.stride[1] + stem.patch_size[1]
+    if end < frames:
+        axes.axvspan(
+            start + end * hop, start + frames * hop, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0
+        )
+        axes.text(
+            start + frames * hop, 1.01, "in no patch", transform=axes.get_xaxis_transform(), fontsize=9, ha="right"
+        )
 
 
 def _strongest_states(
-    figure: Figure, axes: Axes, stem: AaPE, responses: Responses, hop: float, scale: ScalarMappable
+    figure: Figure,
+    axes: Axes,
+    stem: AaPE,
+    responses: Responses,
+    hop: float,
+    scale: ScalarMappable,
+    start: float,
 ) -> None:
     (p_f, p_t), (s_f, s_t) = stem.patch_size, stem.stride
     energy, state = responses.energy.max(-1)  # [N_f, N_t]
@@ -135,18 +170,18 @@ def _strongest_states(
     size = np.clip(1 + level / RANGE, 0, 1)
 
     i, j = np.divmod(np.arange(n_f * n_t), n_t)
-    x = (j * s_t + p_t / 2) * hop
+    x = start + (j * s_t + p_t / 2) * hop
     y = i * s_f + 0.5 * p_f
 
     for edge in range(n_f + 1):
         axes.axhline(edge * s_f, color="white", linewidth=0.8)
     if n_t <= 80:
         for edge in range(n_t + 1):
-            axes.axvline(edge * s_t * hop, color="white", linewidth=0.8)
+            axes.axvline(start + edge * s_t * hop, color="white", linewidth=0.8)
 
-    end = axes.get_xlim()[1]
+    limits = axes.get_xlim()
     box = axes.get_position()
-    frame = box.width * figure.get_figwidth() * 72 / (end / hop)  # points a frame
+    frame = box.width * figure.get_figwidth() * 72 / ((limits[1] - start) / hop)  # points a frame
     mel_bin = box.height * figure.get_figheight() * 72 / axes.get_ylim()[1]  # points a mel bin
     largest = min(0.9 * s_t * frame, 0.58 * s_f * mel_bin)  # points across
     seen = size > 0
@@ -164,7 +199,7 @@ def _strongest_states(
         zorder=3,
     )
 
-    axes.set_xlim(0, end)
+    axes.set_xlim(*limits)
     mel = axes.twinx()
     mel.set_ylim(axes.get_ylim())
     mel.set_yticks([edge * s_f for edge in range(n_f + 1)])

@@ -15,8 +15,18 @@ from torch import Tensor
 from aape_kernels import AaPE, sblu
 
 from ..method.model import PLANES
+from ..sound.audio import FrontEnd
 
-__all__ = ["CheckpointError", "Responses", "kernels", "load_stem", "respond", "strongest_frequency", "untrained_stem"]
+__all__ = [
+    "CheckpointError",
+    "Responses",
+    "kernels",
+    "load_encoders_stem",
+    "load_stem",
+    "respond",
+    "strongest_frequency",
+    "untrained_stem",
+]
 
 
 class CheckpointError(ValueError):
@@ -40,6 +50,31 @@ def untrained_stem(seed: int = 0) -> AaPE:
         stem.encoder.w2.zero_()
         stem.sblu.weight.fill_(1 / stem.patch_size[0])
     return stem.eval()
+
+
+def load_encoders_stem(path: str | os.PathLike[str]) -> tuple[AaPE, FrontEnd] | None:
+    """The stem of what `aape-ssl` wrote, with all of its settings, and the front end that it was trained behind.
+
+    Args:
+        path: a folder, of `aape-ssl export` or `finetune`; or a checkpoint of `aape-ssl pretrain`, whose teacher's.
+
+    Returns: None for any other file.
+    Errors: `CheckpointError`.
+    """
+    if not os.path.isdir(path) and not {"pytorch-lightning_version", "options", "ClipData"} <= _read(path).keys():
+        return None
+    try:
+        from ..saved import checkpoints, pretrained
+    except ModuleNotFoundError as error:
+        raise CheckpointError(f'is of aape-ssl; to read it needs {error.name}: pip install ".[ssl]"') from error
+    try:
+        encoder = pretrained.load(path)
+    except checkpoints.CheckpointError as error:
+        raise CheckpointError(str(error).removeprefix(f"{path}: ")) from error
+    stem = encoder.encoder.stem
+    if not isinstance(stem, AaPE):
+        raise CheckpointError(f"its stem is a {type(stem).__name__}, which has no filters to look at")
+    return stem, encoder.front_end
 
 
 def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
@@ -159,6 +194,10 @@ class Responses:
     energy: Tensor
     hz: Tensor
     decay: Tensor
+
+    def between(self, first: int, last: int) -> Responses:
+        """Those of the patches of some time steps."""
+        return Responses(*(plane[:, first:last] for plane in (self.energy, self.hz, self.decay)))
 
 
 def respond(stem: AaPE, x: Tensor, hop: float) -> Responses:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -13,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from .._arguments import as_lists, in_options, short
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
 from ..sound.audio import AudioError
@@ -27,6 +29,17 @@ def _device(name: str | None) -> str:
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, as torch finds no GPU here, got {name}")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _frames(given: int | None, encoder: AudioEncoder, clips: Sequence[Clip]) -> int:
+    """As in pre-training unless given; up to the longest clip, as what is beyond it would be silence."""
+    if given is None or given <= encoder.frames:
+        return encoder.frames if given is None else given
+    hop, (_, patch) = encoder.front_end.hop, encoder.encoder.patch_size
+    most = max(math.ceil(clip.seconds() / hop) for clip in clips)
+    if given >= most + patch:
+        raise ValueError(f"frames: expected at most {max(most, encoder.frames)}, as the longest clip has, got {given}")
+    return given
 
 
 def probe(
@@ -64,7 +77,7 @@ def probe(
     if scores is not None and scores.exists():
         raise ValueError(f"scores: {scores} exists already")
     held_out = [str(fold) for fold in test] or None
-    frames, where = frames or encoder.frames, _device(device)
+    frames, where = _frames(frames, encoder, clips), _device(device)
     folder = (cache or embedding.cache_folder()) / "embeddings"
 
     def cached(key: str, compute: Callable[[], embedding.Floats]) -> embedding.Floats:
@@ -126,12 +139,13 @@ def embed(
     frames: int | None = None,
     batch_size: int = 64,
     device: str | None = None,
-) -> None:
+) -> int:
     """Write embeddings of whole clips, however long, to an .npz or .parquet file.
 
     A clip is encoded in consecutive windows, the last one padded with silence. Level frame has a row a column of
     tokens: name, time (its centre, in seconds) and embedding (the column's tokens, concatenated along frequency); clip
-    has a row a clip, the mean of these, without time. Clips that cannot be decoded are left out and listed.
+    has a row a clip, the mean of these, without time. Clips that cannot be decoded are left out and listed, and the
+    exit status is 1.
 
     Args:
         checkpoint: of pre-training (its teacher), or an exported folder.
@@ -143,19 +157,21 @@ def embed(
         device: cuda where there is one, unless given.
     """
     encoder, clips, where = load(checkpoint), find(data), _device(device)
+    frames = _frames(frames, encoder, clips)
     failed = embedding.embed_files(
-        encoder.to(where).tokens, clips, encoder.front_end, frames or encoder.frames, out, level, batch_size, where
+        encoder.to(where).tokens, clips, encoder.front_end, frames, out, level, batch_size, where
     )
     print(f"{out}: {len(clips) - len(failed)} of {len(clips)} clips")
     for name, why in failed.items():
         print(f"aape-ssl: {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     """Write the encoder of a pre-training as a folder that one line loads.
 
     The folder holds model.safetensors, config.json and a README.md, and behaves as a timm model: forward_features
-    gives tokens, forward their mean.
+    gives tokens, forward their means over time, concatenated along frequency.
 
     Args:
         checkpoint: of pre-training.
@@ -172,16 +188,17 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"probe": probe, "embed": embed, "export": export}
+COMMANDS: dict[str, Callable[..., int | None]] = {"probe": probe, "embed": embed, "export": export}
 
 
 def main(command: str, argv: Sequence[str]) -> int:
-    """Run a command with `argv` and return its exit status: 0, or 2 with one line on stderr."""
-    from jsonargparse import auto_cli
+    """Run a command with `argv` and return its exit status: its own, or 2 with one line on stderr."""
+    from jsonargparse import ArgumentParser, auto_cli
 
+    arguments, parser = as_lists(argv, ("methods", "test")), short(ArgumentParser, command)
     try:
-        auto_cli(COMMANDS[command], args=list(argv), as_positional=False, prog=f"aape-ssl {command}")
+        return auto_cli(COMMANDS[command], args=arguments, as_positional=False, parser_class=parser) or 0
     except (AudioError, CheckpointError, OSError, ValueError) as error:
-        print(f"aape-ssl: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"aape-ssl: {in_options(message, {'': COMMANDS[command]})}", file=sys.stderr)
         return 2
-    return 0

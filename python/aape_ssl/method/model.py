@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -150,14 +152,20 @@ def make_stem(
     options: further keywords of `AaPE`, for the fixed one too, or `num_states`, `encoder_dim` and `features` of the
     MLP; "conv" has none.
 
-    Errors: `ValueError` for another name, and for an AaPE whose tokens see pixels of their neighbours' patches
-    (a window longer than the patch, a shorter stride), which would give masked pre-training's answer away, or not all
-    pixels (a longer stride).
+    Errors: `ValueError` for another name, for an option that the stem does not have, and for an AaPE whose tokens see
+    pixels of their neighbours' patches (a window longer than the patch, a shorter stride), which would give masked
+    pre-training's answer away, or not all pixels (a longer stride).
     """
     options = dict(options or {})
+    kinds: dict[str, type[nn.Module]] = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv+mlp": ConvMLPStem}
+    if name in kinds:
+        known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters) - {"patch_size"}
+        for option in options.keys() - known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"stem_options: {name} has no option {option}{hint}")
     if name in ("aape", "aape-fixed"):
-        kind = AaPE if name == "aape" else FixedAaPE
-        stem = kind(patch_size=patch_size, embed_dim=embed_dim, **options)
+        stem = (AaPE if name == "aape" else FixedAaPE)(patch_size=patch_size, embed_dim=embed_dim, **options)
         if stem.window > stem.patch_size[1] or stem.stride != stem.patch_size:
             raise ValueError(
                 f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
+
+from aape_kernels.hub import CARD, OrdinaryFiles
 
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, SAMPLE_RATE, FrontEnd
@@ -25,10 +28,11 @@ FILES = ("config.json", "model.safetensors")
 
 class AudioEncoder(
     nn.Module,
-    PyTorchModelHubMixin,
+    OrdinaryFiles,
     library_name="aape_ssl",
     tags=["audio", "self-supervised"],
     paper_url="https://arxiv.org/abs/2512.03637",
+    model_card_template=CARD,
 ):
     """An `Encoder` with its front end and, after fine-tuning, its classifier; behaves as a timm model does.
 
@@ -139,6 +143,33 @@ class AudioEncoder(
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay should leave alone beside biases and norms."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def generate_model_card(self, **given: Any) -> ModelCard:
+        """The README.md that lies beside the weights."""
+        size, front_end = self.encoder.size, self.config["front_end"]
+        sizes = f"width {size.dim}, {size.depth} layers, {'x'.join(map(str, self.encoder.patch_size))} patches"
+        head = f" and a classifier of {self.num_classes} labels" if self.labels else ""
+        said = {
+            "summary": f"An audio transformer{head}, pre-trained by aape_ssl: {sizes}, stem `{self.config['stem']}`; "
+            f"{self.frames} frames of log-mel `{front_end}` at a time.",
+            "code": "from aape_ssl.saved.pretrained import AudioEncoder\n\n"
+            'encoder = AudioEncoder.from_pretrained("this folder, or its name on the Hub")\n'
+            "x = encoder.log_mel(waveform)  # (samples) or (batch, samples) at 16 kHz\n"
+            "tokens = encoder.forward_features(x)  # (batch, N_f N_t, D), frequency-major\n"
+            + ("logits = encoder(x)" if self.labels else "embedding = encoder(x)  # (batch, N_f D): means over time"),
+        }
+        return super().generate_model_card(**said | given)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> AudioEncoder:
+        """What `save_pretrained` wrote into a folder, or uploaded as "owner/name".
+
+        Errors: `CheckpointError` for a folder that is not there, before the network is asked; huggingface_hub's.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise CheckpointError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
+        return super().from_pretrained(name, **options)
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **given: Any) -> AudioEncoder:

@@ -50,6 +50,13 @@ class Clip:
     group: str = ""
     span: tuple[int, int] | None = None
 
+    def seconds(self) -> float:
+        """Its length; 0 where it cannot be read."""
+        try:
+            return audio.duration(self.path) if self.span is None else len(self.load()) / audio.SAMPLE_RATE
+        except audio.AudioError:
+            return 0.0
+
     def load(self, seconds: float | None = None, at: float = 0.0) -> Tensor:
         """Its waveform, as `audio.load` gives it. Errors: `AudioError`."""
         if self.span is None:

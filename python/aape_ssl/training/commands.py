@@ -10,6 +10,7 @@ from .._lightning import Callback, LightningArgumentParser, LightningDataModule,
 from ..evaluation.probe import interval
 from ..saved.checkpoints import AtomicCheckpointIO
 from ..saved.pretrained import AudioEncoder
+from ..sound.data import ClipData
 from .finetuning import FinetuningModule, LabelledClips, mean_average_precision, predict
 from .monitor import Monitor
 from .pretraining import PretrainingModule
@@ -22,12 +23,14 @@ SUMMARY = ("train/loss", "train/regression", "train/contrastive", "train/top1", 
 
 
 class Pretrain(Run):
-    """Any data module may feed it; the presets name `ClipData`."""
+    """Pre-train an encoder on sound without labels."""
 
     command = "pretrain"
+    usage = "[--preset laptop] --data SOURCE [--out DIR] [--trainer.max_steps N] [options]"
     module_type = PretrainingModule
     data_type = LightningDataModule
-    any_data = True
+    usual_data = ClipData
+    of_the_trainer = MappingProxyType({"max_steps": 100_000})
     presets = PRESETS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -37,7 +40,7 @@ class Pretrain(Run):
 
     def own_callbacks(self) -> list[Callback]:
         """The monitor."""
-        self.monitor = Monitor(self.config.monitor_every)
+        self.monitor = Monitor(self.config.monitor_every, self.config.out)
         return [self.monitor]
 
     def summary(self) -> dict[str, str]:
@@ -48,9 +51,11 @@ class Pretrain(Run):
 
 
 class Finetune(Run):
-    """Leaves `model`, an exported folder, beside checkpoints and logs."""
+    """Train a checkpoint's encoder and a linear head on labelled clips; the best epoch is exported, and tested once."""
 
     command = "finetune"
+    usage = "--checkpoint PATH --data MANIFEST.csv [--out DIR] [--trainer.max_epochs N] [options]"
+    names = MappingProxyType({"--data": "--data.data", "--checkpoint": "--model.checkpoint"})
     module_type = FinetuningModule
     data_type = LabelledClips
     of_the_trainer = MappingProxyType({"max_epochs": 50})

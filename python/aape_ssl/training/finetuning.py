@@ -36,7 +36,7 @@ class LabelledClips(LightningDataModule):
     and the next one (of the last, the first) validates.
 
     Args:
-        data: a `.csv` manifest (`sources.read_manifest`).
+        data: a `.csv` manifest with the columns file, label, split (train, valid, test) or fold, and group.
         checkpoint: whose front end prepares the clips.
         test: the fold to hold out; "test" where the manifest has splits.
         frames: T of a crop, and of what is validated on; as in pre-training unless given.
@@ -165,7 +165,8 @@ class FinetuningModule(SteppingModule):
         checkpoint: of pre-training (its teacher), or an exported folder.
         lr: of the head, for the batch as it is.
         layer_decay: in (0, 1]; 1 for one rate everywhere.
-        betas, weight_decay: of AdamW.
+        betas: AdamW's.
+        weight_decay: AdamW's.
         warmup: share of all steps.
         label_smoothing: of the cross-entropy.
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from aape_kernels import AaPE
@@ -33,20 +38,21 @@ class Monitor(Callback):
       of its encoder's gradient; of any stem with a branch ‖branch‖ / ‖W_p vec(patch)‖;
     - the first clip's spectrogram, what its first mask leaves of it, and how the predictor attends to that.
 
-    Histograms and pictures go to TensorBoard, the rest to every logger.
+    Histograms and pictures go to TensorBoard, the rest to every logger; the latest picture to `folder`, too.
 
     Args:
         every_n_steps: optimiser steps.
+        folder: where the latest picture lies as `monitor.png`; nowhere unless given.
 
     Attributes:
         last: the values that were logged last.
     """
 
-    def __init__(self, every_n_steps: int = 100) -> None:
+    def __init__(self, every_n_steps: int = 100, folder: Path | None = None) -> None:
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.folder = every_n_steps, folder
         self.last: dict[str, float] = {}
         self._values: dict[str, float] | None = None  # of a step that is due
 
@@ -92,10 +98,16 @@ class Monitor(Callback):
                 for board in boards:
                     board.add_histogram("stem/decay", filters.decay, step)
                     board.add_histogram("stem/frequency", filters.frequency, step)
-            if boards:
-                attention = first_attention(objective, x, masks)
-        for board in boards:
-            board.add_image(TAG, picture(x[0, 0], masks, student.patch_size, attention), step)
+            drawn = bool(boards) or self.folder is not None
+            attention = first_attention(objective, x, masks) if drawn else None
+        if attention is not None:
+            figure = picture(x[0, 0], masks, student.patch_size, attention)
+            if self.folder is not None and trainer.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(self.folder / "monitor.part.png")
+                os.replace(self.folder / "monitor.part.png", self.folder / "monitor.png")
+            for board in boards:
+                board.add_figure(TAG, figure, step, close=False)
         for logger in trainer.loggers:
             logger.log_metrics(values, step)
         self.last = values
@@ -109,27 +121,35 @@ def first_attention(objective: Pretraining, x: Tensor, masks: Masks) -> Tensor:
     return objective.predictor.attention(tokens, visible, masked, objective.student.grid(x))[0, 0]
 
 
-def picture(log_mel: Tensor, masks: Masks, patch: tuple[int, int], attention: Tensor) -> Tensor:
-    """The first clip (F, T) over what its first mask leaves of it, over the attention (N_v) to that: (1, 3F + 4, T).
+def picture(log_mel: Tensor, masks: Masks, patch: tuple[int, int], attention: Tensor) -> Figure:
+    """The first clip (F, T); what its first mask leaves of it; and how the predictor attends to that, (N_v), as shares
+    of the highest in dB, as one patch often gets several times what the others do."""
+    x = log_mel.detach().float().cpu()
+    (bins, frames), visible = x.shape, masks.visible[0, 0].cpu()
+    grid = bins // patch[0], frames // patch[1]
+    level = torch.full((grid[0] * grid[1],), torch.nan)
+    level[visible] = 10 * (attention.float().cpu() / attention.max().cpu()).clamp_min(1e-30).log10()
+    hidden = torch.ones(grid[0] * grid[1])
+    hidden[visible] = torch.nan
 
-    From 0 to 1; low mel bins are at the bottom. What is masked is dark; a visible patch is as bright as the square root
-    of its attention relative to the highest, as one patch often gets several times what the others do.
-    """
-    x = log_mel.detach().float()
-    x = (x - x.min()) / (x.max() - x.min()).clamp_min(1e-12)
-    visible = masks.visible[0, 0]
-    seen = _on_patches(torch.ones_like(attention), visible, x, patch)
-    share = _on_patches((attention / attention.max()).sqrt(), visible, x, patch)
-    line = torch.ones(2, x.shape[1], device=x.device)
-    return torch.cat([x.flip(0), line, (x * seen).flip(0), line, share.flip(0)])[None]
-
-
-def _on_patches(values: Tensor, visible: Tensor, x: Tensor, patch: tuple[int, int]) -> Tensor:
-    """(F, T) like x: `values` of the visible tokens on all of their patch, 0 elsewhere."""
-    grid = x.shape[0] // patch[0], x.shape[1] // patch[1]
-    tokens = torch.zeros(grid[0] * grid[1], device=x.device)
-    tokens[visible] = values.float()
-    pixels = tokens.view(grid).repeat_interleave(patch[0], 0).repeat_interleave(patch[1], 1)
-    whole = torch.zeros_like(x)
-    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return whole
+    figure = Figure(figsize=(max(6.0, min(16.0, frames / 30)) + 1.5, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    rows = figure.subplots(3, 1, sharex=True, sharey=True)
+    whole: dict[str, Any] = {"origin": "lower", "aspect": "auto", "extent": (0, frames, 0, bins)}
+    tokens: dict[str, Any] = {**whole, "extent": (0, grid[1] * patch[1], 0, grid[0] * patch[0])}
+    for axes, title in zip(
+        rows, ("log-mel, normalised", "what the student sees", "the predictor's attention"), strict=True
+    ):
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_ylabel("mel bin")
+        axes.set_facecolor("#dddddd")
+    for axes in rows[:2]:
+        shown = axes.imshow(x.numpy(), cmap="magma", **whole)
+    rows[1].imshow(hidden.view(grid).numpy(), cmap="Greys", vmin=0, vmax=2, **tokens)
+    rows[1].legend(handles=[Patch(facecolor="#959595", label="masked")], loc="upper right", fontsize=9)
+    shares = rows[2].imshow(level.view(grid).numpy(), cmap="viridis", vmin=-20, vmax=0, **tokens)
+    figure.colorbar(shown, ax=rows[:2], label="0.5 is a standard deviation")
+    figure.colorbar(shares, ax=rows[2], label="dB of the highest", extend="min")
+    rows[2].set_xlabel("frame")
+    rows[2].set(xlim=(0, frames), ylim=(0, bins))
+    return figure

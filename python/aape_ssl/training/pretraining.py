@@ -34,13 +34,24 @@ class PretrainingModule(SteppingModule):
     generator but the initial weights.
 
     Args:
-        size, stem, patch_size, stem_options: of the `Encoder`.
-        predictor_dim, predictor_depth, predictor_heads: of the `Predictor`.
+        size: of the encoder: tiny, small, base, or [width, depth, heads].
+        stem: aape; the controls aape-fixed (filters that no patch moves), conv and conv+mlp.
+        patch_size: mel bins and frames of a patch, or one for both.
+        stem_options: a dict of more of the stem's arguments, such as {"num_states": 32}.
+        predictor_dim: the predictor's width; half of the encoder's unless given.
+        predictor_depth: its layers.
+        predictor_heads: its attention heads.
         masks: `MaskSampler`.
-        top_layers, regression_weight, contrastive_weight, temperature, projection_dim, ema, ema_steps: of
-            `Pretraining`.
+        top_layers: the teacher's last layers whose mean is the target.
+        regression_weight: of the loss's first term.
+        contrastive_weight: of its second; 0 leaves it out.
+        temperature: of the contrastive term.
+        projection_dim: its vectors' length.
+        ema: the teacher's decay, first and last.
+        ema_steps: optimiser steps from the one to the other.
         lr: the highest, for the batch as it is (not scaled by its size).
-        betas, weight_decay: of AdamW.
+        betas: AdamW's.
+        weight_decay: AdamW's.
         warmup_steps: optimiser steps.
         compile: whether to run the objective through `torch.compile`; layer by layer where it is sharded.
 

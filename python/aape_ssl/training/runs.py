@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .._arguments import as_typed, in_options, named, retouch, short
 from .._lightning import (
     Callback,
     CSVLogger,
@@ -20,6 +22,7 @@ from .._lightning import (
     LightningCLI,
     LightningDataModule,
     LightningModule,
+    MisconfigurationException,
     TensorBoardLogger,
     Trainer,
 )
@@ -28,6 +31,27 @@ from ..sound.loader import TooManyFailedError
 from .steps import NonFiniteError
 
 __all__ = ["Run", "main"]
+
+
+HELP = {
+    "config": "a file of options, such as the config.yaml among a run's logs; other options override it",
+    "model": "",  # options that load a configuration for others
+    "model.masks": "",
+    "trainer": "",
+    "seed_everything": "of the initial weights",
+    "data.help": "list the options of a data module, those of ClipData for `ClipData`",
+    "data": "a folder, manifest, shards or pattern; or a data module's class, with --data.NAME for its options",
+    "trainer.max_steps": "optimiser steps; -1 for as many as the epochs have",
+    "trainer.max_epochs": "passes over the data",
+    "trainer.devices": "how many GPUs, or processes on a CPU",
+    "trainer.strategy": "auto, ddp, or sharded (FSDP2)",
+    "trainer.precision": "32-true, bf16-mixed or 16-mixed (default: 32-true)",
+    "trainer.accumulate_grad_batches": "batches an optimiser step",
+    "trainer.gradient_clip_val": "largest norm of the gradient",
+}
+"""In place of lightning's texts. Of its trainer's options the help has these, `--trainer.help` has all."""
+REFUSED = (CheckpointError, MisconfigurationException, NonFiniteError, TooManyFailedError, OSError, ValueError)
+"""What ends a command with a line on stderr, and status 2."""
 
 
 class StopOnSignals(Callback):
@@ -67,12 +91,16 @@ class Run(LightningCLI):
     command: ClassVar[str]
     module_type: ClassVar[type[LightningModule]]
     data_type: ClassVar[type[LightningDataModule]]
-    any_data: ClassVar[bool] = False
-    """Whether the data module may be of another class, by `class_path`."""
+    usual_data: ClassVar[type[LightningDataModule] | None] = None
+    """Where `--data` may name another class of data module: what it is unless it does."""
     presets: ClassVar[Mapping[str, Path]] = {}
     checkpoint_every: ClassVar[int] = 1000
+    all_help: ClassVar[bool] = False
     of_the_trainer: ClassVar[Mapping[str, Any]] = {}
     """Defaults."""
+    names: ClassVar[Mapping[str, str]] = {"--data": "--data.data"}
+    """Options under the names that the other commands have for them."""
+    usage: ClassVar[str] = ""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has beside model, data and trainer."""
@@ -81,6 +109,18 @@ class Run(LightningCLI):
         resume = "go on from last.ckpt in --out, if there: to the same bits, with as many processes and threads"
         parser.add_argument("--resume", type=bool, default=False, help=resume)
         parser.add_argument("--checkpoint_every", type=int, default=self.checkpoint_every, help="optimiser steps")
+        if self.presets:  # `_with_preset` takes it out before it is parsed
+            what = f"{', '.join(self.presets)}: a configuration, which other options override"
+            parser.add_argument("--preset", type=str, default=None, help=what)
+        if self.usual_data:
+            path = f"{self.usual_data.__module__}.{self.usual_data.__qualname__}"
+            parser.set_defaults({"data": {"class_path": path}})
+        if not self.all_help:
+            retouch(parser, HELP, "trainer.")
+        groups: list[Any] = parser._action_groups  # type: ignore[assignment]
+        lightnings = next(group for group in groups if (group.title or "").startswith("Customize"))
+        lightnings.title = "lightning's Trainer, of which --trainer.help lists everything"
+        groups.sort(key=lambda group: group is lightnings)  # this package's options first
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With this package's callbacks, loggers and checkpoints; those of the configuration come on top."""
@@ -102,6 +142,20 @@ class Run(LightningCLI):
     @abstractmethod
     def summary(self) -> dict[str, str]:
         """What the table at the end says beside steps, minutes and checkpoint; runs on the first process only."""
+
+    def leave_nothing(self) -> None:
+        """Remove the logs of a run that was refused before its first step, and folders that hold nothing else."""
+        if self.trainer.global_step or not self.trainer.is_global_zero:
+            return
+        for logger in self.trainer.loggers:
+            if logger.log_dir is None or self.config.out not in Path(logger.log_dir).parents:
+                continue
+            logger.finalize("failed")
+            shutil.rmtree(logger.log_dir, ignore_errors=True)
+            for folder in Path(logger.log_dir).parents:
+                if not folder.is_relative_to(self.config.out) or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
 
     def fit(self) -> None:
         """Train, from the last checkpoint where that is asked for, and print the summary."""
@@ -158,17 +212,20 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)  # the logs
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)
     cli = None
+    if "--trainer.help" in argv:
+        run, argv = type(run.__name__, (run,), {"all_help": True}), ["--help"]
     try:
         cli = run(
             run.module_type,
             run.data_type,
-            subclass_mode_data=run.any_data,
+            subclass_mode_data=run.usual_data is not None,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             trainer_defaults=dict(run.of_the_trainer),
-            parser_kwargs={"prog": f"aape-ssl {run.command}"},
-            args=_with_preset(run.presets, argv),
+            parser_class=short(LightningArgumentParser, run.command, run.names),
+            parser_kwargs={"description": run.__doc__, "usage": f"aape-ssl {run.command} {run.usage}"},
+            args=_with_preset(run.presets, named(argv, run.names)),
             run=False,
         )
         cli.fit()
@@ -178,10 +235,14 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
             said = f"stopped at optimiser step {cli.trainer.global_step}; {cli.last.path} is written"
             print(f"aape-ssl: {said}; the same command with --resume=true goes on", file=sys.stderr)
         return 128 + (error.signal or signal.SIGTERM)
-    except (CheckpointError, NonFiniteError, TooManyFailedError, OSError, ValueError) as error:
+    except REFUSED as error:
         stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
-        print(f"aape-ssl: {_one_line(error)}{kept}", file=sys.stderr)
+        if cli is not None:
+            cli.leave_nothing()
+        groups = {"model.": run.module_type, "data.": run.usual_data or run.data_type, "trainer.": Trainer}
+        complaint = as_typed(in_options(_one_line(error), groups), run.names)
+        print(f"aape-ssl: {complaint}{kept}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
