@@ -8,19 +8,17 @@ Forward-mode AD is refused: through an opaque op it would silently give zeros.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import flops, ops, reference
 from .geometry import PatchGrid
-
-# `Function.apply` has no types in torch: hence the `no-untyped-call`s.
 
 __all__ = ["bind"]
 
@@ -66,28 +64,18 @@ def _double_backward(
     return found
 
 
-def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
-    """vmap by a loop over the mapped axis: the ops have a batch axis of their own, use that where speed matters."""
-    results = []
-    for k in range(info.batch_size):
-        picked = [
-            value if dim is None or not isinstance(value, Tensor) else value.select(dim, k)
-            for value, dim in zip(arguments, in_dims, strict=True)
-        ]
-        results.append(function(*picked))
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    columns = zip(*results, strict=True)
-    stacked = tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in columns)
-    return stacked, tuple(None if part is None else 0 for part in stacked)
-
-
 Size = tuple[int, int]
 Range = tuple[float, float]
 
 # Arguments that are no tensors: grid sizes, flags and the backend's name; they get no gradient.
 SBLU_OPTIONS = 5
 EMBED_OPTIONS = 8
+
+
+def _below(op: Callable[..., Any], *arguments: Any) -> Any:
+    """The op past the tape that its Function is for; below functorch's level there may be another tape, and is let be."""
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 class SBLU(torch.autograd.Function):
@@ -98,7 +86,7 @@ class SBLU(torch.autograd.Function):
         x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor,
         patch: Size, stride: Size, window: int, quadrature: bool, backend: str,
     ) -> Tensor:  # fmt: skip
-        y: Tensor = ops.sblu(x, decay, frequency, weight, patch, stride, window, quadrature, backend)
+        y: Tensor = _below(ops.sblu, x, decay, frequency, weight, patch, stride, window, quadrature, backend)
         return y
 
     @staticmethod
@@ -110,12 +98,8 @@ class SBLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         *options, backend = ctx.options
         arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:4]), backend)
-        gradients = SBLUBackward.apply(*arguments)  # type: ignore[no-untyped-call]
+        gradients = ops.sblu_backward(*arguments)
         return *_present(gradients, ctx.needs_input_grad), *[None] * SBLU_OPTIONS
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(SBLU.apply, info, in_dims, arguments)
 
 
 class SBLUBackward(torch.autograd.Function):
@@ -126,8 +110,8 @@ class SBLUBackward(torch.autograd.Function):
         grad: Tensor, x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor,
         patch: Size, stride: Size, window: int, quadrature: bool, need: tuple[bool, ...], backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        out: tuple[Tensor, ...] = ops.sblu_backward(
-            grad, x, decay, frequency, weight, patch, stride, window, quadrature, need, backend
+        out: tuple[Tensor, ...] = _below(
+            ops.sblu_backward, grad, x, decay, frequency, weight, patch, stride, window, quadrature, need, backend
         )
         return out
 
@@ -149,10 +133,6 @@ class SBLUBackward(torch.autograd.Function):
 
         return *_double_backward(forward, inputs, grad, need, cotangents), *[None] * (SBLU_OPTIONS + 1)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(SBLUBackward.apply, info, in_dims, arguments)
-
 
 class Embed(torch.autograd.Function):
     """x and the eight parameters, (patch, stride, window, quadrature, decay, band, time_major, backend) ->
@@ -165,7 +145,8 @@ class Embed(torch.autograd.Function):
         patch: Size, stride: Size, window: int, quadrature: bool, decay: Range, band: Range, time_major: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        out: tuple[Tensor, Tensor, Tensor] = ops.embed(
+        out: tuple[Tensor, Tensor, Tensor] = _below(
+            ops.embed,
             x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w,
             patch, stride, window, quadrature, decay, band, time_major, backend,
         )  # fmt: skip
@@ -184,12 +165,8 @@ class Embed(torch.autograd.Function):
             return (None,) * (9 + EMBED_OPTIONS)
         *options, backend = ctx.options
         arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:9]), backend)
-        gradients = EmbedBackward.apply(*arguments)  # type: ignore[no-untyped-call]
+        gradients = ops.embed_backward(*arguments)
         return *_present(gradients, ctx.needs_input_grad), *[None] * EMBED_OPTIONS
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(Embed.apply, info, in_dims, arguments)
 
 
 class EmbedBackward(torch.autograd.Function):
@@ -202,7 +179,8 @@ class EmbedBackward(torch.autograd.Function):
         patch: Size, stride: Size, window: int, quadrature: bool, decay: Range, band: Range, time_major: bool,
         need: tuple[bool, ...], backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        out: tuple[Tensor, ...] = ops.embed_backward(
+        out: tuple[Tensor, ...] = _below(
+            ops.embed_backward,
             grad, x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, r, hidden,
             patch, stride, window, quadrature, decay, band, time_major, need, backend,
         )  # fmt: skip
@@ -228,10 +206,6 @@ class EmbedBackward(torch.autograd.Function):
         second = _double_backward(forward, inputs, grad, need, cotangents)
         return *second, None, None, *[None] * (EMBED_OPTIONS + 1)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(EmbedBackward.apply, info, in_dims, arguments)
-
 
 def _present(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
     return [gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=False)]
@@ -248,14 +222,32 @@ def _refuse_forward_mode(tensors: Sequence[Tensor | None], backend: str) -> None
         )
 
 
+def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
+    """vmap by a loop over the mapped axis: the ops have a batch axis of their own, use that where speed matters."""
+    results = []
+    for k in range(info.batch_size):
+        picked = [
+            value if dim is None or not isinstance(value, Tensor) else value.select(dim, k)
+            for value, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results.append(function(*picked))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    columns = zip(*results, strict=True)
+    stacked = tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in columns)
+    return stacked, tuple(None if part is None else 0 for part in stacked)
+
+
 def _register(name: str, function: Any) -> None:
-    """Make an op itself differentiable, by its Function: exported programs, and compiled functions of `torch.func`,
-    hold the op without the Function around it."""
+    """Make an op itself differentiable, by its Function, and mapped: so it is wherever it is called from, below
+    `torch.func`'s transforms, in a compiled graph and in an exported program."""
     op = getattr(ops, name)
 
     def run(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(*arguments)
+            # past `Function.apply`, which leaves functorch's levels to functorch: it has come to this one already
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, function).apply(*arguments)
         _refuse_forward_mode([value for value in arguments if isinstance(value, Tensor)], arguments[-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
@@ -266,8 +258,6 @@ def _register(name: str, function: Any) -> None:
         return _one_by_one(op, info, in_dims, arguments)
 
     torch.library.register_vmap(f"aape::{name}", mapped)
-    # `Function.apply` asks for the signature of `forward` at every call, 30 µs to work out and nothing to look up
-    function.forward.__signature__ = inspect.signature(function.forward)
 
 
 _register("sblu", SBLU)
@@ -277,17 +267,6 @@ _register("embed_backward", EmbedBackward)
 flops.register()
 
 
-def _differentiated(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether anything but the values is asked for: gradients, or functorch's transforms.
-
-    Not while a compiler traces: below a transform it would trace the Function's forward alone, without gradients.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    wanted = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in tensors)
-    return wanted or bool(torch._C._are_functorch_transforms_active())
-
-
 def bind(backend: str) -> SimpleNamespace:
     """`sblu` and `embed` of a compiled backend, differentiable, in the signatures of `aape_kernels.reference`."""
 
@@ -295,7 +274,7 @@ def bind(backend: str) -> SimpleNamespace:
         *tensors, grid, quadrature = given
         _refuse_forward_mode(tensors, backend)
         arguments = (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend)
-        y: Tensor = (SBLU.apply if _differentiated(tensors) else ops.sblu)(*arguments)  # type: ignore[no-untyped-call]
+        y: Tensor = ops.sblu(*arguments)
         return y
 
     def embed(*given: Any) -> Tensor:
@@ -303,8 +282,7 @@ def bind(backend: str) -> SimpleNamespace:
         _refuse_forward_mode(tensors, backend)
         sizes = (grid.patch, grid.stride, grid.window)
         arguments = (*tensors, *sizes, quadrature, decay, band, time_major, backend)
-        run = Embed.apply if _differentiated(tensors) else ops.embed
-        tokens: Tensor = run(*arguments)[0]  # type: ignore[no-untyped-call]
+        tokens: Tensor = ops.embed(*arguments)[0]
         return tokens
 
     return SimpleNamespace(sblu=sblu, embed=embed)
