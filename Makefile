@@ -2,11 +2,15 @@ PYTHON ?= python3
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES = aape_kernels python tests benchmarks docs examples setup.py
 INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+SIDE_BY_SIDE = -n $(or $(JOBS),2)
+QUICK = tests/test_stem.py tests/test_sblu.py tests/test_bad_input.py tests/test_geometry.py tests/test_ranges.py \
+  tests/test_sizes.py tests/test_surgery.py tests/aape_ssl/test_house.py tests/aape_ssl/test_model.py \
+  tests/aape_ssl/test_masks.py tests/aape_ssl/test_objective.py
 # A cleared environment for the tests, so that nothing installed by hand can hide a missing step.
 TEST_VENV = .venv-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ssl bench gpu gpu-install gpu-tests gpu-bench gpu-search gpu-sanitize gpu-precision wheels docs lint format clean
+.PHONY: help demo test test-all quick ssl bench gpu gpu-install gpu-tests gpu-bench gpu-search gpu-sanitize gpu-precision wheels docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -14,8 +18,15 @@ help:  ## list the targets
 demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip (ARGS="FILE ... --out DIR")
 	.venv/bin/aape-ssl demo $(ARGS)
 
-test: test-venv  ## all tests, in a fresh virtual environment
-	$(TEST_VENV)/bin/pytest
+test: test-venv  ## the tests, in a fresh virtual environment
+	$(TEST_VENV)/bin/pytest $(SIDE_BY_SIDE) -m "not slow"
+
+test-all: test-venv  ## and the slow ones: every compiler target, sanitizers, killed processes, old versions
+	$(TEST_VENV)/bin/pytest $(SIDE_BY_SIDE)
+	.ci/oldest
+
+quick: .venv/dev  ## under a minute, while you work: the stem on every CPU backend, its errors, drop-in, the trainer's model
+	.venv/bin/pytest $(SIDE_BY_SIDE) -q $(QUICK)
 
 ssl: .venv/ssl  ## five stems pre-trained alike on real sound: frozen, fine-tuned, shifted (ARGS="--small --steps 20")
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt tinysoundfont

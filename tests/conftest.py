@@ -30,6 +30,9 @@ from on_gpu import running  # noqa: E402  # it imports checks
 settings.register_profile("aape", deadline=None, print_blob=True)
 settings.load_profile("aape")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers wait for each other's OpenMP threads, where there are as many as processors
+
 SEED = int(os.environ.get("AAPE_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 

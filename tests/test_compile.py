@@ -53,6 +53,7 @@ def test_fullgraph_forward_and_backward(options):
 
 
 # inductor itself calls the deprecated torch.jit.script
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 def test_inductor_forward_and_backward():
     stem = AaPE(embed_dim=16, num_states=4, encoder_dim=8)
@@ -183,7 +184,7 @@ FUNCTIONAL = ["grad", "vjp", "jacrev", "vmap-grad", "grad-grad", "grad-by-parame
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:There is a performance drop.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_gradients_through_functional_transforms(name, compiled):
     """Against the reference without a compiler; a compiler may look through the Functions at the ops alone."""

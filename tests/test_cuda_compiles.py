@@ -19,7 +19,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 REGISTERS = 65536  # of a multiprocessor, on all of them
 NVCC = shutil.which("nvcc")
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc was found")
+pytestmark = [pytest.mark.skipif(NVCC is None, reason="no nvcc was found"), pytest.mark.slow]
 
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "

@@ -44,6 +44,7 @@ class Fetched(HTMLParser):
         self.found += [given["href"]] if tag == "link" and given.get("href") else []
 
 
+@pytest.mark.slow
 def test_pages_load_nothing_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert {page.name for page in pages} >= {"index.html", "models.html", "api.html", "maths.html"}
@@ -56,6 +57,7 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert not re.search(r"url\(\W?(https?:)?//", sheet.read_text()), sheet
 
 
+@pytest.mark.slow
 def test_the_api_page_has_every_public_name_and_its_formulas(site):
     page = (site / "docs" / "api.html").read_text()
     for name in aape_kernels.__all__:

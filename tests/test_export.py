@@ -20,6 +20,7 @@ def vit(backend: str) -> nn.Module:
     return randomised(replace_stem(timm_vit(), num_states=4, encoder_dim=8, backend=backend))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm", "ast", "stem-tf"])
 def test_onnx(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -41,6 +42,7 @@ def test_onnx(name, tmp_path):
     assert relative_error(torch.from_numpy(got), want if isinstance(want, torch.Tensor) else want.logits) <= 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_ahead_of_time(tmp_path):
     """AOTInductor's package; with a compiled backend it calls the registered op, so aape_kernels must be imported."""
     model = vit("auto")
@@ -75,6 +77,7 @@ def test_traced(name, backend):
 
 
 # torch.onnx itself calls what is deprecated
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,6 +15,8 @@ import pytest
 
 import aape_kernels
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ("aape_kernels", "python", "csrc", "pyproject.toml", "setup.py", "CMakeLists.txt", "MANIFEST.in")
 KEPT += ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt")

@@ -65,6 +65,7 @@ def test_a_run_and_what_it_leaves(config, tmp_path, capsys):
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in checkpoint["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(config, tmp_path):
     """From the command line, at a moment that the clock chooses."""
     assert pretrain(config, tmp_path / "whole") == 0

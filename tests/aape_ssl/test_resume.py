@@ -20,6 +20,7 @@ def logged(out: Path, version: int) -> dict[int, dict[str, str]]:
         return {int(row["step"]): row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_killed_and_resumed_is_never_interrupted(clips, tmp_path, accumulate):
     """Three batches an epoch: a checkpoint after the second of them, killed some steps later in another epoch."""

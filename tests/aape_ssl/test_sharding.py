@@ -91,6 +91,7 @@ def compile_eagerly(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda f: compile_function(f, backend="eager", fullgraph=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"stem": "aape-fixed"}, {"stem": "conv+mlp", "contrastive_weight": 0.0}, {"stem": "conv", "compile": True}],
@@ -138,6 +139,7 @@ def test_two_processes_that_share_are_one(tmp_path, monkeypatch, options):
     assert [image.step for image in board.Images(TAG)] == [2, 4]
 
 
+@pytest.mark.slow
 def test_in_bfloat16(tmp_path):
     """As close to float32 as one process in bfloat16 is."""
     fit(tmp_path / "float32", 1)
@@ -156,6 +158,7 @@ def fit_until_stopped(folder: Path, devices: int) -> None:
         fit(folder, devices, StopAt(3))  # the checkpoint is that of step 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 2), (1, 2), (2, 1)])
 def test_resumed_with_as_many_processes_or_others(tmp_path, first, then):
     def on(devices: int, function, *given, **options) -> None:
@@ -232,6 +235,7 @@ def fit_poisoned(folder: Path, strategy: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "sharded"])
 def test_all_processes_stop_together(tmp_path, strategy):
     """Otherwise one would wait for the other."""

@@ -226,6 +226,7 @@ def broken(request, tmp_path, emulated_objects):
     return link(with_changed(emulated_objects, changed), tmp_path, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys(), indirect=True)
 def test_a_broken_kernel_is_caught(broken, monkeypatch):
     use(monkeypatch, broken)
@@ -273,6 +274,7 @@ def programs(tmp_path_factory):
     return {flags: build_program(ROOT, tmp_path_factory.mktemp("program"), flags) for flags in (RACES, BOUNDS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [RACES, BOUNDS], ids=["races", "bounds"])
 def test_sanitizers_find_nothing(flags, programs, tmp_path):
     done = run_program(programs[flags], tmp_path, flags)
@@ -280,6 +282,7 @@ def test_sanitizers_find_nothing(flags, programs, tmp_path):
     assert done.stdout == "clean\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "words", "fault"), SANITIZED.values(), ids=SANITIZED.keys())
 def test_sanitizers_name_the_place(flags, words, fault, programs, tmp_path):
     copy_with(fault, tmp_path)
