@@ -37,7 +37,8 @@ class Sizes:
 
     def __str__(self) -> str:
         usual = Sizes()
-        more = f", S = {self.states}" if self.states != usual.states else ""
+        more = f", {self.patch[0]} × {self.patch[1]} patches" if self.patch != usual.patch else ""
+        more += f", S = {self.states}" if self.states != usual.states else ""
         more += f", {self.features}" if self.features != usual.features else ""
         return f"{self.mel_bins} × {self.frames}, D = {self.dim}{more}"
 

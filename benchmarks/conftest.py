@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import torch
 from .environment import allocator_environment, describe
 from .measure import Session
 from .peers import Peer, peers
+from .table import render
 from .warm import warm
 
 # Warnings that are errors by the project's configuration and say nothing about a stem: torch.compile's own use of
@@ -84,7 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
     # said after the last test, where those lines do not reach: every row was refused
     warnings.filterwarnings("ignore", "Not saving anything")
-    config.option.benchmark_quiet = True  # the table is `python -m benchmarks.table`
+    config.option.benchmark_quiet = True  # the table is this suite's own
     config.stash[SESSION] = Session(device)
     config.stash[MACHINE] = describe(device)
 
@@ -93,6 +95,17 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     """Add what pytest-benchmark does not know, and leave out the host's name."""
     machine_info.pop("node", None)
     machine_info["run"] = config.stash[MACHINE]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table, without the JSON that `python -m benchmarks.table` reads."""
+    benchmarks = getattr(getattr(config, "_benchmarksession", None), "benchmarks", [])
+    infos = [{"extra_info": bench.extra_info} for bench in benchmarks if "op" in bench.extra_info]
+    if infos and MACHINE in config.stash:
+        today = datetime.datetime.now().isoformat()
+        run = {"benchmarks": infos, "machine_info": {"run": config.stash[MACHINE]}, "datetime": today}
+        terminalreporter.write_line("")
+        terminalreporter.write_line(render(run))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,18 +12,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "render"]
+__all__ = ["BUSY", "main", "render", "summary"]
 
 Row = dict[str, Any]
+USUAL = "128 × 1024, D = 768"
 OPS = ("stem", "sblu")
-COLUMNS = ("peer", "median ms", "p20–p80", "Conv2d ms", "× Conv2d", "× best", "peak MB", "held MB")
-DEFAULT_COLUMNS = ("default", "× Conv2d")
+COLUMNS = ("peer", "× Conv2d", "median ms", "p20–p80", "Conv2d ms", "× best", "peak MB", "held MB")
+DEFAULT_COLUMNS = ("default × Conv2d",)
 LEGEND = (
     "Conv2d ms: the Conv2d stem run just before each round, same batch, sizes and direction; × Conv2d: median of the "
     "ratios\nto it. × best: that, over the best such ratio among the peers that are not this package's. peak: "
     "most memory\nallocated in a call, results included. held: kept for backward beyond inputs and weights. "
-    "default: ms under\nthe default allocator. MB = 10⁶ bytes."
+    "default: the ratio\nunder the default allocator. MB = 10⁶ bytes."
 )
+
+BUSY = 0.7  # processors in use at the start, above which figures are not to be trusted
+PLAIN = ("Conv2d", "rearrange + Linear", "AaPE, reference", "AaPE, torch.compile")
 
 STEP_COLUMNS = ("stem", "median ms", "p20–p80", "samples/s", "× conv")
 LOADER_COLUMNS = ("clips", "workers", "samples/s", "p20–p80", "training samples/s", "× training")
@@ -56,16 +60,16 @@ def _cells(row: Row, best: float | None, default: Row | None) -> list[str]:
     seconds, ratio = row["seconds"], row["ratio"]["median"]
     cells = [
         row["peer"],
+        f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
         _ms(seconds["median"]),
         f"{_ms(seconds['p20'])}–{_ms(seconds['p80'])}",
         _ms(row["conv2d_seconds"]["median"]),
-        f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}",
         "–" if best is None else f"{ratio / best:.2f}",
         _mb(row["peak_bytes"]),
         _mb(row["held_bytes"]),
     ]
     if default is not None:
-        cells += [_ms(default["seconds"]["median"]), f"{default['ratio']['median']:.2f}"]
+        cells.append(f"{default['ratio']['median']:.2f}")
     return cells
 
 
@@ -131,6 +135,31 @@ def _heading(run: dict[str, Any], default: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def summary(run: dict[str, Any]) -> list[str]:
+    """This package's compiled stems, × the Conv2d stem in the same direction: a line a case, `median (p20–p80)`."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _rows(run):
+        if row["op"] == "stem" and row["peer"] not in PLAIN:
+            ratio = row["ratio"]
+            case = f"batch {row['batch']}, {row.get('sizes') or USUAL}"
+            cells = found.setdefault((row["peer"], case), {})
+            cells[row["direction"]] = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
+    if not found:
+        return []
+    directions = ("forward", "forward + backward")
+    body = [
+        [f"{peer}; {case}", *(cells.get(each, "–") for each in directions)] for (peer, case), cells in found.items()
+    ]
+    return ["**× Conv2d**", "", *_markdown(["stem", *directions], body)]
+
+
+def warning(run: dict[str, Any]) -> list[str]:
+    """A line where something else was running."""
+    load = run["machine_info"]["run"]["load"] or 0.0
+    said = f"THE MACHINE WAS NOT IDLE (load {load:.1f}): rows may be many times too slow, ratios included"
+    return [said] if load > BUSY else []
+
+
 def render(run: dict[str, Any], default: dict[str, Any] | None = None) -> str:
     """The table of one run, with the stems of a run under the default allocator beside it if there is one.
 
@@ -143,7 +172,9 @@ def render(run: dict[str, Any], default: dict[str, Any] | None = None) -> str:
         raise ValueError("expected the JSON of `pytest benchmarks --benchmark-json=FILE`")
     rows = _rows(run)
     beside = {(*_case(row), row["peer"]): row for row in _rows(default) if row["op"] in OPS} if default else {}
-    lines = _heading(run, default)
+    lines = [*_heading(run, default), *warning(run)]
+    if ratios := summary(run):
+        lines += ["", *ratios]
     for case in dict.fromkeys(_case(row) for row in rows if row["op"] in OPS):
         members = [row for row in rows if row["op"] in OPS and _case(row) == case]
         with_default = any((*case, row["peer"]) in beside for row in members)

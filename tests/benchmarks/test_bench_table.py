@@ -83,10 +83,10 @@ def _cells(text: str, peer: str) -> list[str]:
 
 def test_figures(run: dict[str, Any]) -> None:
     text = render(run)
-    assert _cells(text, "Conv2d") == ["Conv2d", "12.00", "10.80–15.00", "12.00", "1.00", "1.00", "25.2", "–"]
-    assert _cells(text, "AaPE, reference")[3:6] == ["12.00", "3.00", "3.00"]
-    assert _cells(text, "Horner, torch.compile")[1:] == ["0.500", "0.450–0.625", "2.00", "0.25", "1.00", "25.2", "4.2"]
-    assert _cells(text, "sblu, cpu")[4:6] == ["0.050", "0.20"]  # against the fastest other peer, not against itself
+    assert _cells(text, "Conv2d") == ["Conv2d", "1.00", "12.00", "10.80–15.00", "12.00", "1.00", "25.2", "–"]
+    assert _cells(text, "AaPE, reference")[1:6] == ["3.00", "36.00", "32.40–45.00", "12.00", "3.00"]
+    assert _cells(text, "Horner, torch.compile")[1:] == ["0.25", "0.500", "0.450–0.625", "2.00", "1.00", "25.2", "4.2"]
+    assert [_cells(text, "sblu, cpu")[column] for column in (1, 5)] == ["0.050", "0.20"]  # against the fastest other peer, not against itself
 
 
 def test_other_sizes_have_a_table_of_their_own(run: dict[str, Any]) -> None:
@@ -94,9 +94,39 @@ def test_other_sizes_have_a_table_of_their_own(run: dict[str, Any]) -> None:
     row["extra_info"]["sizes"] = "80 × 208, D = 768"
     text = render(run | {"benchmarks": [*run["benchmarks"], row]})
     heading, table = text.split("**stem, forward, batch 8, 80 × 208, D = 768**")
-    assert "AaPE, other" in table
-    assert "AaPE, other" not in heading
-    assert _cells(text, "AaPE, other")[1:6] == ["2.00", "1.80–2.50", "1.60", "1.25", "–"]
+    assert _cells(table, "AaPE, other")[1:6] == ["1.25", "2.00", "1.80–2.50", "1.60", "–"]
+    assert "| AaPE, other " not in heading
+
+
+def test_a_summary_of_ratios_comes_first(run: dict[str, Any]) -> None:
+    rows = [
+        _row("stem", "forward", 8, "AaPE, cpu", 0.010, 0.8, False),
+        _row("stem", "forward + backward", 8, "AaPE, cpu", 0.010, 0.9, False),
+        _row("stem", "forward", 1, "AaPE, cpu", 0.010, 1.1, False),
+    ]
+    rows[2]["extra_info"]["sizes"] = "128 × 1024, D = 192"
+    text = render(run | {"benchmarks": [*run["benchmarks"], *rows]})
+    first, _, rest = text.partition("**stem, forward, batch 8**")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines() if "AaPE, cpu;" in line]
+    assert lines == [
+        ["AaPE, cpu; batch 8, 128 × 1024, D = 768", "0.80 (0.72–1.00)", "0.90 (0.81–1.12)"],
+        ["AaPE, cpu; batch 1, 128 × 1024, D = 192", "1.10 (0.99–1.38)", "–"],
+    ]
+    assert "AaPE, cpu;" not in rest
+
+
+def test_a_busy_machine_is_said_to_be(run: dict[str, Any]) -> None:
+    assert "NOT IDLE" not in render(run)
+    run["machine_info"]["run"]["load"] = 1.4
+    assert "THE MACHINE WAS NOT IDLE (load 1.4)" in render(run)
+    run["machine_info"]["run"]["load"] = None
+    assert "NOT IDLE" not in render(run)
+
+
+def test_columns_can_be_counted_on_two_hands(run: dict[str, Any]) -> None:
+    default = _run("default (glibc 2.36)", [_row("stem", "forward", 8, "Conv2d", 0.013, 1.0, True)])
+    for line in render(run, default).splitlines():
+        assert line.count("|") <= 10
 
 
 def test_heading(run: dict[str, Any]) -> None:
