@@ -74,7 +74,7 @@ def test_features(benchmark: Any, session: Session, own_stem: Peer, direction: s
 @batches
 @directions
 def test_sblu(benchmark: Any, session: Session, filters: Peer, direction: str, batch: int) -> None:
-    """SBLU alone, (B, 1, 128, 1024) -> (B, 8, 64, 2, 32)."""
+    """SBLU alone, (B, 1, 128, 1024) -> (B, 8, 64, 2, 16)."""
     session.measure(benchmark, filters, "sblu", direction, batch)
 
 

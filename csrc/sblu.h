@@ -164,7 +164,8 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
   auto [s, c] = sincos<V>(frequency * S(0.5));
   V norm = fma<V>(decay, decay, frequency * frequency);
   typename M::Mask small = norm < S(0.04);
-  Complex<V> inverse = {decay / norm, -frequency / norm};  // 1/Λ
+  const V inverse_norm = M::splat(S(1)) / norm;  // one division for both parts
+  Complex<V> inverse = {decay * inverse_norm, -frequency * inverse_norm};  // 1/Λ
   Complex<V> derivative_top;                               // Λ γ′
   const V one = M::splat(S(1)), minus_twice_s = S(-2) * s;
   if (even) {

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from aape_kernels import replace_stem
 from aape_ssl.demo.command import bundled_clips
-from aape_ssl.sound.audio import AUDIOSET128, import_kaldi, load
+from aape_ssl.libraries import mend
+from aape_ssl.sound.audio import AUDIOSET128, load
 
 FRAMES = 96  # of a crop; 10 ms each
 
 
 def small_ast(classes: int) -> Any:
     """An AST of two layers; its stem cuts patches of 16 × 16 with a stride of 10 × 10."""
-    import_kaldi()  # transformers imports torchaudio, which beside a CPU build of torch needs this help
+    mend()  # transformers imports torchaudio and torchvision, which may be built for another torch
     from transformers import ASTConfig, ASTForAudioClassification
 
     config = ASTConfig(

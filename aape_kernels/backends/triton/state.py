@@ -60,7 +60,8 @@ def gain(decay, frequency, EVEN: tl.constexpr):
     norm = decay * decay + frequency * frequency
     small = norm < 0.04
     norm = tl.where(small, 1.0, norm)
-    inverse_re, inverse_im = decay / norm, -frequency / norm  # 1/Λ
+    inverse_norm = 1.0 / norm  # one division for both parts
+    inverse_re, inverse_im = decay * inverse_norm, -frequency * inverse_norm  # 1/Λ
     if EVEN:
         e, em1 = exp_parts(-decay)
         top_re, top_im = 2.0 * e * sin * sin - em1, 2.0 * e * sin * cos  # 1 − z

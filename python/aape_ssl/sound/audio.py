@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from ..libraries import import_kaldi
 
 __all__ = [
     "AUDIOSET128",
@@ -42,49 +41,6 @@ LOUDEST = 1e12
 
 class AudioError(ValueError):
     """A sound file that cannot be used; the message is one line that says why."""
-
-
-def _stub_extension() -> ModuleType:
-    """What torchaudio's Python parts ask of `torchaudio._extension`, with every compiled part reported as absent."""
-
-    def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
-
-    stub: Any = ModuleType("torchaudio._extension")
-    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    stub._IS_ALIGN_AVAILABLE = False
-    stub.fail_if_no_align = unchanged
-    stub._check_cuda_version = lambda: None
-    extension: ModuleType = stub
-    return extension
-
-
-def import_kaldi() -> ModuleType:
-    """`torchaudio.compliance.kaldi`, beside a CPU build of torch too.
-
-    torchaudio's wheels hold a compiled extension that needs libtorch_cuda, so a plain `import torchaudio` fails beside
-    a CPU torch, or one of another CUDA version. Its Python parts need no extension: only if the plain import fails,
-    it is repeated with `torchaudio._extension` replaced by a stub.
-
-    Errors: `ImportError` if torchaudio is not installed or does not import with the stub either.
-    """
-    name = "torchaudio._extension"
-    try:
-        from torchaudio.compliance import kaldi
-    except (ImportError, OSError, RuntimeError) as error:
-        if find_spec("torchaudio") is None:
-            raise
-        # the failed import leaves submodules of a package that is no longer there
-        for left in [key for key in sys.modules if key.partition(".")[0] == "torchaudio"]:
-            del sys.modules[left]
-        sys.modules[name] = _stub_extension()
-        try:
-            from torchaudio.compliance import kaldi
-        except Exception:  # whatever it is, the stub must not stay for the next import
-            del sys.modules[name]
-            raise ImportError(f"torchaudio does not import: {error}") from error
-    module: ModuleType = kaldi
-    return module
 
 
 def _open(file: str | os.PathLike[str] | BinaryIO) -> Any:
