@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BUSY", "main", "render", "summary"]
+__all__ = ["BUSY", "main", "ratios", "render", "summary"]
 
 Row = dict[str, Any]
 USUAL = "128 × 1024, D = 768"
@@ -135,22 +135,25 @@ def _heading(run: dict[str, Any], default: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def summary(run: dict[str, Any]) -> list[str]:
-    """This package's compiled stems, × the Conv2d stem in the same direction: a line a case, `median (p20–p80)`."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+def ratios(run: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
+    """Of this package's compiled stems, by peer and case, then direction: time over that of the Conv2d stem."""
+    found: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for row in _rows(run):
         if row["op"] == "stem" and row["peer"] not in PLAIN:
-            ratio = row["ratio"]
             case = f"batch {row['batch']}, {row.get('sizes') or USUAL}"
-            cells = found.setdefault((row["peer"], case), {})
-            cells[row["direction"]] = f"{ratio['median']:.2f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
-    if not found:
-        return []
+            found.setdefault((row["peer"], case), {})[row["direction"]] = row["ratio"]
+    return found
+
+
+def summary(run: dict[str, Any]) -> list[str]:
+    """`ratios` as a table: a line a case, `median (p20–p80)`."""
     directions = ("forward", "forward + backward")
-    body = [
-        [f"{peer}; {case}", *(cells.get(each, "–") for each in directions)] for (peer, case), cells in found.items()
-    ]
-    return ["**× Conv2d**", "", *_markdown(["stem", *directions], body)]
+    body = []
+    for (peer, case), cells in ratios(run).items():
+        shown = [cells.get(direction) for direction in directions]
+        texts = ["–" if r is None else f"{r['median']:.2f} ({r['p20']:.2f}–{r['p80']:.2f})" for r in shown]
+        body.append([f"{peer}; {case}", *texts])
+    return ["**× Conv2d**", "", *_markdown(["stem", *directions], body)] if body else []
 
 
 def warning(run: dict[str, Any]) -> list[str]:
@@ -226,10 +229,15 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="JSON of a second run, `pytest benchmarks --allocator default …`, whose figures go beside the first's",
     )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the summary there, too")
     options = parser.parse_args(arguments)
     try:
         second = None if options.default_allocator is None else _load(options.default_allocator)
         print(render(_load(options.run), second))
+        if options.figure is not None:
+            from .figure import draw
+
+            draw(_load(options.run), options.figure)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -220,6 +220,21 @@ def test_command_line(run: dict[str, Any], tmp_path: Path, capsys: pytest.Captur
     assert "expected the JSON of" in capsys.readouterr().err
 
 
+def test_the_summary_as_a_picture(run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "run.json", tmp_path / "costs.png"
+    path.write_text(json.dumps(run))
+    assert main([str(path), "--figure", str(picture)]) == 1  # it has none of this package's compiled stems
+    assert "expected a run with rows of this package's stems" in capsys.readouterr().err
+    assert not picture.exists()
+    rows = [
+        _row("stem", "forward", 8, "AaPE, cpu", 0.010, 0.8, False),
+        _row("stem", "forward + backward", 1, "AaPE, cpu", 0.010, 1.1, False),
+    ]
+    path.write_text(json.dumps(run | {"benchmarks": rows}))
+    assert main([str(path), "--figure", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
