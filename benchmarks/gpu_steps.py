@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -20,7 +20,7 @@ from .measure import spread
 __all__ = ["Step", "kernels_of", "recording", "times"]
 
 # What reads x beside its arguments.
-READ_X = ("responses", "grad_states", "grad_weight", "gather", "prologue")
+READ_X = ("responses", "grad_states", "grad_weight", "gather", "prologue", "adjoint")
 
 
 def kernels_of(backend: str) -> type[Kernels] | None:
@@ -43,7 +43,7 @@ class Step:
 
     def tensors(self) -> list[Tensor]:
         """Everything it reads or writes, each once."""
-        given = [*self.arguments, *self.options.values(), self.returned]
+        given = list(_flat([*self.arguments, *self.options.values(), self.returned]))
         given += [self.owner.x] if self.name in READ_X else []
         seen = {(value.data_ptr(), value.shape): value for value in given if isinstance(value, Tensor)}
         return list(seen.values())
@@ -52,6 +52,15 @@ class Step:
     def floor_bytes(self) -> int:
         """Bytes of all of them, moved once."""
         return sum(value.numel() * value.element_size() for value in self.tensors())
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """With what tuples hold in their place."""
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 @contextlib.contextmanager

@@ -62,6 +62,15 @@ struct StemCall {
   View operand, hidden, r;              // operand (rows, C·P_f·P_t + planes·S): its rows' stride, and any type
 };
 
+// The stem's backward on tensor cores, where `warp_stem` ran: from `grad`, the features' cotangent (rows, planes·S),
+// contiguous, to grad_encoder (rows, 2S + H) in bfloat16, the cotangents of r and hidden; grad_y (rows, 2S), unless data is
+// null, and partial (programs, S, C·P_f), whose sum over programs is the projection's gradient, in float32. The operand is
+// written again, with more columns: from `one` a column of ones, and zeros; from `active` SiLU(hidden).
+struct StemGradientCall : StemCall {
+  int64_t one = 0, active = 0;
+  View grad, grad_encoder, grad_y, partial;
+};
+
 // The stem's features of y, for one plane and for three, on a GPU. y (tokens, 2, S) is contiguous, in the arithmetic's
 // type; features and their cotangent (tokens, planes, S) of any type, null where not needed. With the cotangent, that of y
 // is written over y.

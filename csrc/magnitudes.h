@@ -58,7 +58,7 @@ AAPE_FN V log_magnitude(Complex<V> y) {
   // what 1 + q has rounded off is all there is of a quiet state
   f = M::select((exponent == S(0)) & (q < S(0.5)), q, f);
   exponent = exponent + M::select(at.loud, M::splat(doublings), M::splat(S(0)));
-  const V s = f / (f + S(2));
+  const V s = quotient<V>(f, f + S(2));
   const V log = fma<V>(exponent, M::splat(S(0.69314718055994530942)), S(2) * s * horner<V>(terms, count, s * s));
   // the bits of ∞ and NaN have no logarithm: ∞ − ∞ and NaN are NaN (of q, a product, contraction could leave a remainder)
   return fma<V>(log, M::splat(S(0.5)), sum - sum);
@@ -71,7 +71,7 @@ AAPE_FN Complex<V> log_magnitude_slope(Complex<V> y) {
   using S = typename M::Scalar;
   const Scaled<V> at = scaled<V>(y);
   const V floor = M::select(at.loud, M::splat(S(0)), M::splat(S(kEpsilon * kEpsilon)));
-  const V inverse = loud_scale<V>(at.loud) / (at.square + floor);
+  const V inverse = quotient<V>(loud_scale<V>(at.loud), at.square + floor);
   return {at.y.re * inverse, at.y.im * inverse};
 }
 

@@ -40,6 +40,20 @@ AAPE_FN V fma(V a, V b, V c) {
 #endif
 }
 
+// a / b, not for subnormal b. On a GPU in float by the approximate reciprocal, to 1.5 ulp: an exact one takes ten times the
+// instructions.
+template <class V>
+AAPE_FN V quotient(V a, V b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == 4) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+    return a * inverse;
+  }
+#endif
+  return a / b;
+}
+
 template <class V>
 struct Complex {
   V re, im;
@@ -121,6 +135,12 @@ AAPE_FN V exp(V x) {
 }
 
 template <class V>
+AAPE_FN V sigmoid(V x) {
+  const V one = Math<V>::splat(typename Math<V>::Scalar(1));
+  return quotient<V>(one, one + exp<V>(-x));
+}
+
+template <class V>
 struct SinCos {
   V sin, cos;
 };
@@ -164,7 +184,7 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
   auto [s, c] = sincos<V>(frequency * S(0.5));
   V norm = fma<V>(decay, decay, frequency * frequency);
   typename M::Mask small = norm < S(0.04);
-  const V inverse_norm = M::splat(S(1)) / norm;  // one division for both parts
+  const V inverse_norm = quotient<V>(M::splat(S(1)), norm);  // one division for both parts
   Complex<V> inverse = {decay * inverse_norm, -frequency * inverse_norm};  // 1/Λ
   Complex<V> derivative_top;                               // Λ γ′
   const V one = M::splat(S(1)), minus_twice_s = S(-2) * s;
@@ -177,7 +197,7 @@ AAPE_FN Gain<V> gain(V decay, V frequency, bool even) {
     derivative_top = out.z - out.gamma;
   } else {
     auto [e, em1] = exp_parts<V>(decay * S(-0.5));
-    V half_inverse = S(0.5) / e;
+    V half_inverse = quotient<V>(M::splat(S(0.5)), e);
     V sinh = -em1 * (S(2) + em1) * half_inverse, cosh = fma<V>(e, e, one) * half_inverse;
     V ee = e * e;
     out.z = {ee * fma<V>(minus_twice_s, s, one), ee * (minus_twice_s * c)};

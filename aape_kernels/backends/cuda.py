@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cpu import NATIVE_BUILT
-from .fused import PARTIAL_SUMS, Kernels, Ranges, operations
+from .fused import PARTIAL_SUMS, Adjoint, Kernels, Ranges, operations
 from .native import DTYPE_CODES, load, sizes, view
 
 if TYPE_CHECKING:
@@ -104,18 +104,24 @@ def _place(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
+def _views(value: Any) -> Any:
+    if isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
+        return tuple(map(view, value))
+    return view(value) if isinstance(value, Tensor) else value
+
+
 class CudaKernels(Kernels):
     """Every kernel of one call, through the native module."""
 
     most_states = 32  # lanes of a warp
 
-    def _run(self, op: str, name: str, *arguments: Any) -> None:
-        """Call the module's `name` for the device's current stream, with tensors as pointers and strides."""
+    def _run(self, op: str, name: str, *arguments: Any) -> Any:
+        """Call the module's `name` for the device's current stream, with tensors, and tuples of tensors, as views."""
         native, device = kernels(), self.x.device
-        given = [view(value) if isinstance(value, Tensor) else value for value in arguments]
+        given = [_views(value) for value in arguments]
         with _on(device):
             try:
-                getattr(native, name)(sizes(self.x, self.grid, self.states), *given, _place(device))
+                return getattr(native, name)(sizes(self.x, self.grid, self.states), *given, _place(device))
             except RuntimeError as error:
                 call = f"x {tuple(self.x.shape)} {self.x.dtype} on {device}, {self.states} states, {self.grid}"
                 raise RuntimeError(f"aape::{op}, backend 'cuda': {error} ({call})") from error
@@ -201,12 +207,35 @@ class CudaKernels(Kernels):
         r: Tensor, ranges: Ranges,
     ) -> None:  # fmt: skip
         """Write rows of the operand [patch | features], of hidden (tokens, H) and of r (tokens, 2S)."""
-        wide = [value.to(self.work) for value in (w1, b1, w2, b2, weight)]
         planes = (operand.shape[1] - self.patch) // self.states
+        before, after = (self.quadrature, self.time_major, ranges, self.x), (w1.shape[0], planes)
+        weights, rows = (w1, b1, w2, b2, weight), (operand, hidden, r)
+        if self.x.dtype == torch.bfloat16 and self._run("embed", "warp_stem", *before, weights, rows, *after):
+            return
+        wide = tuple(value.to(self.work) for value in weights)
+        self._run("embed", "stem", *before, wide, rows, *after)
+
+    def adjoint(
+        self, grad: Tensor, weights: tuple[Tensor, ...], hidden: Tensor, r: Tensor, ranges: Ranges, need_y: bool
+    ) -> Adjoint | None:
+        """The backward of one pass, where tensor cores can do it."""
+        if self.x.dtype != torch.bfloat16:
+            return None
+        units, planes = hidden.shape[1], grad.shape[1] // self.states
+        end = self.patch + grad.shape[1]
+        active = -(-(end + 1) // 8) * 8  # whole packs of 16 bytes before and after
+        operand = self.x.new_empty(self.rows, -(-(active + units) // 8) * 8)
+        programs = self._run("embed_backward", "warp_stem_programs", self.quadrature, self.x, operand, units, planes)
+        if not programs:
+            return None
+        encoder = self.x.new_empty(self.rows, 2 * self.states + units)
+        grad_y = self.x.new_empty(self.rows, 2 * self.states, dtype=self.work) if need_y else None
+        partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
         self._run(
-            "embed", "stem", self.quadrature, self.time_major, ranges, self.x, *wide, operand, hidden, r, w1.shape[0],
-            planes,
+            "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges, self.x, weights,
+            (operand, hidden, r), units, planes, (grad, encoder, grad_y, partial), end, active,
         )  # fmt: skip
+        return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial.sum(0))
 
 
 sblu, sblu_backward, embed, embed_backward = operations(CudaKernels)

@@ -18,13 +18,32 @@ from ..geometry import PatchGrid
 from ..reference import working_dtype
 from .gradients import like_inputs
 
-__all__ = ["PARTIAL_SUMS", "Kernels", "Operations", "Ranges", "operations"]
+__all__ = ["PARTIAL_SUMS", "Adjoint", "Kernels", "Operations", "Ranges", "operations"]
 
 # Most programs whose partial sums of the weight's gradient are added up afterwards.
 PARTIAL_SUMS = 512
 
 # The decay's low end and log ratio, the band's low end and width: where decay and frequency are logits.
 Ranges = tuple[float, float, float, float]
+
+
+class Adjoint(NamedTuple):
+    """What one pass of a stem's backward leaves to matrix products.
+
+    Attributes:
+        operand: Rows [patch | features | 1 0 … | SiLU(hidden)], in x's dtype.
+        one, active: The columns where the ones and SiLU(hidden) begin.
+        encoder: Rows [∂r | ∂hidden], in x's dtype.
+        grad_y: The cotangent of y (tokens, 2S), in the arithmetic's dtype, if asked for.
+        weight: The gradient of the projection (S, C·P_f), in the arithmetic's dtype.
+    """
+
+    operand: Tensor
+    one: int
+    active: int
+    encoder: Tensor
+    grad_y: Tensor | None
+    weight: Tensor
 
 
 class Kernels:
@@ -107,6 +126,13 @@ class Kernels:
         planes as its width leaves room for; none for the patches alone. w1 is (H, C·P_f·P_t)."""
         raise NotImplementedError
 
+    def adjoint(
+        self, grad: Tensor, weights: tuple[Tensor, ...], hidden: Tensor, r: Tensor, ranges: Ranges, need_y: bool
+    ) -> Adjoint | None:
+        """The stem's backward in one pass, from the features' cotangent, rows in x's dtype; None where a backend has no
+        such kernel for this call. weights: w1, b1, w2, b2 and the projection."""
+        return None
+
     def features(
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges,
         grad: Tensor | None = None,
@@ -181,8 +207,8 @@ def operations(kernels: type[Kernels]) -> Operations:
         r = x.new_empty(call.rows, 2 * states, dtype=call.work)
         hidden = x.new_empty(call.rows, w1.shape[0], dtype=call.work)
         if call.rows:
-            encoder = (_weight_rows(w1), b1.contiguous(), w2.contiguous(), b2.contiguous())
-            weight, ranges = _weight_rows(sblu_w), _ranges(decay, band)
+            *encoder, weight = _stem_weights(w1, b1, w2, b2, sblu_w)
+            ranges = _ranges(decay, band)
             at_once = planes == 2 or states <= call.most_states
             call.prologue(*encoder, weight, operand if at_once else operand[:, : call.patch], hidden, r, ranges)
             if not at_once:
@@ -219,6 +245,10 @@ def _weight_rows(weight: Tensor) -> Tensor:
     return weight.flatten(1).contiguous()
 
 
+def _stem_weights(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sblu_w: Tensor) -> tuple[Tensor, ...]:
+    return _weight_rows(w1), b1.contiguous(), w2.contiguous(), b2.contiguous(), _weight_rows(sblu_w)
+
+
 def _ranges(decay: list[float], band: list[float]) -> Ranges:
     return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
 
@@ -236,13 +266,21 @@ def _stem_gradients(
     got: dict[str, Tensor] = {}
 
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
-    weight = _weight_rows(sblu_w)
+    *encoder, weight = _stem_weights(*(inputs[name] for name in ("w1", "b1", "w2", "b2", "sblu_w")))
     planes = inputs["fusion_w"].shape[1]
     operand = x.new_empty(call.rows, patch + planes * states, dtype=out) if need_product else None  # [patch | features]
     features = None if operand is None else operand[:, patch:]
     grad_y = grad_hidden = None
     if need_logits or "sblu_w" in wanted:
         rows = flat @ inputs["fusion_w"].to(out).flatten(1)
+        at_once = call.adjoint(rows, (*encoder, weight), hidden, r, ranges, "x" in wanted) if out == x.dtype else None
+        if at_once is not None:
+            got = _products(at_once, flat, wanted, call, planes)
+            if "x" in wanted and at_once.grad_y is not None:
+                grad_hidden = at_once.encoder[:, 2 * states :].to(call.work)
+                grad_y = call.by_token(at_once.grad_y.view(-1, 2, states))
+                got["x"] = _grad_x(call, flat, proj_w, grad_hidden, w1, grad_y, decay, frequency, weight, ranges)
+            return got
         if planes != 2:  # back through n, which takes y of all states: features come with it
             rows, features = call.features(decay, frequency, weight, features, ranges, rows), None
         grad_y = call.by_token(rows.view(-1, 2, states))
@@ -273,9 +311,31 @@ def _stem_gradients(
                 call.gather(operand)
             got["w1"] = grad_hidden.t() @ operand[:, :patch]
         if "x" in wanted and grad_y is not None:
-            windows = (flat @ proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)
-            grad_x = x.new_empty(x.shape, dtype=call.work)
-            call.overlap_add(windows, grad_x)
-            call.grad_x(grad_y, decay, frequency, weight, grad_x, ranges, add=True)
-            got["x"] = grad_x
+            got["x"] = _grad_x(call, flat, proj_w, grad_hidden, w1, grad_y, decay, frequency, weight, ranges)
+    return got
+
+
+def _grad_x(
+    call: Kernels, flat: Tensor, proj_w: Tensor, grad_hidden: Tensor, w1: Tensor, grad_y: Tensor, decay: Tensor,
+    frequency: Tensor, weight: Tensor, ranges: Ranges,
+) -> Tensor:  # fmt: skip
+    """Through the patches, which projection and encoder read, and through the windows."""
+    windows = (flat @ proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)
+    grad_x = call.x.new_empty(call.x.shape, dtype=call.work)
+    call.overlap_add(windows, grad_x)
+    call.grad_x(grad_y, decay, frequency, weight, grad_x, ranges, add=True)
+    return grad_x
+
+
+def _products(adjoint: Adjoint, flat: Tensor, wanted: set[str], call: Kernels, planes: int) -> dict[str, Tensor]:
+    """The gradients of all weights, biases by the column of ones."""
+    got, logits, patch = {"sblu_w": adjoint.weight}, 2 * call.states, slice(call.patch)
+    if wanted & {"proj_w", "proj_b", "fusion_w"}:
+        product = flat.t() @ adjoint.operand[:, : adjoint.active]
+        features = slice(call.patch, call.patch + planes * call.states)
+        got |= {"proj_w": product[:, patch], "fusion_w": product[:, features], "proj_b": product[:, adjoint.one]}
+    if wanted & {"w1", "b1", "w2", "b2"}:
+        product = adjoint.encoder.t() @ adjoint.operand
+        got |= {"w1": product[logits:, patch], "b1": product[logits:, adjoint.one]}
+        got |= {"w2": product[:logits, adjoint.active :], "b2": product[:logits, adjoint.one]}
     return got

@@ -30,6 +30,14 @@ int64_t tile_tokens(const Grid& grid, DType x);
 
 void overlap_add(const OverlapAddCall& call, void* stream);
 void stem(const StemCall& call, void* stream);
+
+// The same where tensor cores can do it, weights and biases in a type of their own: false, and nothing done, where not.
+bool warp_stem(const StemCall& call, void* stream);
+
+// Its backward, and the programs whose partial sums there will be; none where it cannot be used.
+void warp_stem_backward(const StemGradientCall& call, void* stream);
+int64_t warp_stem_programs(const StemCall& call);
+
 void gather(const GatherCall& call, void* stream);
 
 // What stands between this process and a GPU; without a driver `error` says so and the rest is empty.

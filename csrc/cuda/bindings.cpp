@@ -90,26 +90,61 @@ void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py:
   on(Place(place), [&](void* stream) { overlap_add(call, stream); });
 }
 
-void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-             const py::object& x, const py::object& w1, const py::object& b1, const py::object& w2,
-             const py::object& b2, const py::object& weight, const py::object& operand, const py::object& hidden,
-             const py::object& r, int64_t hidden_units, int64_t planes, const py::tuple& place) {
-  StemCall call;
+// What the stem's calls share: x, then w1, b1, w2, b2 and the SBLU's weight, then operand, hidden and r.
+void set_stem(StemCall& call, const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+              const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+              int64_t planes) {
   call.grid = grid(sizes, quadrature);
   call.time_major = time_major;
   call.ranges = ranges(logit_ranges);
   call.x = view(x);
-  call.w1 = view(w1);
-  call.b1 = view(b1);
-  call.w2 = view(w2);
-  call.b2 = view(b2);
-  call.weight = view(weight);
-  call.operand = view(operand);
-  call.hidden = view(hidden);
-  call.r = view(r);
+  views(weights, {&call.w1, &call.b1, &call.w2, &call.b2, &call.weight});
+  views(rows, {&call.operand, &call.hidden, &call.r});
   call.hidden_units = hidden_units;
   call.planes = planes;
+}
+
+void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+             const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units, int64_t planes,
+             const py::tuple& place) {
+  StemCall call;
+  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
   on(Place(place), [&](void* stream) { stem(call, stream); });
+}
+
+bool py_warp_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+                  const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+                  int64_t planes, const py::tuple& place) {
+  StemCall call;
+  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
+  bool done = false;
+  on(Place(place), [&](void* stream) { done = warp_stem(call, stream); });
+  return done;
+}
+
+int64_t py_warp_stem_programs(const py::tuple& sizes, bool quadrature, const py::object& x, const py::object& operand,
+                              int64_t hidden_units, int64_t planes, const py::tuple& place) {
+  StemCall call;
+  call.grid = grid(sizes, quadrature);
+  call.x = view(x);
+  call.operand = view(operand);
+  call.hidden_units = hidden_units;
+  call.planes = planes;
+  int64_t programs = 0;
+  on(Place(place), [&](void*) { programs = warp_stem_programs(call); });
+  return programs;
+}
+
+void py_warp_stem_backward(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+                           const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+                           int64_t planes, const py::tuple& gradients, int64_t one, int64_t active,
+                           const py::tuple& place) {
+  StemGradientCall call;
+  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
+  views(gradients, {&call.grad, &call.grad_encoder, &call.grad_y, &call.partial});
+  call.one = one;
+  call.active = active;
+  on(Place(place), [&](void* stream) { warp_stem_backward(call, stream); });
 }
 
 void py_gather(const py::tuple& sizes, const py::object& x, const py::object& patches, const py::tuple& place) {
@@ -134,6 +169,9 @@ void bind(py::module_& module) {
   module.def("sblu_backward_windows", &py_windows);
   module.def("overlap_add", &py_overlap_add);
   module.def("stem", &py_stem);
+  module.def("warp_stem", &py_warp_stem);
+  module.def("warp_stem_programs", &py_warp_stem_programs);
+  module.def("warp_stem_backward", &py_warp_stem_backward);
   module.def("gather", &py_gather);
   module.def("tile_tokens", &py_tile_tokens);
 }

@@ -31,14 +31,22 @@ inline void check(cudaError_t status, const char* operation) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(operation) + ": " + cudaGetErrorString(status));
 }
 
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&value, which, device), "device");
+  return value;
+}
+// The bytes of shared memory that a block can have.
+inline size_t shared_limit() { return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
 // More than 48 KB of shared memory is only had by asking.
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
   if (bytes <= 48 * 1024) return;
-  int device = 0, most = 0;
-  check(cudaGetDevice(&device), operation);
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), operation);
-  if (bytes > size_t(most)) {
+  const size_t most = shared_limit();
+  if (bytes > most) {
     throw std::runtime_error(std::string(operation) + ": window: expected one whose frames fit into " +
                              std::to_string(most) + " bytes of shared memory, got " + std::to_string(bytes));
   }
@@ -67,16 +75,22 @@ struct ScalarMath {
   using Scalar = T;
   using Mask = bool;
   static constexpr bool kDouble = sizeof(T) == 8;
+  static constexpr int kMantissa = kDouble ? 52 : 23;  // bits
+  using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
   static AAPE_FN T splat(T value) { return value; }
   static AAPE_FN T select(bool mask, T a, T b) { return mask ? a : b; }
   static AAPE_FN T round(T x) { return kDouble ? T(rint(double(x))) : T(rintf(float(x))); }
   static AAPE_FN T floor(T x) { return kDouble ? T(::floor(double(x))) : T(floorf(float(x))); }
-  static AAPE_FN T exp2(T n) { return kDouble ? T(ldexp(1.0, int(n))) : T(ldexpf(1.0f, int(n))); }
+  // of a whole number, for results that are normal numbers
+  static AAPE_FN T exp2(T n) {
+    Bits bits = (Bits(n) + (kDouble ? 1023 : 127)) << kMantissa;
+    T power;
+    memcpy(&power, &bits, sizeof(T));
+    return power;
+  }
   static AAPE_FN T sqrt(T x) { return kDouble ? T(::sqrt(double(x))) : T(sqrtf(float(x))); }
   // x = 2^exponent · result, the result from √½ to √2; for positive normal x
   static AAPE_FN T split(T x, T& exponent) {
-    using Bits = std::conditional_t<kDouble, int64_t, int32_t>;
-    constexpr int kMantissa = kDouble ? 52 : 23;
     const T least = T(0.70710678118654752440);
     Bits bits, from;
     memcpy(&bits, &x, sizeof(T));
@@ -121,7 +135,7 @@ template <class T>
 using Quad = Pack<T, 4>;
 
 template <class P, class T>
-AAPE_DEVICE bool aligned(const T* address) {
+AAPE_FN bool aligned(const T* address) {
   return reinterpret_cast<uintptr_t>(address) % alignof(P) == 0;
 }
 template <class P, class T>

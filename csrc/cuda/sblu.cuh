@@ -24,6 +24,11 @@ struct Squash {
   T decay_low, decay_log_ratio, band_low, band_width;
 };
 
+template <class T>
+Squash<T> squash_of(const Ranges& ranges) {
+  return {ranges.logits, T(ranges.decay_low), T(ranges.decay_log_ratio), T(ranges.band_low), T(ranges.band_width)};
+}
+
 // Pointers, sizes and element strides of one call. decay and frequency (B, N_f, N_t, S) of one set of strides; weight
 // (S, C·P_f) contiguous, in the arithmetic's type T. IO is x's type, or AnyFloat.
 template <class T, class IO, class I>
@@ -82,8 +87,7 @@ template <class T, class IO, class I>
 SbluParams<T, IO, I> params(const SbluCall& call) {
   SbluParams<T, IO, I> p = {};
   p.grid = narrowed<I>(call.grid);
-  p.squash = {call.ranges.logits, T(call.ranges.decay_low), T(call.ranges.decay_log_ratio), T(call.ranges.band_low),
-              T(call.ranges.band_width)};
+  p.squash = squash_of<T>(call.ranges);
   const int64_t tile = tile_of(call.grid, sizeof(T));
   p.tile = I(tile);
   p.columns = columns_of(call.grid, tile);
@@ -274,20 +278,35 @@ struct State {
   T decay, frequency, decay_slope, frequency_slope;
 };
 
-template <class T, class IO, class I>
-AAPE_DEVICE State<T> load_state(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, I s) {
-  const I at = t.b * p.state_stride[0] + t.i * p.state_stride[1] + j * p.state_stride[2] + s * p.state_stride[3];
-  State<T> state = {p.decay[at], p.frequency[at], T(1), T(1)};
-  if (p.squash.logits) {
-    T share = T(1) / (T(1) + exp<T>(-state.decay));
-    state.decay = p.squash.decay_low * exp<T>(share * p.squash.decay_log_ratio);
-    state.decay_slope = state.decay * p.squash.decay_log_ratio * share * (T(1) - share);
-    share = T(1) / (T(1) + exp<T>(-state.frequency));
-    state.frequency = fma(p.squash.band_width, share, p.squash.band_low);
-    state.frequency_slope = p.squash.band_width * share * (T(1) - share);
+template <class T>
+AAPE_DEVICE State<T> state_of(const Squash<T>& squash, T decay, T frequency) {
+  State<T> state = {decay, frequency, T(1), T(1)};
+  if (squash.logits) {
+    T share = sigmoid<T>(decay);
+    state.decay = squash.decay_low * exp<T>(share * squash.decay_log_ratio);
+    state.decay_slope = state.decay * squash.decay_log_ratio * share * (T(1) - share);
+    share = sigmoid<T>(frequency);
+    state.frequency = fma(squash.band_width, share, squash.band_low);
+    state.frequency_slope = squash.band_width * share * (T(1) - share);
   }
   return state;
 }
+
+template <class T, class IO, class I>
+AAPE_DEVICE State<T> load_state(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, I s) {
+  const I at = t.b * p.state_stride[0] + t.i * p.state_stride[1] + j * p.state_stride[2] + s * p.state_stride[3];
+  return state_of(p.squash, p.decay[at], p.frequency[at]);
+}
+
+// A polynomial and its slope dP/dz, one step of the Horner run that carries both.
+template <class T>
+struct Jet {
+  Complex<T> value = {0, 0}, slope = {0, 0};
+  AAPE_DEVICE void add(const Complex<T>& z, T w) {
+    slope = step<T>(slope, z, value);
+    value = step<T>(value, z, w);
+  }
+};
 
 // The parity as a constant on both ways, so that the series' terms are constants too.
 template <class T, bool kDerivative>

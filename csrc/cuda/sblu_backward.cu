@@ -15,16 +15,6 @@ AAPE_DEVICE Complex<T> load_grad(const SbluParams<T, IO, I>& p, const Tile<I>& t
   return {load<T>(p.grad, at), load<T>(p.grad, at + p.grad_stride[3])};
 }
 
-// A polynomial and its slope dP/dz, one step of the Horner run that carries both.
-template <class T>
-struct Jet {
-  Complex<T> value = {0, 0}, slope = {0, 0};
-  AAPE_DEVICE void add(const Complex<T>& z, T w) {
-    slope = step<T>(slope, z, value);
-    value = step<T>(value, z, w);
-  }
-};
-
 // D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz)
 template <class Path, class T, class IO, class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_states_kernel(const SbluParams<T, IO, I> p) {

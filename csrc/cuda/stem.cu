@@ -150,7 +150,7 @@ AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* a
       if (at.row[token] < 0) return Quad<T>{};
       Quad<T> value = load_row<T, I>(p.hidden, at.row[token], at.row[token] + 1, h, units);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) value.at[k] = value.at[k] / (T(1) + exp<T>(-value.at[k]));  // SiLU
+      for (int k = 0; k < 4; ++k) value.at[k] *= sigmoid<T>(value.at[k]);  // SiLU
       return value;
     };
     const auto weight = [&](int column, int h) { return load_row<T, I>(p.w2, c + column, logits, h, units); };

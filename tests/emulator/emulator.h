@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +27,7 @@ struct dim3 {
 namespace aape {
 namespace emulator {
 constexpr unsigned kWarp = 32;  // lanes
+using Words = std::array<uint64_t, 3>;  // what a lane shows to the others
 }
 }  // namespace aape
 
@@ -83,11 +85,17 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   using namespace aape::emulator;
   if (mask != 0xFFFFFFFFu) throw std::invalid_argument("a shuffle of a part of a warp");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = current()->exchange(bits, thread_number() % kWarp ^ unsigned(distance));
-  std::memcpy(&value, &bits, sizeof(T));
+  Words mine = {};
+  std::memcpy(mine.data(), &value, sizeof(T));
+  current()->meet(mine, [&](auto words_of) {
+    const Words other = words_of(thread_number() % kWarp ^ unsigned(distance));
+    std::memcpy(&value, other.data(), sizeof(T));
+  });
   return value;
+}
+
+inline void __syncwarp() {
+  aape::emulator::current()->meet({}, [](auto) {});
 }
 #define blockIdx (aape::emulator::current()->index)
 #define blockDim (aape::emulator::current()->block)
@@ -97,6 +105,12 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 #define AAPE_DYN_SHARED(name) unsigned char* name = aape::emulator::current()->shared.get()
 #define AAPE_LAUNCH(operation, kernel, grid, block, shared, stream, ...) \
   (static_cast<void>(stream), aape::emulator::launch(kernel, grid, block, shared, __VA_ARGS__))
+
+// Those of an H100, and fewer multiprocessors than most tests have tiles.
+namespace aape {
+inline size_t shared_limit() { return 227 * 1024; }
+inline int multiprocessors() { return 2; }
+}  // namespace aape
 
 // The 16-bit types, as cuda_bf16.h and cuda_fp16.h have them.
 namespace aape {

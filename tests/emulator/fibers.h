@@ -68,13 +68,14 @@ class Block {
   // __syncthreads: back to the scheduler, until every thread has been here.
   void barrier() { wait(State::kAtBarrier); }
 
-  // A shuffle: every lane of the warp leaves its bits, and takes those of lane `from` when all have been here. Two places
-  // a lane in turn: whoever writes to one again has met all lanes since, so that everyone has read it.
-  uint64_t exchange(uint64_t bits, unsigned from) {
+  // What a warp does together: every lane leaves its words, and read(words_of) sees those of any lane when all have been
+  // here. Two places a lane in turn: whoever writes to one again has met all lanes since, so that everyone has read it.
+  template <class Read>
+  void meet(const Words& words, Read read) {
     const unsigned lane = running % kWarp, warp = running - lane, place = fibers_[running]->shuffles++ % 2;
-    fibers_[running]->given[place] = bits;
+    fibers_[running]->given[place] = words;
     wait(State::kAtShuffle);
-    return fibers_[warp + from]->given[place];
+    read([&](unsigned from) { return fibers_[warp + from]->given[place]; });
   }
 
  private:
@@ -84,7 +85,7 @@ class Block {
     std::vector<unsigned char> stack = std::vector<unsigned char>(256 * 1024);
     State state = State::kReady;
     unsigned shuffles = 0;
-    uint64_t given[2] = {0, 0};
+    Words given[2] = {};
   };
 
   void wait(State state) {

@@ -31,7 +31,7 @@ class Block {
     std::vector<std::unique_ptr<std::barrier<>>> warps;
     for (unsigned k = 0; k < count; k += kWarp) warps.push_back(std::make_unique<std::barrier<>>(kWarp));
     warps_ = warps.data();
-    given_.assign(2 * count, 0);
+    given_.assign(2 * count, {});
     running_block = this;
     std::vector<std::thread> threads;
     for (unsigned k = 0; k < count; ++k) {
@@ -48,19 +48,20 @@ class Block {
 
   void barrier() { barrier_->arrive_and_wait(); }
 
-  // A shuffle, as in fibers.h. It orders what the warp's lanes do with memory, as one on a GPU need not.
-  uint64_t exchange(uint64_t bits, unsigned from) {
+  // As in fibers.h. It orders what the warp's lanes do with memory, as a shuffle on a GPU need not.
+  template <class Read>
+  void meet(const Words& words, Read read) {
     const unsigned lane = running_thread % kWarp, warp = running_thread - lane, place = shuffles++ % 2;
-    given_[2 * running_thread + place] = bits;
+    given_[2 * running_thread + place] = words;
     warps_[warp / kWarp]->arrive_and_wait();
-    return given_[2 * (warp + from) + place];
+    read([&](unsigned from) { return given_[2 * (warp + from) + place]; });
   }
 
  private:
   static inline thread_local unsigned shuffles = 0;
   std::barrier<>* barrier_ = nullptr;
   std::unique_ptr<std::barrier<>>* warps_ = nullptr;
-  std::vector<uint64_t> given_;
+  std::vector<Words> given_;
 };
 
 }  // namespace emulator

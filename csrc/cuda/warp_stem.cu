@@ -1,0 +1,174 @@
+// The stem's prologue in bfloat16 on tensor cores: Lambda Encoder, SBLU and the operand [patch | features].
+
+#include "api.h"
+#include "warp_stem.cuh"
+
+namespace aape {
+namespace cuda {
+
+// A block's right factors, and a warp's lines behind them.
+template <class S>
+struct ForwardShared {
+  Weights *projection, *w2, *w1;  // w1 last: it is as long as the patch
+  float *b1, *b2;                 // padded with zeros
+  BFloat16* lines;
+
+  static constexpr int kProjection = S::kStateTiles, kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
+  static constexpr int kBiases = S::kHidden + 2 * S::kStates;
+
+  static AAPE_FN size_t common_bytes(int patch) {
+    return (kProjection + kW2 + size_t(patch) * S::kHiddenTiles) * 32 * sizeof(Weights) + kBiases * sizeof(float);
+  }
+
+  AAPE_DEVICE ForwardShared(const WarpStemParams<S>& p, unsigned char* memory)
+      : projection(reinterpret_cast<Weights*>(memory)),
+        w2(projection + kProjection * 32),
+        w1(w2 + kW2 * 32),
+        b1(reinterpret_cast<float*>(w1 + p.line.patch() * S::kHiddenTiles * 32)),
+        b2(b1 + S::kHidden),
+        lines(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
+};
+
+template <class S>
+AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
+  const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
+  fill_projection(p, m.projection);
+  fill_rights(m.w1, patch * S::kHiddenTiles, [&](int tile, int row, int column) {
+    const int h = tile % S::kHiddenTiles * 8 + column, frame = tile / S::kHiddenTiles;
+    return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
+  });
+  // logits of decays, then of frequencies
+  fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
+    const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
+    const int s = of % S::kStateTiles * 8 + column, part = of / S::kStateTiles;
+    return s < states && h < units ? load<float>(p.w2, (part * states + s) * units + h) : 0.0f;
+  });
+  for (int k = threadIdx.x; k < S::kHidden; k += blockDim.x) m.b1[k] = k < units ? load<float>(p.b1, k) : 0.0f;
+  for (int k = threadIdx.x; k < 2 * S::kStates; k += blockDim.x) {
+    const int s = k % S::kStates;
+    m.b2[k] = s < states ? load<float>(p.b2, k / S::kStates * states + s) : 0.0f;
+  }
+}
+
+AAPE_DEVICE void set_bias(Sums& sum, const float* bias) {
+  const auto two = load_pack<Pack<float, 2>>(bias + threadIdx.x % 4 * 2);
+  sum.at[0] = sum.at[2] = two.at[0];
+  sum.at[1] = sum.at[3] = two.at[1];
+}
+
+// hidden = W1 · vec(patch) + b1, kept in memory; SiLU of it for the second layer.
+template <class S>
+AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
+                             Split<Left> (&active)[S::kHiddenSteps]) {
+  Sums hidden[S::kHiddenTiles];
+#pragma unroll
+  for (int n = 0; n < S::kHiddenTiles; ++n) set_bias(hidden[n], m.b1 + n * 8);
+#pragma unroll 4
+  for (int f = 0; f < p.line.patch(); ++f) {
+    const Left pixels = load_left(frame_of(p, m.lines, p.line.patch_first() + f));
+#pragma unroll
+    for (int n = 0; n < S::kHiddenTiles; ++n) {
+      multiply(hidden[n], pixels, load_right(m.w1 + (f * S::kHiddenTiles + n) * 32));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < S::kHiddenTiles; ++n) {
+    each_pair(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
+      store_two(p.hidden + int64_t(at.row(h)) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
+    });
+#pragma unroll
+    for (float& value : hidden[n].at) value *= sigmoid<float>(value);
+    set_half(active[n / 2], n, hidden[n]);
+  }
+}
+
+// The logits of decays and frequencies, r = W2 · SiLU(hidden) + b2.
+template <class S>
+AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
+                              const Split<Left> (&active)[S::kHiddenSteps], Sums (&logits)[2][S::kStateTiles]) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part)
+#pragma unroll
+    for (int n = 0; n < S::kStateTiles; ++n) {
+      Sums& sum = logits[part][n];
+      set_bias(sum, m.b2 + part * S::kStates + n * 8);
+#pragma unroll
+      for (int k = 0; k < S::kHiddenSteps; ++k) {
+        multiply(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * 32));
+      }
+      each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+        float* r = p.r + (int64_t(at.row(h)) * 2 + part) * p.grid.states + s;
+        store_two(r, sum.at[k], sum.at[k + 1], two);
+      });
+    }
+}
+
+// y of states 8n …: Horner's rule on the windows, projected on the way.
+template <class S>
+AAPE_DEVICE void respond(const WarpStemParams<S>& p, const ForwardShared<S>& m, int n, const Sums& decay,
+                         const Sums& frequency, Complex<float> (&y)[4]) {
+  const Split<Right> weight = load_right(m.projection + n * 32);
+  Gain<float> gains[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const State<float> state = state_of(p.squash, decay.at[k], frequency.at[k]);
+    gains[k] = gain<float, false>(state.decay, state.frequency, true);
+  }
+  Complex<float> plus[4] = {}, minus[4] = {};
+#pragma unroll 2
+  for (int f = 0; f < p.line.window() / 2; ++f) {
+    Sums left, right;
+    project(p, m.lines, weight, f, left, right);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      plus[k] = step<float>(plus[k], gains[k].z, right.at[k] + left.at[k]);
+      minus[k] = step<float>(minus[k], gains[k].z, right.at[k] - left.at[k]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) y[k] = response(gains[k].gamma, plus[k], minus[k], true);
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(const WarpStemParams<S> p) {
+  AAPE_DYN_SHARED(memory);
+  const ForwardShared<S> m(p, memory);
+  fill(p, m);
+  __syncthreads();
+  each_tile(p, [&](int tile) {
+    const TwoTokens at = tokens_at(p, tile);
+    load_lines(p, at, m.lines);
+    __syncwarp();
+    Sums logits[2][S::kStateTiles];
+    {
+      Split<Left> active[S::kHiddenSteps];
+      first_layer(p, at, m, active);
+      second_layer(p, at, m, active, logits);
+    }
+    Complex<float> y[S::kStateTiles][4];
+#pragma unroll
+    for (int n = 0; n < S::kStateTiles; ++n) respond(p, m, n, logits[0][n], logits[1][n], y[n]);
+    Levels<S> levels;
+    if (p.planes != 2) levels.set(y, p.grid.states);
+    store_planes(p, at, y, levels);
+    __syncwarp();  // before the lines are written again
+  });
+}
+
+template <class S>
+bool launch_warp_stem(const StemCall& call, void* stream) {
+  const WarpStemParams<S> p = warp_stem_params<S>(call);
+  const Launch launch = launch_of(p.tokens, S::kMostWarps, ForwardShared<S>::common_bytes(int(call.grid.patch_t)),
+                                  lines_bytes(p.line));
+  if (launch.warps < kLeastWarps) return false;
+  AAPE_LAUNCH("embed", (warp_stem_kernel<S>), dim3(unsigned(launch.blocks)), dim3(unsigned(launch.warps * kLanes)),
+              launch.shared, stream, p);
+  return true;
+}
+
+bool warp_stem(const StemCall& call, void* stream) {
+  return with_sizes(call, [&](auto sizes) { return launch_warp_stem<decltype(sizes)>(call, stream); });
+}
+
+}  // namespace cuda
+}  // namespace aape

@@ -1,0 +1,341 @@
+// The stem of bfloat16 on tensor cores, 16 tokens a warp: what its forward and its backward share.
+//
+// A warp has the pixels under its tokens in shared memory, turned: [token][frame][row], so that the 16 rows of one frame are
+// a left factor (tokens × rows). Encoder and projection are then products frame by frame, and their sums stay in registers:
+// of tokens g and g + 8 a lane has the states (or units) 8n + 2c and 8n + 2c + 1. Warps need nothing of each other.
+
+#pragma once
+
+#include "products.cuh"
+#include "sblu.cuh"
+
+namespace aape {
+namespace cuda {
+
+constexpr int kTokensOfWarp = 16;
+constexpr int kRows = 16;  // C · P_f, at the most
+
+// Of the compiled kernels: states and hidden units, at the most, and the warps of a block, for which registers suffice.
+template <int kStates_, int kHidden_, int kWarps_, bool kUsual_>
+struct Sizes {
+  static constexpr int kStateTiles = kStates_ / 8, kHiddenTiles = kHidden_ / 8, kMostWarps = kWarps_;
+  static constexpr int kStates = kStates_, kHidden = kHidden_;
+  static constexpr int kLogitSteps = 2 * kStates_ / 16, kHiddenSteps = kHidden_ / 16;  // of products over them
+  // patch and window are the same 16 frames of 16 rows, everything is where 16 bytes can be moved at once
+  static constexpr bool kUsual = kUsual_;
+};
+
+// A token's line of frames: those of patch and window. Frames are counted from its first one.
+template <bool kUsual>
+struct Line {
+  int frames_, patch_, patch_first_, window_, window_first_;
+  int start;  // the first frame, from the patch's
+  AAPE_DEVICE int frames() const { return kUsual ? 16 : frames_; }
+  AAPE_DEVICE int patch() const { return kUsual ? 16 : patch_; }
+  AAPE_DEVICE int patch_first() const { return kUsual ? 0 : patch_first_; }
+  AAPE_DEVICE int window() const { return kUsual ? 16 : window_; }
+  AAPE_DEVICE int window_first() const { return kUsual ? 0 : window_first_; }
+  // in elements, between two tokens: by 16 bytes more than they need, eight rows of a product are in different banks
+  AAPE_DEVICE int pitch() const { return frames() * kRows + 8; }
+};
+
+template <class S>
+struct WarpStemParams {
+  GridOf<int> grid;
+  Line<S::kUsual> line;
+  int tokens, hidden_units, planes, row_step;
+  bool time_major;
+  const BFloat16* x;
+  int x_stride[4];
+  Squash<float> squash;
+  Values w1, b1, w2, b2, weight;
+  BFloat16* operand;
+  float *hidden, *r;  // written by the forward, read by the backward
+  // of the backward
+  Values grad;             // the features' cotangent, (tokens, planes · S)
+  int one, active;         // the operand's columns of ones and of SiLU(hidden)
+  BFloat16* grad_encoder;  // (tokens, 2S + H): cotangents of r and of hidden
+  float* grad_y;           // (tokens, 2S), or null
+  float* partial;          // (blocks, S, C · P_f)
+
+  AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
+  AAPE_DEVICE int length() const { return rows() * line.patch(); }
+};
+
+// A lane's two tokens, g and g + 8 of the warp's.
+struct TwoTokens {
+  int first, count;  // g's row of the operand; all rows
+  AAPE_DEVICE int row(int h) const { return first + 8 * h; }
+  AAPE_DEVICE bool there(int h) const { return row(h) < count; }
+};
+
+template <class S>
+AAPE_DEVICE TwoTokens tokens_at(const WarpStemParams<S>& p, int tile) {
+  return {tile * kTokensOfWarp + int(threadIdx.x % kLanes / 4), p.tokens};
+}
+
+// Where the line of a token begins: the first pixel's offset, and the clip's frame.
+struct Start {
+  int pixel, frame;
+};
+
+template <class S>
+AAPE_DEVICE Start start_of(const WarpStemParams<S>& p, int token) {
+  const unsigned n_f = unsigned(p.grid.n_f), n_t = unsigned(p.grid.n_t), row = unsigned(token);
+  const unsigned i = p.time_major ? row % n_f : row / n_t % n_f, j = p.time_major ? row / n_f % n_t : row % n_t;
+  const int b = int(row / (n_f * n_t)), frame = int(j) * p.grid.stride_t + p.line.start;
+  return {b * p.x_stride[0] + int(i) * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
+}
+
+// The warp's lines of x -> shared memory, and the patches -> the operand. Lanes are two rows of one token: their eight
+// tokens by four pairs of rows are in different banks when they are stored.
+template <class S>
+AAPE_DEVICE void load_lines(const WarpStemParams<S>& p, const TwoTokens& at, BFloat16* lines) {
+  const int lane = threadIdx.x % kLanes, rows = p.rows(), patch_f = p.grid.patch_f;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t* line = reinterpret_cast<uint32_t*>(lines + (lane / 4 + 8 * h) * p.line.pitch());
+    const Start start = start_of(p, at.there(h) ? at.row(h) : 0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int q = lane % 4 * 2 + 8 * half;
+      const BFloat16* from[2];
+      bool inside[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int row = q + n;
+        inside[n] = at.there(h) && row < rows;
+        from[n] = p.x + start.pixel;
+        if (inside[n]) from[n] += S::kUsual ? row * p.x_stride[2]
+                                            : row / patch_f * p.x_stride[1] + row % patch_f * p.x_stride[2];
+      }
+      if constexpr (S::kUsual) {
+        using Eight = Pack<uint32_t, 4>;
+        Eight two[2][2] = {};
+        BFloat16* to = p.operand + int64_t(at.row(h)) * p.row_step + q * 16;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (inside[n / 2]) two[n / 2][n % 2] = load_pack<Eight>(from[n / 2] + n % 2 * 8);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (inside[n / 2]) store_pack(to + n * 8, two[n / 2][n % 2]);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const uint32_t upper = two[0][k / 4].at[k % 4], lower = two[1][k / 4].at[k % 4];
+          line[(2 * k) * (kRows / 2) + q / 2] = (upper & 0xFFFFu) | lower << 16;
+          line[(2 * k + 1) * (kRows / 2) + q / 2] = upper >> 16 | (lower & 0xFFFF0000u);
+        }
+      } else {
+        for (int f = 0; f < p.line.frames(); ++f) {
+          const int frame = start.frame + f, of_patch = f - p.line.patch_first();
+          uint16_t two[2] = {0, 0};
+          for (int n = 0; n < 2; ++n) {
+            if (!inside[n] || frame < 0 || frame >= p.grid.frames) continue;
+            const BFloat16 value = from[n][f * p.x_stride[3]];
+            if (of_patch >= 0 && of_patch < p.line.patch()) {
+              p.operand[int64_t(at.row(h)) * p.row_step + (q + n) * p.line.patch() + of_patch] = value;
+            }
+            memcpy(&two[n], &value, 2);
+          }
+          line[f * (kRows / 2) + q / 2] = two[0] | uint32_t(two[1]) << 16;
+        }
+      }
+    }
+  }
+}
+
+// The address that this lane names for the 16 × 16 of a frame.
+template <class S>
+AAPE_DEVICE const BFloat16* frame_of(const WarpStemParams<S>& p, const BFloat16* lines, int frame) {
+  const int lane = threadIdx.x % kLanes;
+  return lines + lane % 16 * p.line.pitch() + lane / 16 * 8 + frame * kRows;
+}
+
+// The SBLU's projection (rows × states), as right factors: one for every eight states.
+template <class S>
+AAPE_DEVICE void fill_projection(const WarpStemParams<S>& p, Weights* to) {
+  const int rows = p.rows();
+  fill_rights(to, S::kStateTiles, [&](int tile, int row, int column) {
+    const int s = tile * 8 + column;
+    return row < rows && s < p.grid.states ? load<float>(p.weight, s * rows + row) : 0.0f;
+  });
+}
+
+// u of the frames m and K − 1 − m of the windows, for states 8n …
+template <class S>
+AAPE_DEVICE void project(const WarpStemParams<S>& p, const BFloat16* lines, const Split<Right>& weight, int m,
+                         Sums& left, Sums& right) {
+  const int first = p.line.window_first();
+  multiply(left, load_left(frame_of(p, lines, first + m)), weight);
+  multiply(right, load_left(frame_of(p, lines, first + p.line.window() - 1 - m)), weight);
+}
+
+// Of the four lanes that share tokens g and g + 8.
+AAPE_DEVICE float token_sum(float value) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
+}
+
+// Column k of row `row`, and the next where there are two, in one access where the address allows it.
+template <class O>
+AAPE_DEVICE void store_two(O* to, float first, float second, bool two) {
+  using Two = Pack<O, 2>;
+  if (two && aligned<Two>(to)) {
+    store_pack(to, Two{{narrow<O>(first), narrow<O>(second)}});
+  } else {
+    to[0] = narrow<O>(first);
+    if (two) to[1] = narrow<O>(second);
+  }
+}
+
+AAPE_DEVICE void load_two(const float* from, bool two, float& first, float& second) {
+  using Two = Pack<float, 2>;
+  if (two && aligned<Two>(from)) {
+    const Two pair = load_pack<Two>(from);
+    first = pair.at[0];
+    second = pair.at[1];
+  } else {
+    first = from[0];
+    if (two) second = from[1];
+  }
+}
+
+// visit(h, k, column, two) for what a lane has of sums of `count` columns, tile n: token h, sums k and, of two, k + 1.
+template <class Visit>
+AAPE_DEVICE void each_pair(const TwoTokens& at, int n, int count, Visit visit) {
+  const int column = n * 8 + int(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (at.there(h) && column < count) visit(h, 2 * h, column, column + 1 < count);
+  }
+}
+
+// The features of two tokens from y, and their adjoint. Sums over the states of a token: sum k belongs to token k / 2.
+template <class S>
+struct Levels {
+  float level[S::kStateTiles][4];  // n, the standardised log-magnitude
+  float inverse[2];                // 1/σ
+
+  AAPE_DEVICE void set(const Complex<float> (&y)[S::kStateTiles][4], int states) {
+    float mean[2] = {0, 0}, variance[2] = {0, 0};
+    for_each(states, [&](int n, int k) { mean[k / 2] += level[n][k] = log_magnitude<float>(y[n][k]); });
+    for (float& value : mean) value = token_sum(value) * (1.0f / float(states));
+    for_each(states, [&](int n, int k) {
+      level[n][k] -= mean[k / 2];
+      variance[k / 2] = fma(level[n][k], level[n][k], variance[k / 2]);
+    });
+    for (int h = 0; h < 2; ++h) {
+      inverse[h] = 1.0f / sqrtf(token_sum(variance[h]) * (1.0f / float(states)) + float(kVarianceFloor));
+    }
+    for_each(states, [&](int n, int k) { level[n][k] *= inverse[k / 2]; });
+  }
+
+  template <class Visit>
+  static AAPE_DEVICE void for_each(int states, Visit visit) {
+#pragma unroll
+    for (int n = 0; n < S::kStateTiles; ++n)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (n * 8 + int(threadIdx.x % 4) * 2 + k % 2 < states) visit(n, k);
+  }
+};
+
+template <class S>
+AAPE_DEVICE void store_planes(const WarpStemParams<S>& p, const TwoTokens& at,
+                              const Complex<float> (&y)[S::kStateTiles][4], const Levels<S>& levels) {
+  const int states = p.grid.states;
+#pragma unroll
+  for (int n = 0; n < S::kStateTiles; ++n) {
+    each_pair(at, n, states, [&](int h, int k, int s, bool two) {
+      BFloat16* to = p.operand + int64_t(at.row(h)) * p.row_step + p.length() + s;
+      if (p.planes != 1) {
+        store_two(to, y[n][k].re, y[n][k + 1].re, two);
+        store_two(to + states, y[n][k].im, y[n][k + 1].im, two);
+      }
+      if (p.planes != 2) store_two(to + (p.planes - 1) * states, levels.level[n][k], levels.level[n][k + 1], two);
+    });
+  }
+}
+
+// Of one warp.
+template <bool kUsual>
+size_t lines_bytes(const Line<kUsual>& line) {
+  return size_t(kTokensOfWarp) * size_t(line.frames_ * kRows + 8) * sizeof(BFloat16);
+}
+
+// A block a multiprocessor, of as many warps as find room; none if that is not one.
+struct Launch {
+  int blocks, warps;
+  size_t shared;
+};
+inline Launch launch_of(int tokens, int most_warps, size_t common, size_t own) {
+  const size_t limit = shared_limit();
+  if (limit < common + own) return {0, 0, 0};
+  const size_t room = (limit - common) / own;
+  const int warps = room < size_t(most_warps) ? int(room) : most_warps;
+  const int tiles = (tokens + kTokensOfWarp - 1) / kTokensOfWarp, chip = multiprocessors();
+  return {tiles < chip ? tiles : chip, warps, common + size_t(warps) * own};
+}
+
+// The tiles of tokens of this warp: few are spread over all blocks first.
+template <class S, class Visit>
+AAPE_DEVICE void each_tile(const WarpStemParams<S>& p, Visit visit) {
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp;
+  for (int tile = warp * gridDim.x + blockIdx.x; tile < tiles; tile += warps * gridDim.x) visit(tile);
+}
+
+// Fewer would leave the tensor cores idle: long lines on a small chip.
+constexpr int kLeastWarps = 4;
+
+template <class S>
+WarpStemParams<S> warp_stem_params(const StemCall& call) {
+  WarpStemParams<S> p = {};
+  const Grid& g = call.grid;
+  p.grid = narrowed<int>(g);
+  const int offset = int(g.patch_t - g.window) / 2, start = offset < 0 ? offset : 0;
+  const int end = int(offset + g.window > g.patch_t ? offset + g.window : g.patch_t);
+  p.line = {end - start, int(g.patch_t), -start, int(g.window), offset - start, start};
+  p.tokens = int(g.batch * g.n_f * g.n_t);
+  p.hidden_units = int(call.hidden_units);
+  p.planes = int(call.planes);
+  p.row_step = int(call.operand.stride[0]);
+  p.time_major = call.time_major;
+  p.x = reinterpret_cast<const BFloat16*>(call.x.data);
+  copy_strides(p.x_stride, call.x, 4);
+  p.squash = squash_of<float>(call.ranges);
+  const auto values = [](const View& view) { return Values{view.data, view.type}; };
+  p.w1 = values(call.w1);
+  p.b1 = values(call.b1);
+  p.w2 = values(call.w2);
+  p.b2 = values(call.b2);
+  p.weight = values(call.weight);
+  p.operand = reinterpret_cast<BFloat16*>(call.operand.data);
+  p.hidden = reinterpret_cast<float*>(call.hidden.data);
+  p.r = reinterpret_cast<float*>(call.r.data);
+  return p;
+}
+
+// run(Sizes()) with the kernel's that a call fits into; false if it fits into none, or run says so.
+template <class Run>
+bool with_sizes(const StemCall& call, Run run) {
+  const Grid& g = call.grid;
+  const int64_t rows = g.channels * g.patch_f, tokens = g.batch * g.n_f * g.n_t;
+  const bool fits = call.x.type == DType::kBFloat16 && call.operand.type == DType::kBFloat16 && g.quadrature &&
+                    g.window % 2 == 0 && rows <= kRows && g.states <= 32 && call.hidden_units <= 64 && call.planes &&
+                    tokens < INT32_MAX / 32 && is_small(call.x, {g.batch, g.channels, g.mel_bins, g.frames});
+  if (!fits) return false;
+  bool usual = g.channels == 1 && rows == kRows && g.patch_t == 16 && g.window == 16 && g.stride_t % 8 == 0 &&
+               call.x.stride[3] == 1 && call.operand.stride[0] % 8 == 0;
+  for (int axis = 0; axis < 3; ++axis) usual = usual && call.x.stride[axis] % 8 == 0;
+  for (const char* data : {call.x.data, call.operand.data}) usual = usual && aligned<Pack<float, 4>>(data);
+  if (g.states <= 16 && call.hidden_units <= 32) {
+    return usual ? run(Sizes<16, 32, 16, true>()) : run(Sizes<16, 32, 16, false>());
+  }
+  return usual ? run(Sizes<32, 64, 8, true>()) : run(Sizes<32, 64, 8, false>());
+}
+
+}  // namespace cuda
+}  // namespace aape
