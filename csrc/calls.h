@@ -71,6 +71,13 @@ struct StemGradientCall : StemCall {
   View grad, grad_encoder, grad_y, partial;
 };
 
+// One gradient to be copied on a GPU: from (programs, rows, columns), columns contiguous, summed over programs, to
+// (rows, columns), contiguous; of any types but float64.
+struct GradientCall {
+  int64_t programs = 1, rows = 0, columns = 0;
+  View from, to;
+};
+
 // The stem's features of y, for one plane and for three, on a GPU. y (tokens, 2, S) is contiguous, in the arithmetic's
 // type; features and their cotangent (tokens, planes, S) of any type, null where not needed. With the cotangent, that of y
 // is written over y.

@@ -235,7 +235,18 @@ class CudaKernels(Kernels):
             "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges, self.x, weights,
             (operand, hidden, r), units, planes, (grad, encoder, grad_y, partial), end, active,
         )  # fmt: skip
-        return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial.sum(0))
+        return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial)
+
+    def gradients(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Each in its input's dtype and shape, all by one launch."""
+        got = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in parts}
+        given = []
+        for name, part in parts.items():
+            part = part if part.dim() == 3 else part[None]
+            given.append((view(part), view(got[name]), tuple(part.shape)))
+        if given:
+            self._run("embed_backward", "gradients", tuple(given))
+        return got
 
 
 sblu, sblu_backward, embed, embed_backward = operations(CudaKernels)

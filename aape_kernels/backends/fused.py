@@ -35,7 +35,7 @@ class Adjoint(NamedTuple):
         one, active: The columns where the ones and SiLU(hidden) begin.
         encoder: Rows [∂r | ∂hidden], in x's dtype.
         grad_y: The cotangent of y (tokens, 2S), in the arithmetic's dtype, if asked for.
-        weight: The gradient of the projection (S, C·P_f), in the arithmetic's dtype.
+        weight: Parts (programs, S, C·P_f) of the projection's gradient, in the arithmetic's dtype.
     """
 
     operand: Tensor
@@ -133,6 +133,10 @@ class Kernels:
         such kernel for this call. weights: w1, b1, w2, b2 and the projection."""
         return None
 
+    def gradients(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Gradients from parts of matrices, or of three axes, over the first of which they are summed."""
+        return {name: part.sum(0) if part.dim() == 3 else part for name, part in parts.items()}
+
     def features(
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges,
         grad: Tensor | None = None,
@@ -207,10 +211,11 @@ def operations(kernels: type[Kernels]) -> Operations:
         r = x.new_empty(call.rows, 2 * states, dtype=call.work)
         hidden = x.new_empty(call.rows, w1.shape[0], dtype=call.work)
         if call.rows:
-            *encoder, weight = _stem_weights(w1, b1, w2, b2, sblu_w)
+            w1, b1, w2, b2, weight = _stem_weights(w1, b1, w2, b2, sblu_w)
             ranges = _ranges(decay, band)
             at_once = planes == 2 or states <= call.most_states
-            call.prologue(*encoder, weight, operand if at_once else operand[:, : call.patch], hidden, r, ranges)
+            written = operand if at_once else operand[:, : call.patch]
+            call.prologue(w1, b1, w2, b2, weight, written, hidden, r, ranges)
             if not at_once:
                 r_decay, r_frequency = call.by_token(r).chunk(2, dim=-1)
                 call.features(r_decay, r_frequency, weight, operand[:, call.patch :], ranges)
@@ -256,33 +261,63 @@ def _ranges(decay: list[float], band: list[float]) -> Ranges:
 def _stem_gradients(
     call: Kernels, grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, ranges: Ranges, wanted: set[str]
 ) -> dict[str, Tensor]:
-    x, proj_w, sblu_w = inputs["x"], inputs["proj_w"], inputs["sblu_w"]
-    w1, w2 = inputs["w1"].to(call.work).flatten(1), inputs["w2"].to(call.work)
-    states, patch, out = call.states, call.patch, proj_w.dtype
+    """The gradients that are wanted, by one pass of the backend's over x, or in steps."""
+    out, weights = inputs["proj_w"].dtype, _stem_weights(*(inputs[name] for name in ("w1", "b1", "w2", "b2", "sblu_w")))
     flat = grad.reshape(call.rows, -1)
+    rows = None
+    if wanted & {"x", "w1", "b1", "w2", "b2", "sblu_w"}:
+        rows = flat @ inputs["fusion_w"].to(out).flatten(1)
+        adjoint = call.adjoint(rows, weights, hidden, r, ranges, "x" in wanted) if out == call.x.dtype else None
+        if adjoint is not None:
+            return _by_products(call, adjoint, flat, inputs, r, ranges, wanted)
+    return _by_steps(call, flat, rows, inputs, r, hidden, ranges, wanted)
+
+
+def _by_products(
+    call: Kernels, adjoint: Adjoint, flat: Tensor, inputs: dict[str, Any], r: Tensor, ranges: Ranges, wanted: set[str]
+) -> dict[str, Tensor]:
+    """After one pass: two matrix products, the biases by the column of ones."""
+    logits, one = 2 * call.states, slice(adjoint.one, adjoint.one + 1)
+    parts = {"sblu_w": adjoint.weight}
+    if wanted & {"proj_w", "proj_b", "fusion_w"}:
+        product = flat.t() @ adjoint.operand[:, : adjoint.active]
+        features = slice(call.patch, adjoint.one)
+        parts |= {"proj_w": product[:, : call.patch], "fusion_w": product[:, features], "proj_b": product[:, one]}
+    if wanted & {"w1", "b1", "w2", "b2"}:
+        product = adjoint.encoder.t() @ adjoint.operand
+        parts |= {"w1": product[logits:, : call.patch], "b1": product[logits:, one]}
+        parts |= {"w2": product[:logits, adjoint.active :], "b2": product[:logits, one]}
+    got = call.gradients({name: part for name, part in parts.items() if name in wanted}, inputs)
+    if adjoint.grad_y is not None:
+        grad_hidden = adjoint.encoder[:, logits:].to(call.work)
+        got["x"] = _grad_x(
+            call, flat, inputs, grad_hidden, call.by_token(adjoint.grad_y.view(-1, 2, call.states)), r, ranges
+        )
+    return got
+
+
+def _by_steps(
+    call: Kernels, flat: Tensor, rows: Tensor | None, inputs: dict[str, Any], r: Tensor, hidden: Tensor,
+    ranges: Ranges, wanted: set[str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """rows: the features' cotangent, where anything but the weights of the last product is wanted."""
+    x, w2 = inputs["x"], inputs["w2"].to(call.work)
+    states, patch, out = call.states, call.patch, inputs["proj_w"].dtype
     need_product = bool(wanted & {"proj_w", "fusion_w"})
     need_hidden = bool(wanted & {"x", "w1", "b1"})
     need_logits = need_hidden or bool(wanted & {"w2", "b2"})
     got: dict[str, Tensor] = {}
 
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
-    *encoder, weight = _stem_weights(*(inputs[name] for name in ("w1", "b1", "w2", "b2", "sblu_w")))
+    weight = _weight_rows(inputs["sblu_w"])
     planes = inputs["fusion_w"].shape[1]
     operand = x.new_empty(call.rows, patch + planes * states, dtype=out) if need_product else None  # [patch | features]
     features = None if operand is None else operand[:, patch:]
     grad_y = grad_hidden = None
-    if need_logits or "sblu_w" in wanted:
-        rows = flat @ inputs["fusion_w"].to(out).flatten(1)
-        at_once = call.adjoint(rows, (*encoder, weight), hidden, r, ranges, "x" in wanted) if out == x.dtype else None
-        if at_once is not None:
-            got = _products(at_once, flat, wanted, call, planes)
-            if "x" in wanted and at_once.grad_y is not None:
-                grad_hidden = at_once.encoder[:, 2 * states :].to(call.work)
-                grad_y = call.by_token(at_once.grad_y.view(-1, 2, states))
-                got["x"] = _grad_x(call, flat, proj_w, grad_hidden, w1, grad_y, decay, frequency, weight, ranges)
-            return got
+    if rows is not None:
         if planes != 2:  # back through n, which takes y of all states: features come with it
             rows, features = call.features(decay, frequency, weight, features, ranges, rows), None
+        assert rows is not None
         grad_y = call.by_token(rows.view(-1, 2, states))
     if need_logits and grad_y is not None:
         grad_r = torch.empty_like(r)
@@ -311,31 +346,18 @@ def _stem_gradients(
                 call.gather(operand)
             got["w1"] = grad_hidden.t() @ operand[:, :patch]
         if "x" in wanted and grad_y is not None:
-            got["x"] = _grad_x(call, flat, proj_w, grad_hidden, w1, grad_y, decay, frequency, weight, ranges)
+            got["x"] = _grad_x(call, flat, inputs, grad_hidden, grad_y, r, ranges)
     return got
 
 
 def _grad_x(
-    call: Kernels, flat: Tensor, proj_w: Tensor, grad_hidden: Tensor, w1: Tensor, grad_y: Tensor, decay: Tensor,
-    frequency: Tensor, weight: Tensor, ranges: Ranges,
-) -> Tensor:  # fmt: skip
+    call: Kernels, flat: Tensor, inputs: dict[str, Any], grad_hidden: Tensor, grad_y: Tensor, r: Tensor, ranges: Ranges
+) -> Tensor:
     """Through the patches, which projection and encoder read, and through the windows."""
-    windows = (flat @ proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)
+    decay, frequency = call.by_token(r).chunk(2, dim=-1)
+    w1, weight = inputs["w1"].to(call.work).flatten(1), _weight_rows(inputs["sblu_w"])
+    windows = (flat @ inputs["proj_w"].flatten(1)).to(call.work).addmm_(grad_hidden, w1)
     grad_x = call.x.new_empty(call.x.shape, dtype=call.work)
     call.overlap_add(windows, grad_x)
     call.grad_x(grad_y, decay, frequency, weight, grad_x, ranges, add=True)
     return grad_x
-
-
-def _products(adjoint: Adjoint, flat: Tensor, wanted: set[str], call: Kernels, planes: int) -> dict[str, Tensor]:
-    """The gradients of all weights, biases by the column of ones."""
-    got, logits, patch = {"sblu_w": adjoint.weight}, 2 * call.states, slice(call.patch)
-    if wanted & {"proj_w", "proj_b", "fusion_w"}:
-        product = flat.t() @ adjoint.operand[:, : adjoint.active]
-        features = slice(call.patch, call.patch + planes * call.states)
-        got |= {"proj_w": product[:, patch], "fusion_w": product[:, features], "proj_b": product[:, adjoint.one]}
-    if wanted & {"w1", "b1", "w2", "b2"}:
-        product = adjoint.encoder.t() @ adjoint.operand
-        got |= {"w1": product[logits:, patch], "b1": product[logits:, adjoint.one]}
-        got |= {"w2": product[:logits, adjoint.active :], "b2": product[:logits, adjoint.one]}
-    return got

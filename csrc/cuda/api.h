@@ -38,6 +38,10 @@ bool warp_stem(const StemCall& call, void* stream);
 void warp_stem_backward(const StemGradientCall& call, void* stream);
 int64_t warp_stem_programs(const StemCall& call);
 
+// Up to kMostGradients in one launch.
+constexpr size_t kMostGradients = 8;
+void gradients(const std::vector<GradientCall>& calls, void* stream);
+
 void gather(const GatherCall& call, void* stream);
 
 // What stands between this process and a GPU; without a driver `error` says so and the rest is empty.

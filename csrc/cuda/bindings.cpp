@@ -147,6 +147,23 @@ void py_warp_stem_backward(const py::tuple& sizes, bool quadrature, bool time_ma
   on(Place(place), [&](void* stream) { warp_stem_backward(call, stream); });
 }
 
+// Pairs of views and sizes: (from, to, (programs, rows, columns)).
+void py_gradients(const py::tuple&, const py::tuple& given, const py::tuple& place) {
+  std::vector<GradientCall> calls;
+  for (const auto& one : given) {
+    const auto parts = one.cast<py::tuple>();
+    const auto sizes = parts[2].cast<py::tuple>();
+    GradientCall call;
+    call.from = view(parts[0]);
+    call.to = view(parts[1]);
+    call.programs = sizes[0].cast<int64_t>();
+    call.rows = sizes[1].cast<int64_t>();
+    call.columns = sizes[2].cast<int64_t>();
+    calls.push_back(call);
+  }
+  on(Place(place), [&](void* stream) { gradients(calls, stream); });
+}
+
 void py_gather(const py::tuple& sizes, const py::object& x, const py::object& patches, const py::tuple& place) {
   GatherCall call;
   call.grid = grid(sizes, false);
@@ -172,6 +189,7 @@ void bind(py::module_& module) {
   module.def("warp_stem", &py_warp_stem);
   module.def("warp_stem_programs", &py_warp_stem_programs);
   module.def("warp_stem_backward", &py_warp_stem_backward);
+  module.def("gradients", &py_gradients);
   module.def("gather", &py_gather);
   module.def("tile_tokens", &py_tile_tokens);
 }

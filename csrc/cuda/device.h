@@ -61,6 +61,11 @@ void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
     aape::check(cudaGetLastError(), operation);                                         \
   } while (0)
 
+namespace aape {
+// Into the cache, for who reads it soon.
+AAPE_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" : : "l"(address)); }
+}  // namespace aape
+
 #else
 #include "emulator.h"
 #endif

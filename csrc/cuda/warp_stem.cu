@@ -11,7 +11,7 @@ template <class S>
 struct ForwardShared {
   Weights *projection, *w2, *w1;  // w1 last: it is as long as the patch
   float *b1, *b2;                 // padded with zeros
-  BFloat16* lines;
+  BFloat16 *every_line, *lines;   // of all warps, of this one
 
   static constexpr int kProjection = S::kStateTiles, kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
   static constexpr int kBiases = S::kHidden + 2 * S::kStates;
@@ -26,17 +26,38 @@ struct ForwardShared {
         w1(w2 + kW2 * 32),
         b1(reinterpret_cast<float*>(w1 + p.line.patch() * S::kHiddenTiles * 32)),
         b2(b1 + S::kHidden),
-        lines(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
+        every_line(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates)),
+        lines(every_line + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
 };
+
+// W1 by way of the lines' memory, as many units at once as fit there: its own order is not that of the lanes.
+template <class S>
+AAPE_DEVICE void fill_first_layer(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
+  const int rows = p.rows(), patch = p.line.patch(), length = p.length(), pitch = length + 4;
+  float* units = reinterpret_cast<float*>(m.every_line);
+  const int room = int(blockDim.x) / kLanes * kTokensOfWarp * p.line.pitch() / 2 / pitch / 8 * 8;
+  for (int first = 0; first < S::kHidden; first += room) {
+    const int count = S::kHidden - first < room ? S::kHidden - first : room;
+    for (int k = threadIdx.x; k < count * length; k += blockDim.x) {
+      const int h = k / length, e = k % length;
+      units[h * pitch + e] = first + h < p.hidden_units ? load<float>(p.w1, (first + h) * length + e) : 0.0f;
+    }
+    __syncthreads();
+    const int tiles = count / 8;
+    fill_rights(
+        m.w1, patch * tiles, [=](int k) { return k / tiles * S::kHiddenTiles + first / 8 + k % tiles; },
+        [=](int k, int row, int column) {
+          return row < rows ? units[(k % tiles * 8 + column) * pitch + row * patch + k / tiles] : 0.0f;
+        });
+    __syncthreads();
+  }
+}
 
 template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
-  const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
+  const int units = p.hidden_units, states = p.grid.states;
   fill_projection(p, m.projection);
-  fill_rights(m.w1, patch * S::kHiddenTiles, [&](int tile, int row, int column) {
-    const int h = tile % S::kHiddenTiles * 8 + column, frame = tile / S::kHiddenTiles;
-    return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
-  });
+  fill_first_layer(p, m);
   // logits of decays, then of frequencies
   fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
@@ -74,7 +95,7 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
 #pragma unroll
   for (int n = 0; n < S::kHiddenTiles; ++n) {
     each_pair(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
-      store_two(p.hidden + int64_t(at.row(h)) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
+      store_two(p.hidden + at.row(h) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
     });
 #pragma unroll
     for (float& value : hidden[n].at) value *= sigmoid<float>(value);
@@ -97,7 +118,7 @@ AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, c
         multiply(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * 32));
       }
       each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-        float* r = p.r + (int64_t(at.row(h)) * 2 + part) * p.grid.states + s;
+        float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
         store_two(r, sum.at[k], sum.at[k + 1], two);
       });
     }
@@ -107,18 +128,17 @@ AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, c
 template <class S>
 AAPE_DEVICE void respond(const WarpStemParams<S>& p, const ForwardShared<S>& m, int n, const Sums& decay,
                          const Sums& frequency, Complex<float> (&y)[4]) {
-  const Split<Right> weight = load_right(m.projection + n * 32);
   Gain<float> gains[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const State<float> state = state_of(p.squash, decay.at[k], frequency.at[k]);
-    gains[k] = gain<float, false>(state.decay, state.frequency, true);
+    gains[k] = gain<float, false, true>(state.decay, state.frequency, true);
   }
   Complex<float> plus[4] = {}, minus[4] = {};
 #pragma unroll 2
   for (int f = 0; f < p.line.window() / 2; ++f) {
     Sums left, right;
-    project(p, m.lines, weight, f, left, right);
+    project(p, m.lines, m.projection + n * 32, f, left, right);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       plus[k] = step<float>(plus[k], gains[k].z, right.at[k] + left.at[k]);
@@ -133,12 +153,7 @@ template <class S>
 __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(const WarpStemParams<S> p) {
   AAPE_DYN_SHARED(memory);
   const ForwardShared<S> m(p, memory);
-  fill(p, m);
-  __syncthreads();
-  each_tile(p, [&](int tile) {
-    const TwoTokens at = tokens_at(p, tile);
-    load_lines(p, at, m.lines);
-    __syncwarp();
+  each_tile(p, m.lines, [&] { fill(p, m); }, [&](const TwoTokens& at) {
     Sums logits[2][S::kStateTiles];
     {
       Split<Left> active[S::kHiddenSteps];
@@ -151,7 +166,6 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
     Levels<S> levels;
     if (p.planes != 2) levels.set(y, p.grid.states);
     store_planes(p, at, y, levels);
-    __syncwarp();  // before the lines are written again
   });
 }
 

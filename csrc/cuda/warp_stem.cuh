@@ -52,7 +52,7 @@ struct WarpStemParams {
   BFloat16* operand;
   float *hidden, *r;  // written by the forward, read by the backward
   // of the backward
-  Values grad;             // the features' cotangent, (tokens, planes · S)
+  const BFloat16* grad;    // the features' cotangent, (tokens, planes · S)
   int one, active;         // the operand's columns of ones and of SiLU(hidden)
   BFloat16* grad_encoder;  // (tokens, 2S + H): cotangents of r and of hidden
   float* grad_y;           // (tokens, 2S), or null
@@ -87,70 +87,106 @@ AAPE_DEVICE Start start_of(const WarpStemParams<S>& p, int token) {
   return {b * p.x_stride[0] + int(i) * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
 }
 
-// The warp's lines of x -> shared memory, and the patches -> the operand. Lanes are two rows of one token: their eight
-// tokens by four pairs of rows are in different banks when they are stored.
+// Where a row of x lies, from a token's first pixel.
 template <class S>
-AAPE_DEVICE void load_lines(const WarpStemParams<S>& p, const TwoTokens& at, BFloat16* lines) {
-  const int lane = threadIdx.x % kLanes, rows = p.rows(), patch_f = p.grid.patch_f;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    uint32_t* line = reinterpret_cast<uint32_t*>(lines + (lane / 4 + 8 * h) * p.line.pitch());
-    const Start start = start_of(p, at.there(h) ? at.row(h) : 0);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int q = lane % 4 * 2 + 8 * half;
-      const BFloat16* from[2];
-      bool inside[2];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int row = q + n;
-        inside[n] = at.there(h) && row < rows;
-        from[n] = p.x + start.pixel;
-        if (inside[n]) from[n] += S::kUsual ? row * p.x_stride[2]
-                                            : row / patch_f * p.x_stride[1] + row % patch_f * p.x_stride[2];
-      }
-      if constexpr (S::kUsual) {
-        using Eight = Pack<uint32_t, 4>;
-        Eight two[2][2] = {};
-        BFloat16* to = p.operand + int64_t(at.row(h)) * p.row_step + q * 16;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          if (inside[n / 2]) two[n / 2][n % 2] = load_pack<Eight>(from[n / 2] + n % 2 * 8);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          if (inside[n / 2]) store_pack(to + n * 8, two[n / 2][n % 2]);
-        }
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          const uint32_t upper = two[0][k / 4].at[k % 4], lower = two[1][k / 4].at[k % 4];
-          line[(2 * k) * (kRows / 2) + q / 2] = (upper & 0xFFFFu) | lower << 16;
-          line[(2 * k + 1) * (kRows / 2) + q / 2] = upper >> 16 | (lower & 0xFFFF0000u);
-        }
-      } else {
+AAPE_DEVICE int row_offset(const WarpStemParams<S>& p, int row) {
+  if (S::kUsual) return row * p.x_stride[2];
+  return row / p.grid.patch_f * p.x_stride[1] + row % p.grid.patch_f * p.x_stride[2];
+}
+
+// Elements from the beginning of a line to those of `row` in a frame. Every other eight frames have the halves of their
+// rows swapped, for the sake of `Pixels`.
+AAPE_DEVICE int in_line(int frame, int row) { return frame * kRows + (row ^ (frame & 8)); }
+
+// The warp's lines on their way to shared memory, where all of them is moved in packs of eight frames. Two lanes have the
+// 32 bytes of a token's row, so that global memory is asked for whole sectors; eight lanes have rows q and q + 1 for four
+// values of q, and what they store is, with those of every other token, in different banks.
+template <class S, bool = S::kUsual>
+struct Pixels {
+  AAPE_DEVICE void fetch(const WarpStemParams<S>&, int) {}
+
+  AAPE_DEVICE void put(const WarpStemParams<S>& p, int tile, BFloat16* lines) const {
+    const int lane = threadIdx.x % kLanes;
+    for (int m = lane / 4; m < kTokensOfWarp; m += 8) {
+      const int token = tile * kTokensOfWarp + m;
+      const bool there = token < p.tokens;
+      const Start start = start_of(p, there ? token : 0);
+      BFloat16 *line = lines + m * p.line.pitch(), *operand = p.operand + token * p.row_step;
+      for (int row = lane % 4; row < kRows; row += 4) {
+        const BFloat16* from = p.x + start.pixel + row_offset(p, row);
         for (int f = 0; f < p.line.frames(); ++f) {
           const int frame = start.frame + f, of_patch = f - p.line.patch_first();
-          uint16_t two[2] = {0, 0};
-          for (int n = 0; n < 2; ++n) {
-            if (!inside[n] || frame < 0 || frame >= p.grid.frames) continue;
-            const BFloat16 value = from[n][f * p.x_stride[3]];
-            if (of_patch >= 0 && of_patch < p.line.patch()) {
-              p.operand[int64_t(at.row(h)) * p.row_step + (q + n) * p.line.patch() + of_patch] = value;
-            }
-            memcpy(&two[n], &value, 2);
+          BFloat16 value = BFloat16(0.0f);
+          if (there && row < p.rows() && frame >= 0 && frame < p.grid.frames) {
+            value = from[f * p.x_stride[3]];
+            if (of_patch >= 0 && of_patch < p.line.patch()) operand[row * p.line.patch() + of_patch] = value;
           }
-          line[f * (kRows / 2) + q / 2] = two[0] | uint32_t(two[1]) << 16;
+          line[in_line(f, row)] = value;
         }
       }
     }
+    __syncwarp();
   }
-}
+};
+
+template <class S>
+struct Pixels<S, true> {
+  using Eight = Pack<uint32_t, 4>;
+  Eight at[4][2][2];  // tokens, rows eight further, neighbouring rows
+
+  static AAPE_DEVICE int token(int step) { return int(threadIdx.x % kLanes) / 8 * 2 + step % 2 + step / 2 * 8; }
+  static AAPE_DEVICE int row(int half) { return int(threadIdx.x) / 2 % 4 * 2 + half * 8; }
+  static AAPE_DEVICE int pack() { return int(threadIdx.x % 2); }
+
+  AAPE_DEVICE void fetch(const WarpStemParams<S>& p, int tile) {
+    const int first = tile * kTokensOfWarp, mine = first + int(threadIdx.x % kTokensOfWarp);
+    const int start = start_of(p, mine < p.tokens ? mine : 0).pixel;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, token(step)) + pack() * 8;
+      const bool there = first + token(step) < p.tokens;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          if (there) at[step][half][n] = load_pack<Eight>(from + row_offset(p, row(half) + n));
+          else at[step][half][n] = Eight{};
+        }
+    }
+  }
+
+  AAPE_DEVICE void put(const WarpStemParams<S>& p, int tile, BFloat16* lines) const {
+    const int first = tile * kTokensOfWarp;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const int token = first + this->token(step);
+      BFloat16* operand = p.operand + token * p.row_step + pack() * 8;
+      uint32_t* line = reinterpret_cast<uint32_t*>(lines + this->token(step) * p.line.pitch());
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Eight(&two)[2] = at[step][half];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          if (token < p.tokens) store_pack(operand + (row(half) + n) * 16, two[n]);
+        }
+        // frames 2k and 2k + 1 of both rows
+        uint32_t* to = line + in_line(pack() * 8, row(half)) / 2;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          to[2 * k * (kRows / 2)] = (two[0].at[k] & 0xFFFFu) | two[1].at[k] << 16;
+          to[(2 * k + 1) * (kRows / 2)] = two[0].at[k] >> 16 | (two[1].at[k] & 0xFFFF0000u);
+        }
+      }
+    }
+    __syncwarp();
+  }
+};
 
 // The address that this lane names for the 16 × 16 of a frame.
 template <class S>
 AAPE_DEVICE const BFloat16* frame_of(const WarpStemParams<S>& p, const BFloat16* lines, int frame) {
   const int lane = threadIdx.x % kLanes;
-  return lines + lane % 16 * p.line.pitch() + lane / 16 * 8 + frame * kRows;
+  return lines + lane % 16 * p.line.pitch() + in_line(frame, lane / 16 * 8);
 }
 
 // The SBLU's projection (rows × states), as right factors: one for every eight states.
@@ -165,8 +201,9 @@ AAPE_DEVICE void fill_projection(const WarpStemParams<S>& p, Weights* to) {
 
 // u of the frames m and K − 1 − m of the windows, for states 8n …
 template <class S>
-AAPE_DEVICE void project(const WarpStemParams<S>& p, const BFloat16* lines, const Split<Right>& weight, int m,
+AAPE_DEVICE void project(const WarpStemParams<S>& p, const BFloat16* lines, const Weights* projection, int m,
                          Sums& left, Sums& right) {
+  const Split<Right> weight = load_right(projection);
   const int first = p.line.window_first();
   multiply(left, load_left(frame_of(p, lines, first + m)), weight);
   multiply(right, load_left(frame_of(p, lines, first + p.line.window() - 1 - m)), weight);
@@ -190,15 +227,16 @@ AAPE_DEVICE void store_two(O* to, float first, float second, bool two) {
   }
 }
 
-AAPE_DEVICE void load_two(const float* from, bool two, float& first, float& second) {
-  using Two = Pack<float, 2>;
+template <class O>
+AAPE_DEVICE void load_two(const O* from, bool two, float& first, float& second) {
+  using Two = Pack<O, 2>;
   if (two && aligned<Two>(from)) {
     const Two pair = load_pack<Two>(from);
-    first = pair.at[0];
-    second = pair.at[1];
+    first = widen<float>(pair.at[0]);
+    second = widen<float>(pair.at[1]);
   } else {
-    first = from[0];
-    if (two) second = from[1];
+    first = widen<float>(from[0]);
+    if (two) second = widen<float>(from[1]);
   }
 }
 
@@ -249,7 +287,7 @@ AAPE_DEVICE void store_planes(const WarpStemParams<S>& p, const TwoTokens& at,
 #pragma unroll
   for (int n = 0; n < S::kStateTiles; ++n) {
     each_pair(at, n, states, [&](int h, int k, int s, bool two) {
-      BFloat16* to = p.operand + int64_t(at.row(h)) * p.row_step + p.length() + s;
+      BFloat16* to = p.operand + at.row(h) * p.row_step + p.length() + s;
       if (p.planes != 1) {
         store_two(to, y[n][k].re, y[n][k + 1].re, two);
         store_two(to + states, y[n][k].im, y[n][k + 1].im, two);
@@ -279,12 +317,32 @@ inline Launch launch_of(int tokens, int most_warps, size_t common, size_t own) {
   return {tiles < chip ? tiles : chip, warps, common + size_t(warps) * own};
 }
 
-// The tiles of tokens of this warp: few are spread over all blocks first.
-template <class S, class Visit>
-AAPE_DEVICE void each_tile(const WarpStemParams<S>& p, Visit visit) {
-  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+// This warp's first tile of tokens.
+AAPE_DEVICE int first_tile() { return int(threadIdx.x / kLanes * gridDim.x + blockIdx.x); }
+
+// The tiles of tokens of this warp, few of which are spread over all blocks first. Pixels of the first one are on their
+// way while the block runs fill(); then visit(tokens), their lines in shared memory.
+template <class S, class Fill, class Visit>
+AAPE_DEVICE void each_tile(const WarpStemParams<S>& p, BFloat16* lines, Fill fill, Visit visit) {
   const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp;
-  for (int tile = warp * gridDim.x + blockIdx.x; tile < tiles; tile += warps * gridDim.x) visit(tile);
+  int tile = first_tile();
+  {
+    Pixels<S> pixels;
+    if (tile < tiles) pixels.fetch(p, tile);
+    fill();
+    __syncthreads();
+    if (tile < tiles) pixels.put(p, tile, lines);
+  }
+  while (tile < tiles) {
+    visit(tokens_at(p, tile));
+    __syncwarp();  // before the lines are written again
+    tile += int(blockDim.x / kLanes * gridDim.x);
+    if (tile < tiles) {
+      Pixels<S> pixels;
+      pixels.fetch(p, tile);
+      pixels.put(p, tile, lines);
+    }
+  }
 }
 
 // Fewer would leave the tensor cores idle: long lines on a small chip.
@@ -325,7 +383,8 @@ bool with_sizes(const StemCall& call, Run run) {
   const int64_t rows = g.channels * g.patch_f, tokens = g.batch * g.n_f * g.n_t;
   const bool fits = call.x.type == DType::kBFloat16 && call.operand.type == DType::kBFloat16 && g.quadrature &&
                     g.window % 2 == 0 && rows <= kRows && g.states <= 32 && call.hidden_units <= 64 && call.planes &&
-                    tokens < INT32_MAX / 32 && is_small(call.x, {g.batch, g.channels, g.mel_bins, g.frames});
+                    tokens * call.operand.stride[0] < INT32_MAX && tokens * 192 < INT32_MAX &&  // r, hidden and cotangents
+                    is_small(call.x, {g.batch, g.channels, g.mel_bins, g.frames});
   if (!fits) return false;
   bool usual = g.channels == 1 && rows == kRows && g.patch_t == 16 && g.window == 16 && g.stride_t % 8 == 0 &&
                call.x.stride[3] == 1 && call.operand.stride[0] % 8 == 0;

@@ -11,41 +11,58 @@
 namespace aape {
 namespace cuda {
 
-// A block's right factors, and what each warp has behind them.
+// A block's right factors, and what each warp has behind them: places follow from one address.
 template <class S>
 struct BackwardShared {
-  Weights *projection, *w2;  // w2 as (logits × units)
-  Pack<float, 4>* kept;      // a lane's z and γ
-  BFloat16* lines;
-  float* sums;               // of the projection's gradient
+  unsigned char *common, *own;
+  int own_bytes;
 
   static constexpr int kProjection = S::kStateTiles, kW2 = S::kHiddenTiles * S::kLogitSteps;
-  static constexpr int kKept = S::kStateTiles * 4 * kLanes;
-  static constexpr int kSums = S::kStates * kRows;
-  static_assert(kSums * sizeof(float) <= kKept * sizeof(Pack<float, 4>), "the sums fit into what the warps had");
-
+  static constexpr int kKept = S::kStateTiles * 4 * kLanes, kSums = S::kStates * kRows;
   static constexpr size_t kCommonBytes = (kProjection + kW2) * 32 * sizeof(Weights);
-  static size_t own_bytes(const Line<S::kUsual>& line) { return kKept * sizeof(Pack<float, 4>) + lines_bytes(line); }
+  static constexpr size_t kSumsAt = kKept * sizeof(Pack<float, 4>), kLinesAt = kSumsAt + kSums * sizeof(float);
 
-  AAPE_DEVICE BackwardShared(const WarpStemParams<S>& p, unsigned char* memory)
-      : projection(reinterpret_cast<Weights*>(memory)), w2(projection + kProjection * 32) {
-    unsigned char* own = memory + kCommonBytes;
-    sums = reinterpret_cast<float*>(own);
-    kept = reinterpret_cast<Pack<float, 4>*>(own) + threadIdx.x / kLanes * kKept;
-    lines = reinterpret_cast<BFloat16*>(reinterpret_cast<Pack<float, 4>*>(own) + blockDim.x / kLanes * kKept) +
-            threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch();
+  AAPE_DEVICE BackwardShared(const WarpStemParams<S>& p, unsigned char* memory) : common(memory) {
+    own_bytes = int(kLinesAt) + kTokensOfWarp * p.line.pitch() * int(sizeof(BFloat16));
+    own = memory + kCommonBytes + threadIdx.x / kLanes * own_bytes;
+  }
+
+  AAPE_DEVICE Weights* projection() const { return reinterpret_cast<Weights*>(common); }
+  AAPE_DEVICE Weights* w2() const { return projection() + kProjection * 32; }  // as (logits × units)
+  AAPE_DEVICE BFloat16* lines() const { return reinterpret_cast<BFloat16*>(own + kLinesAt); }
+  // a lane's z and γ of state k of a tile
+  AAPE_DEVICE Pack<float, 4>& kept(int tile, int k) const {
+    return reinterpret_cast<Pack<float, 4>*>(own)[(tile * 4 + k) * kLanes + threadIdx.x % kLanes];
+  }
+  // the projection's gradient, of a warp that lies `warps` further: element `at` of what the lanes have
+  AAPE_DEVICE float& sum(int at, int warps = 0) const {
+    return reinterpret_cast<float*>(own + warps * own_bytes + kSumsAt)[at];
   }
 };
 
 template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const BackwardShared<S>& m) {
   const int units = p.hidden_units, states = p.grid.states;
-  fill_projection(p, m.projection);
-  fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
+  fill_projection(p, m.projection());
+  fill_rights(m.w2(), m.kW2, [&](int tile, int row, int column) {
     const int h = tile / S::kLogitSteps * 8 + column, logit = tile % S::kLogitSteps * 16 + row;
     const int s = logit % S::kStates, part = logit / S::kStates;
     return s < states && h < units ? load<float>(p.w2, (part * states + s) * units + h) : 0.0f;
   });
+}
+
+// What the first tile reads beside x, while the block fills its shared memory: a quarter of every row a lane.
+template <class S>
+AAPE_DEVICE void prefetch_rows(const WarpStemParams<S>& p) {
+  const TwoTokens tokens = tokens_at(p, first_tile());
+  const int quarter = int(threadIdx.x % 4);
+  for (int h = 0; h < 2; ++h) {
+    if (!tokens.there(h)) continue;
+    const int row = 4 * tokens.row(h) + quarter;
+    prefetch(p.r + row * (2 * p.grid.states) / 4);
+    prefetch(p.hidden + row * p.hidden_units / 4);
+    prefetch(p.grad + row * (p.planes * p.grid.states) / 4);
+  }
 }
 
 // What y's cotangent is multiplied by to give those of a state's logits: ∂r = re · ḡ.re + im · ḡ.im.
@@ -57,30 +74,29 @@ struct Slopes {
 template <class S>
 AAPE_DEVICE void respond(const WarpStemParams<S>& p, const TwoTokens& at, const BackwardShared<S>& m, int n,
                          Complex<float> (&y)[4], Slopes (&slopes)[4]) {
-  const Split<Right> weight = load_right(m.projection + n * 32);
   Sums logits[2];
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-      const float* r = p.r + (int64_t(at.row(h)) * 2 + part) * p.grid.states + s;
+      const float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
       load_two(r, two, logits[part].at[k], logits[part].at[k + 1]);
     });
   }
   // what Horner's rule does not need waits where z and γ will be
-  Pack<float, 4>* kept = m.kept + n * 4 * kLanes + threadIdx.x % kLanes;
   Complex<float> z[4], gamma[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const State<float> state = state_of(p.squash, logits[0].at[k], logits[1].at[k]);
-    const Gain<float> g = gain<float, true>(state.decay, state.frequency, true);
+    const Gain<float> g = gain<float, true, true>(state.decay, state.frequency, true);
     z[k] = g.z;
     gamma[k] = g.gamma;
-    kept[k * kLanes] = {{g.derivative.re, g.derivative.im, state.decay_slope, state.frequency_slope}};
+    m.kept(n, k) = {{g.derivative.re, g.derivative.im, state.decay_slope, state.frequency_slope}};
   }
   Jet<float> plus[4], minus[4];
+#pragma unroll 1
   for (int f = 0; f < p.line.window() / 2; ++f) {
     Sums left, right;
-    project(p, m.lines, weight, f, left, right);
+    project(p, m.lines(), m.projection() + n * 32, f, left, right);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       plus[k].add(z[k], right.at[k] + left.at[k]);
@@ -89,13 +105,13 @@ AAPE_DEVICE void respond(const WarpStemParams<S>& p, const TwoTokens& at, const 
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const auto [derivative_re, derivative_im, decay_slope, frequency_slope] = kept[k * kLanes].at;
+    const auto [derivative_re, derivative_im, decay_slope, frequency_slope] = m.kept(n, k).at;
     const Gain<float> g = {z[k], gamma[k], {derivative_re, derivative_im}};
     y[k] = response(g.gamma, plus[k].value, minus[k].value, true);
     const Complex<float> one = {1, 0}, even = adjoint<float>(one, g, plus[k].value, plus[k].slope),
                          odd = adjoint<float>(one, g, minus[k].value, minus[k].slope);
     slopes[k] = {{even.re * decay_slope, odd.im * decay_slope}, {-even.im * frequency_slope, odd.re * frequency_slope}};
-    kept[k * kLanes] = {{z[k].re, z[k].im, gamma[k].re, gamma[k].im}};
+    m.kept(n, k) = {{z[k].re, z[k].im, gamma[k].re, gamma[k].im}};
   }
 }
 
@@ -110,13 +126,12 @@ AAPE_DEVICE void grad_of_y(const WarpStemParams<S>& p, const TwoTokens& at, cons
 #pragma unroll
     for (int k = 0; k < 4; ++k) grad[n][k] = {0, 0};
     each_pair(at, n, states, [&](int h, int k, int s, bool two) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (e && !two) break;
-        const int64_t from = int64_t(at.row(h)) * p.planes * states + s + e;
-        if (p.planes != 1) grad[n][k + e] = {load<float>(p.grad, from), load<float>(p.grad, from + states)};
-        if (p.planes != 2) grad_n[n][k + e] = load<float>(p.grad, from + (p.planes - 1) * states);
+      const BFloat16* from = p.grad + at.row(h) * p.planes * states + s;
+      if (p.planes != 1) {
+        load_two(from, two, grad[n][k].re, grad[n][k + 1].re);
+        load_two(from + states, two, grad[n][k].im, grad[n][k + 1].im);
       }
+      if (p.planes != 2) load_two(from + (p.planes - 1) * states, two, grad_n[n][k], grad_n[n][k + 1]);
     });
   }
   if (p.planes == 2) return;
@@ -157,7 +172,7 @@ AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at
         sum.at[k] = fma(slope.re, grad[n][k].re, slope.im * grad[n][k].im);
       }
       each_pair(at, n, states, [&](int h, int k, int s, bool two) {
-        BFloat16* to = p.grad_encoder + int64_t(at.row(h)) * width + part * states + s;
+        BFloat16* to = p.grad_encoder + at.row(h) * width + part * states + s;
         store_two(to, sum.at[k], sum.at[k + 1], two);
       });
       set_half(grad_r[(part * S::kStateTiles + n) / 2], n, sum);
@@ -167,11 +182,11 @@ AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at
     Sums sum;
 #pragma unroll
     for (int k = 0; k < S::kLogitSteps; ++k) {
-      multiply(sum, grad_r[k], load_right(m.w2 + (n * S::kLogitSteps + k) * 32));
+      multiply(sum, grad_r[k], load_right(m.w2() + (n * S::kLogitSteps + k) * 32));
     }
     each_pair(at, n, units, [&](int h, int k, int unit, bool two) {
       float hidden[2] = {0, 0};
-      load_two(p.hidden + int64_t(at.row(h)) * units + unit, two, hidden[0], hidden[1]);
+      load_two(p.hidden + at.row(h) * units + unit, two, hidden[0], hidden[1]);
       float active[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -179,14 +194,14 @@ AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at
         active[e] = hidden[e] * share;
         sum.at[k + e] *= share * fma(hidden[e], 1.0f - share, 1.0f);
       }
-      store_two(p.grad_encoder + int64_t(at.row(h)) * width + 2 * states + unit, sum.at[k], sum.at[k + 1], two);
-      store_two(p.operand + int64_t(at.row(h)) * p.row_step + p.active + unit, active[0], active[1], two);
+      store_two(p.grad_encoder + at.row(h) * width + 2 * states + unit, sum.at[k], sum.at[k + 1], two);
+      store_two(p.operand + at.row(h) * p.row_step + p.active + unit, active[0], active[1], two);
     });
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (!at.there(h)) continue;
-    BFloat16* row = p.operand + int64_t(at.row(h)) * p.row_step;
+    BFloat16* row = p.operand + at.row(h) * p.row_step;
     for (int k = p.one + int(threadIdx.x % 4); k < p.active; k += 4) row[k] = BFloat16(k == p.one ? 1.0f : 0.0f);
   }
 }
@@ -203,19 +218,20 @@ struct FrameGrad {
   }
 };
 
-// sums (states × rows) += Σ over tokens and frames of ∂u · x, for states 16 · pair …; from the windows' centres outwards.
+// The sums (states × rows) += Σ over tokens and frames of ∂u · x, for states 16 · pair …; from the windows' centres outwards.
 template <class S>
 AAPE_DEVICE void weigh(const WarpStemParams<S>& p, const BackwardShared<S>& m, int pair,
-                       const Complex<float> (&grad)[S::kStateTiles][4], Sums (&sums)[2]) {
+                       const Complex<float> (&grad)[S::kStateTiles][4]) {
   Complex<float> z[2][4], q[2][4];
 #pragma unroll
   for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const Pack<float, 4> kept = m.kept[((2 * pair + tile) * 4 + k) * kLanes + threadIdx.x % kLanes];
+      const Pack<float, 4> kept = m.kept(2 * pair + tile, k);
       z[tile][k] = {kept.at[0], kept.at[1]};
       q[tile][k] = {kept.at[2], kept.at[3]};
     }
+  Sums sums[2];
   const int half = p.line.window() / 2, first = p.line.window_first();
   for (int f = 0; f < half; ++f) {
     FrameGrad left, right;
@@ -234,34 +250,29 @@ AAPE_DEVICE void weigh(const WarpStemParams<S>& p, const BackwardShared<S>& m, i
       left.set(tile, difference);
     }
     const auto add = [&](const FrameGrad& frame, int at) {
-      const Left factor = frame.turned(), rows = load_rights(frame_of(p, m.lines, first + at));
+      const Left factor = frame.turned(), rows = load_rights(frame_of(p, m.lines(), first + at));
       multiply(sums[0], factor, Right{{rows.at[0], rows.at[1]}});
       multiply(sums[1], factor, Right{{rows.at[2], rows.at[3]}});
     };
     add(right, half + f);
     add(left, half - 1 - f);
   }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) m.sum(((pair * 2 + n) * 4 + k) * kLanes + int(threadIdx.x % kLanes)) += sums[n].at[k];
 }
 
 // partial[block] = the sums of all warps.
 template <class S>
-AAPE_DEVICE void add_up(const WarpStemParams<S>& p, const BackwardShared<S>& m, const Sums (&sums)[S::kStateTiles / 2][2]) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, rows = p.rows();
-  __syncthreads();  // before what the warps had is written over
-#pragma unroll
-  for (int pair = 0; pair < S::kStateTiles / 2; ++pair)
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int state = pair * 16 + lane / 4 + k / 2 * 8, row = n * 8 + lane % 4 * 2 + k % 2;
-        m.sums[warp * m.kSums + state * kRows + row] = sums[pair][n].at[k];
-      }
+AAPE_DEVICE void add_up(const WarpStemParams<S>& p, const BackwardShared<S>& m) {
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, rows = p.rows();
   __syncthreads();
   for (int at = threadIdx.x; at < m.kSums; at += blockDim.x) {
     float total = 0;
-    for (int n = 0; n < warps; ++n) total += m.sums[n * m.kSums + at];
-    const int state = at / kRows, row = at % kRows;
+    for (int n = 0; n < warps; ++n) total += m.sum(at, n - warp);
+    const int lane = at % kLanes, k = at / kLanes % 4, tile = at / kLanes / 4;
+    const int state = tile / 2 * 16 + lane / 4 + k / 2 * 8, row = tile % 2 * 8 + lane % 4 * 2 + k % 2;
     if (state < p.grid.states && row < rows) {
       p.partial[(int64_t(blockIdx.x) * p.grid.states + state) * rows + row] = total;
     }
@@ -272,13 +283,12 @@ template <class S>
 __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_backward_kernel(const WarpStemParams<S> p) {
   AAPE_DYN_SHARED(memory);
   const BackwardShared<S> m(p, memory);
-  fill(p, m);
-  __syncthreads();
-  Sums sums[S::kStateTiles / 2][2];
-  each_tile(p, [&](int tile) {
-    const TwoTokens at = tokens_at(p, tile);
-    load_lines(p, at, m.lines);
-    __syncwarp();
+  for (int k = threadIdx.x % kLanes; k < m.kSums; k += kLanes) m.sum(k) = 0;
+  const auto begin = [&] {
+    prefetch_rows(p);
+    fill(p, m);
+  };
+  each_tile(p, m.lines(), begin, [&](const TwoTokens& at) {
     Complex<float> grad[S::kStateTiles][4];
     {
       Slopes slopes[S::kStateTiles][4];
@@ -295,22 +305,22 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_backward_k
 #pragma unroll
       for (int n = 0; n < S::kStateTiles; ++n) {
         each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-          float* to = p.grad_y + int64_t(at.row(h)) * 2 * p.grid.states + s;
+          float* to = p.grad_y + at.row(h) * 2 * p.grid.states + s;
           store_two(to, grad[n][k].re, grad[n][k + 1].re, two);
           store_two(to + p.grid.states, grad[n][k].im, grad[n][k + 1].im, two);
         });
       }
     }
 #pragma unroll
-    for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, m, pair, grad, sums[pair]);
-    __syncwarp();  // before the lines are written again
+    for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, m, pair, grad);
   });
-  add_up(p, m, sums);
+  add_up(p, m);
 }
 
 template <class S>
 Launch backward_launch(const WarpStemParams<S>& p) {
-  return launch_of(p.tokens, S::kMostWarps, BackwardShared<S>::kCommonBytes, BackwardShared<S>::own_bytes(p.line));
+  return launch_of(p.tokens, S::kMostWarps, BackwardShared<S>::kCommonBytes,
+                   BackwardShared<S>::kLinesAt + lines_bytes(p.line));
 }
 
 int64_t warp_stem_programs(const StemCall& call) {
@@ -327,7 +337,7 @@ void warp_stem_backward(const StemGradientCall& call, void* stream) {
   with_sizes(call, [&](auto sizes) {
     using S = decltype(sizes);
     WarpStemParams<S> p = warp_stem_params<S>(call);
-    p.grad = {call.grad.data, call.grad.type};
+    p.grad = reinterpret_cast<const BFloat16*>(call.grad.data);
     p.one = int(call.one);
     p.active = int(call.active);
     p.grad_encoder = reinterpret_cast<BFloat16*>(call.grad_encoder.data);

@@ -82,16 +82,20 @@ static const aape::emulator::ThreadIndices threadIdx;
 
 // Of the whole warp only: every lane takes part.
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int distance) {
+T __shfl_sync(unsigned mask, T value, int from) {
   using namespace aape::emulator;
   if (mask != 0xFFFFFFFFu) throw std::invalid_argument("a shuffle of a part of a warp");
   Words mine = {};
   std::memcpy(mine.data(), &value, sizeof(T));
   current()->meet(mine, [&](auto words_of) {
-    const Words other = words_of(thread_number() % kWarp ^ unsigned(distance));
+    const Words other = words_of(unsigned(from) % kWarp);
     std::memcpy(&value, other.data(), sizeof(T));
   });
   return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return __shfl_sync(mask, value, int(aape::emulator::thread_number() % aape::emulator::kWarp) ^ distance);
 }
 
 inline void __syncwarp() {
@@ -110,6 +114,7 @@ inline void __syncwarp() {
 namespace aape {
 inline size_t shared_limit() { return 227 * 1024; }
 inline int multiprocessors() { return 2; }
+inline void prefetch(const void*) {}
 }  // namespace aape
 
 // The 16-bit types, as cuda_bf16.h and cuda_fp16.h have them.
