@@ -1,8 +1,9 @@
 PYTHON ?= python3
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# --no-compile: of the modules that come along most are never imported, and the others then compile themselves
+PIP_INSTALL = -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES = aape_kernels python tests benchmarks docs examples setup.py
 INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
-SIDE_BY_SIDE = -n $(or $(JOBS),2)
+SIDE_BY_SIDE = -n $(or $(JOBS),2) --dist loadgroup
 QUICK = tests/test_stem.py tests/test_sblu.py tests/test_bad_input.py tests/test_geometry.py tests/test_ranges.py \
   tests/test_sizes.py tests/test_surgery.py tests/aape_ssl/test_house.py tests/aape_ssl/test_model.py \
   tests/aape_ssl/test_masks.py tests/aape_ssl/test_objective.py
@@ -18,6 +19,8 @@ help:  ## list the targets
 demo: .venv/demo  ## from audio files to tokens: a table and one picture a clip (ARGS="FILE ... --out DIR")
 	.venv/bin/aape-ssl demo $(ARGS)
 
+# Without a GPU the CUDA kernels are only to be loaded: one architecture of them.
+test: export AAPE_CUDA_ARCHS ?= $(if $(wildcard /dev/nvidia*),,90)
 test: test-venv  ## the tests, in a fresh virtual environment
 	$(TEST_VENV)/bin/pytest $(SIDE_BY_SIDE) -m "not slow"
 

@@ -73,7 +73,7 @@ EMBED_OPTIONS = 8
 
 
 def _below(op: Callable[..., Any], *arguments: Any) -> Any:
-    """The op past the tape that its Function is for; below functorch's level there may be another tape, and is let be."""
+    """The op past the tape that its Function is for; below functorch's level there may be another, and is let be."""
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 from aape_kernels.backends import cpu, native, triton
@@ -40,11 +41,17 @@ def pytest_report_header() -> str:
     return f"aape_kernels: AAPE_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
+# Fixtures that take long, which every worker of pytest-xdist would make for itself: their tests are one worker's.
+OF_ONE_WORKER = frozenset({"cubins", "installed", "programs", "site"})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+    there = torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("gpu") and not there:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+        for name in OF_ONE_WORKER.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 INSTRUCTION_SETS = tuple(native.load().build_info()["instruction_sets"]) if cpu.NATIVE_BUILT else ()
@@ -67,10 +74,17 @@ def gpu(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def emulated_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """csrc/cuda compiled for the CPU."""
+    """csrc/cuda compiled for the CPU, on all processors: once, by the first of the workers that asks."""
     if emulated.compiler() is None:
         pytest.skip("no host compiler was found")
-    return emulated.build(tmp_path_factory.mktemp("emulated"))
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "emulated"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            building = tmp_path_factory.mktemp("building")
+            emulated.build(building)
+            building.rename(shared)
+    return sorted(shared.glob("*.o"))
 
 
 @pytest.fixture(scope="session")

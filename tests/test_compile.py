@@ -184,7 +184,17 @@ FUNCTIONAL = ["grad", "vjp", "jacrev", "vmap-grad", "grad-grad", "grad-by-parame
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:There is a performance drop.*:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("_fresh_compiler", "compiled"),
+    [
+        pytest.param("reference", False, id="reference-eager"),
+        pytest.param("cpu", False, marks=NEEDS_NATIVE, id="cpu-eager"),
+        # what is compiled here are PyTorch's own operations alone
+        pytest.param("reference", True, marks=[pytest.mark.slow, pytest.mark.exhaustive], id="reference-compiled"),
+        pytest.param("cpu", True, marks=[pytest.mark.slow, NEEDS_NATIVE], id="cpu-compiled"),
+    ],
+    indirect=["_fresh_compiler"],
+)
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_gradients_through_functional_transforms(name, compiled):
     """Against the reference without a compiler; a compiler may look through the Functions at the ops alone."""

@@ -29,7 +29,7 @@ ENTRY = re.compile(
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def cubins(tmp_path_factory):
     """A function of architecture and source, once for each: what ptxas says, and the cubin."""
     into = tmp_path_factory.mktemp("cubins")
 
@@ -52,8 +52,8 @@ def compiled(tmp_path_factory):
     "architecture",
     [pytest.param(each, marks=[] if each == 90 else pytest.mark.exhaustive, id=f"sm_{each}") for each in ARCHITECTURES],
 )
-def test_nothing_spills(compiled, architecture, source):
-    done, _ = compiled(architecture, source)
+def test_nothing_spills(cubins, architecture, source):
+    done, _ = cubins(architecture, source)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
     entries = list(ENTRY.finditer(done.stderr))
@@ -96,9 +96,9 @@ def functions(cubin: Path) -> dict[str, list[str]]:
         ("stem", "stem_kernel"),
     ],
 )
-def test_the_usual_path_of_an_h100(compiled, source, kernel):
+def test_the_usual_path_of_an_h100(cubins, source, kernel):
     """Float32, 32-bit offsets, quadrature, an even window: 16-byte accesses, multiply-adds, nothing of double's."""
-    _, cubin = compiled(90, source)
+    _, cubin = cubins(90, source)
     usual = [body for name, body in functions(cubin).items() if f"{kernel}INS_4PathIiLb1EEEffiE" in name]
     assert len(usual) == 1
     (instructions,) = usual
