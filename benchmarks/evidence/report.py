@@ -122,6 +122,8 @@ def setting(records: Sequence[Record], left_out: int) -> str:
             f"{', '.join(map(str, sorted({record['seed'] for record in trained})))}; "
             f"{rates[0]:.1f} to {rates[-1]:.1f} steps/s."
         )
+        if "hours" in trained[0]:
+            lines.append(f"Pre-trained on {trained[0]['clips']} clips, {trained[0]['hours']:.1f} h.")
     tuned = [record for record in records if record["what"] == "tuned"]
     if tuned:
         recipe = tuned[0]["key"]["recipe"]
