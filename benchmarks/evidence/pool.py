@@ -14,7 +14,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -133,13 +133,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pool: {error}", file=sys.stderr)
         return 1
     print(manifest)
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for clip in read_manifest(manifest):
         seconds[clip.group.split("/")[0]] += clip.seconds()
     for package, found in seconds.items():
         print(f"  {package}: {found / 3600:.2f} h")
     why = Counter(re.split(": | as ", each)[0] for each in left_out(manifest).values())
-    print(f"  {seconds.total() / 3600:.2f} h; left out: {', '.join(f'{each} {count}' for each, count in why.items())}")
+    without = ", ".join(f"{each} {count}" for each, count in why.items())
+    print(f"  {sum(seconds.values()) / 3600:.2f} h; left out: {without}")
     return 0
 
 
