@@ -15,6 +15,7 @@ OUTSIDE_DOCS = (
     "benchmarks/NOTES.md",
     "benchmarks/README.md",
     "benchmarks/results/README.md",
+    "benchmarks/results/2026-11-26-evidence/README.md",
     "benchmarks/results/2026-11-26-h200/README.md",
     "csrc/magnitudes.h",
     "csrc/sblu.h",

@@ -3,6 +3,7 @@
     python -m benchmarks.evidence.compare                                  all of it, then the report
     python -m benchmarks.evidence.compare --small --steps 10 --seeds 0     a trial
     python -m benchmarks.evidence.compare --accelerator cuda --jobs 8      on a GPU
+    python -m benchmarks.evidence.compare --pool --steps 5000 --seeds 0 --stems aape conv    longer, on more sound
 
 The stems are AaPE as it comes; with responses alone, without magnitudes; with filters that no patch moves; the plain
 convolution; and the convolution plus an MLP branch of AaPE's size (`configurations.COMPARED`). Equal for all: data,

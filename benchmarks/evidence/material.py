@@ -17,6 +17,7 @@ from aape_ssl.evaluation import probe
 from aape_ssl.sound.sources import Clip, read_manifest, write_manifest
 
 from .kept import FRONT_END
+from .pool import make_pool
 from .spectrograms import Spectrograms
 from .tasks import SMALL, TASKS, make
 
@@ -130,13 +131,24 @@ class Material:
     kept: Spectrograms
 
     @classmethod
-    def prepare(cls, protocol: Protocol, tasks: Sequence[str], cache: Path, small: bool = False) -> Material:
+    def prepare(
+        cls, protocol: Protocol, tasks: Sequence[str], cache: Path, small: bool = False, pool: bool = False
+    ) -> Material:
         """Make the tasks, write their manifests, compute log-mels; what the cache has is taken from there.
+
+        Args:
+            protocol, tasks: which folds of which tasks.
+            cache: folder.
+            small: a part of each task, and of the pool, for a trial.
+            pool: pre-train on the sound that no task has too (`pool`).
 
         Errors: `CorpusError`, `SoundFontError`, `AudioError`.
         """
         found = {task: read_manifest(make(task, cache, 0, SMALL if small else None)) for task in tasks}
-        every = list({clip.path.resolve(): clip for clips in found.values() for clip in clips}.values())
+        further = [replace(clip, path=clip.path.resolve()) for clip in read_manifest(make_pool(cache))] if pool else []
+        if small:
+            further = further[:: max(1, len(further) // SMALL)]
+        every = list({clip.path.resolve(): clip for clips in (*found.values(), further) for clip in clips}.values())
         kept = Spectrograms.of(every, FRONT_END, FRAMES, cache=cache)
         folder = cache / "evidence" / protocol.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,11 +165,17 @@ class Material:
             sets[task] = Set(task, manifest, tuple(seen), protocol.tests(task), frames)
         tested = {clip.path for each in sets.values() for clip in each.clips if clip.split in each.tested}
         seen_once = {clip.path: clip for each in sets.values() for clip in each.clips if clip.path not in tested}
-        return cls(sets, tuple(seen_once.values()), kept)
+        return cls(sets, (*seen_once.values(), *further), kept)
 
     def of(self, task: str) -> Spectrograms:
         """The log-mels, as long as this task's clips."""
         return replace(self.kept, frames=self.sets[task].frames)
+
+    @cached_property
+    def hours(self) -> float:
+        """How much pre-training sees, at most a crop of each clip."""
+        lengths = self.kept.lengths[self.kept.rows(self.pretraining)]
+        return float(np.minimum(lengths, self.kept.frames).sum()) * FRONT_END.hop / 3600
 
     @cached_property
     def key(self) -> dict[str, Any]:

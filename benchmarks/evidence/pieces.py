@@ -165,7 +165,8 @@ class Worker:
     def _pretrain(self, job: Job, folder: Path) -> dict[str, Any]:
         assert job.configuration is not None
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return pretrain(
+        of = {"clips": len(self.material.pretraining), "hours": round(self.material.hours, 2)}
+        return of | pretrain(
             job.configuration,
             job.seed,
             self.recipe,

@@ -3,6 +3,7 @@
     python -m benchmarks.evidence.report                   of the cache's results
     python -m benchmarks.evidence.report a.jsonl b.jsonl   of these files
     python -m benchmarks.evidence.report --figures docs    and docs/evidence.png, docs/evidence-shifts.png
+    python -m benchmarks.evidence.report --beside a.jsonl b.jsonl    of both one table, of the stems that both have
 
 Accuracy in %, mean over seeds, with a 95 % interval over groups of clips and seeds (`intervals`); AaPE against every
 other stem, whoever wins. Nothing is trained.
@@ -111,6 +112,31 @@ def shifts(board: Board) -> Iterator[str]:
         yield markdown(f"Shifted by 0 to 15 frames, frozen, logistic regression: {task}", heads, ours + gains)
 
 
+def beside(runs: Sequence[tuple[str, Board]]) -> Iterator[str]:
+    """Of several runs, called so, the pre-trained stems that all have: accuracies and differences, run below run."""
+    boards = [board for _, board in runs]
+    rows = [row for row in ordered(boards[0]) if row[1] == "pretrained" and all(row in each.cells for each in boards)]
+    for (what, method), title in TITLES.items():
+        columns = columns_of(boards[0], what, method)
+        columns = [column for column in columns if all(each.has(row, [column]) for each in boards for row in rows)]
+        every = [*([column] for column in columns), columns]  # one by one, and their mean
+        found = [
+            (f"{called(row)}, {name}", [percent(board.mean(row, each)) for each in every])
+            for row in rows
+            for name, board in runs
+        ]
+        found += [
+            (
+                f"{called(rows[0])} − {called(other)}, {name}",
+                [difference(board.difference(rows[0], other, each)) for each in every],
+            )
+            for other in rows[1:]
+            for name, board in runs
+        ]
+        if columns:
+            yield markdown(f"{title}: accuracy in %", [*(task for *_, task in columns), "mean"], found)
+
+
 def setting(records: Sequence[Record], left_out: int) -> str:
     """How it was made."""
     trained = [record for record in records if record["what"] == "pretraining"]
@@ -122,6 +148,8 @@ def setting(records: Sequence[Record], left_out: int) -> str:
             f"{', '.join(map(str, sorted({record['seed'] for record in trained})))}; "
             f"{rates[0]:.1f} to {rates[-1]:.1f} steps/s."
         )
+        if "hours" in trained[0]:
+            lines.append(f"Pre-trained on {trained[0]['clips']} clips, {trained[0]['hours']:.1f} h.")
     tuned = [record for record in records if record["what"] == "tuned"]
     if tuned:
         recipe = tuned[0]["key"]["recipe"]
@@ -149,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", help="results (default: those in the cache)")
     parser.add_argument("--steps", type=int, help="of pre-training (default: those of the last run)")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="write evidence.png and evidence-shifts.png there")
+    parser.add_argument("--beside", action="store_true", help="of several experiments one table, stem by stem")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="(default: %(default)s)")
     args = parser.parse_args(argv)
     files = args.files or sorted((args.cache / "evidence").glob("*.jsonl"))
@@ -159,9 +188,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not experiments:
         print("report: there are no results yet: python -m benchmarks.evidence.compare", file=sys.stderr)
         return 1
+    runs: list[tuple[str, Board]] = []
     for name, records in experiments.items():
         kept, left_out = select(records, args.steps)
         board = Board(kept)
+        if args.beside:
+            trained = [record for record in kept if record["what"] == "pretraining"]
+            if trained:
+                seeds = len({record["seed"] for record in trained})
+                steps = trained[0]["key"]["recipe"]["steps"]
+                runs.append((f"{steps:,} steps, {seeds} seed{'s'[: seeds > 1]}", board))
+            continue
         print(f"\n## {name}\n\n{setting(kept, left_out)}\n")
         for text in (study if name.startswith("choices") else comparison)(board):
             if text:
@@ -171,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for path in (accuracies(board, args.figures), shift_curves(board, args.figures)):
                 print(f"written: {path}")
+    for text in beside(runs) if runs else ():
+        print(f"{text}\n")
     return 0
 
 

@@ -73,6 +73,11 @@ def parser(prog: str, about: str, steps: int, seeds: Sequence[int], tasks: Seque
     found.add_argument("--minutes", type=float, help="stop then; what is finished is kept (default: no limit)")
     found.add_argument("--small", action="store_true", help="400 clips a task, for a trial")
     found.add_argument(
+        "--pool",
+        action="store_true",
+        help="pre-train on sound that no task has too, 8.8 h in all; results of their own",
+    )
+    found.add_argument(
         "--cache", type=Path, default=cache_folder(), help="packages, clips, encoders (default: %(default)s)"
     )
     found.add_argument(
@@ -87,12 +92,12 @@ def parser(prog: str, about: str, steps: int, seeds: Sequence[int], tasks: Seque
 def prepare(args: argparse.Namespace, protocol: Protocol) -> Worker:
     """What does the jobs that `args` describe: tasks and log-mels are made here, once."""
     until = time.time() + 60 * args.minutes if args.minutes else float("inf")
-    material = Material.prepare(protocol, args.tasks, args.cache, args.small)
+    material = Material.prepare(protocol, args.tasks, args.cache, args.small, args.pool)
     for name, each in material.sets.items():
         tested = sum(len(test) for *_, test in each.rounds)
         say(f"{name}: {len(each.clips)} clips, {tested} to test on, in {len(set(each.groups))} groups")
-    say(f"{len(material.pretraining)} clips to pre-train on")
-    name = f"{protocol.name}{'-small' if args.small else ''}"
+    say(f"{len(material.pretraining)} clips to pre-train on, {material.hours:.1f} h")
+    name = f"{protocol.name}{'-pool' if args.pool else ''}{'-small' if args.small else ''}"
     results = Results(args.out or args.cache / "evidence" / f"{name}.jsonl")
     recipe = Recipe(args.steps, epochs=args.epochs)
     threads = threads_of(args.jobs, args.cores)

@@ -41,6 +41,7 @@ __all__ = [
     "TRILL_RATES",
     "Task",
     "grouped_folds",
+    "keep",
     "left_out",
     "main",
     "make",
@@ -231,15 +232,24 @@ def make(task: str, cache: Path | None = None, seed: int = 0, clips: int | None 
     if seed < 0 or (clips is not None and clips < 1):
         raise ValueError(f"expected seed ≥ 0 and clips ≥ 1, got {seed} and {clips}")
     cache = cache or cache_folder()
-    version = TASKS[task].version
-    target = cache / "tasks" / f"{task}-v{version}-seed{seed}{'' if clips is None else f'-{clips}'}"
+    target = cache / "tasks" / f"{task}-v{TASKS[task].version}-seed{seed}{'' if clips is None else f'-{clips}'}"
+    return keep(target, lambda folder: TASKS[task].make(cache, folder, seed, clips))
+
+
+def keep(target: Path, maker: Callable[[Path], Made]) -> Path:
+    """The manifest in a folder of the cache, with `left-out.csv` beside it; made whole by `maker` unless it is there.
+
+    Args:
+        target: the folder.
+        maker: folder to write into -> clips, and why others are left out.
+    """
     if (target / "manifest.csv").exists():
         return target / "manifest.csv"
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}-") as name:
         folder = Path(name) / "task"
         folder.mkdir()
-        made, without = TASKS[task].make(cache, folder, seed, clips)
+        made, without = maker(folder)
         write_manifest(folder / "manifest.csv", made)
         with open(folder / LEFT_OUT, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("file", "why"), *without.items()])

@@ -111,6 +111,21 @@ def test_every_piece_once_and_nothing_again(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_more_sound_is_an_experiment_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(material, "make_pool", lambda cache: made(cache / "made", "pool", 12))
+    assert run(compare, tmp_path, stems="conv", tune=[], shift=[]) == 0
+    assert run(compare, tmp_path, stems="conv", tune=[], shift=[], pool=[]) == 0
+    of = {
+        name: next(each for each in Results(tmp_path / "evidence" / f"{name}.jsonl").records() if "clips" in each)
+        for name in ("results", "results-pool")
+    }
+    assert {name: each["clips"] for name, each in of.items()} == {"results": 96, "results-pool": 96 + 12}
+    assert of["results"]["key"]["pretraining"] != of["results-pool"]["key"]["pretraining"]
+    assert of["results-pool"]["hours"] == round(108 * 20 * 0.01 / 3600, 2)
+    assert "Pre-trained on 108 clips, 0.0 h." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_the_study_has_rows_of_its_own(tmp_path, capsys):
     assert run(study, tmp_path, only=["s8-h16", "s8-fixed"], tune=[], shift=[]) == 0
     records = Results(tmp_path / "evidence" / "choices.jsonl").records()

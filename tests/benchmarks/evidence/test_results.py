@@ -164,6 +164,36 @@ def test_the_rule_picks_the_cheapest_within_a_point_of_the_best():
     assert "picks num_states = 16, encoder_dim = 64" in "\n".join(choices.study(Board(records)))
 
 
+def test_runs_stand_beside_each_other(tmp_path, capsys):
+    """The stems and the tasks that both have, the short run's seeds and the long one's."""
+    files = []
+    for name, steps, seeds in (("results", 500, (0, 1)), ("results-pool", 5000, (0,))):
+        records = [record(row, seed, [6, 5 + seed], steps=steps) for row in ("aape", "conv") for seed in seeds]
+        records += [record("aape", 0, [7, 7], task="drums", steps=steps)]
+        if name == "results":
+            records += [record(row, 0, [8, 8], task="tones", steps=steps) for row in ("aape", "conv")]
+            records += [record("conv+mlp", 0, [9, 9], steps=steps)]
+        trained = [record("aape", seed, [], what="pretraining", steps=steps) for seed in seeds]
+        records += [{key: value for key, value in each.items() if key != "hits"} for each in trained]
+        for each in records:
+            each["key"]["experiment"] = name
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("\n".join(json.dumps(each | {"id": identity(each["key"])}) for each in records))
+    assert report.main(["--beside", *map(str, files)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "**Frozen, logistic regression: accuracy in %**"
+    assert lines[2] == "| | trill | mean |"
+    assert [line.split(" | ")[0] for line in lines[4:10]] == [
+        "| AaPE, 500 steps, 2 seeds",
+        "| AaPE, 5,000 steps, 1 seed",
+        "| convolution, 500 steps, 2 seeds",
+        "| convolution, 5,000 steps, 1 seed",
+        "| AaPE − convolution, 500 steps, 2 seeds",
+        "| AaPE − convolution, 5,000 steps, 1 seed",
+    ]
+    assert not any(lines[10:])
+
+
 def test_figures_are_written(tmp_path):
     from benchmarks.evidence.figures import accuracies, shift_curves
 
