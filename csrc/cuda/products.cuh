@@ -118,9 +118,9 @@ AAPE_DEVICE Split<Right> load_right(const Weights* tile) {
   return {{{word.at[0], word.at[1]}}, {{word.at[2], word.at[3]}}};
 }
 
-// Fill `tiles` of them, the block's threads together: tile k goes to to[place(k)], of value(k, row, column).
-template <class Place, class Value>
-AAPE_DEVICE void fill_rights(Weights* to, int tiles, Place place, Value value) {
+// Fill `tiles` of them, the block's threads together: value(tile, row, column).
+template <class Value>
+AAPE_DEVICE void fill_rights(Weights* to, int tiles, Value value) {
   for (int n = threadIdx.x; n < tiles * 32; n += blockDim.x) {
     const int tile = n / 32, column = n % 32 / 4, row = n % 4 * 2;
     Split<Right> split;
@@ -128,12 +128,8 @@ AAPE_DEVICE void fill_rights(Weights* to, int tiles, Place place, Value value) {
       const int k = row + 8 * half;
       split.set(half, value(tile, k, column), value(tile, k + 1, column));
     }
-    to[place(tile) * 32 + n % 32] = {{split.high.at[0], split.high.at[1], split.low.at[0], split.low.at[1]}};
+    to[n] = {{split.high.at[0], split.high.at[1], split.low.at[0], split.low.at[1]}};
   }
-}
-template <class Value>
-AAPE_DEVICE void fill_rights(Weights* to, int tiles, Value value) {
-  fill_rights(to, tiles, [](int tile) { return tile; }, value);
 }
 
 }  // namespace cuda

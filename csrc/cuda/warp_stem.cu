@@ -11,7 +11,7 @@ template <class S>
 struct ForwardShared {
   Weights *projection, *w2, *w1;  // w1 last: it is as long as the patch
   float *b1, *b2;                 // padded with zeros
-  BFloat16 *every_line, *lines;   // of all warps, of this one
+  BFloat16* lines;
 
   static constexpr int kProjection = S::kStateTiles, kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
   static constexpr int kBiases = S::kHidden + 2 * S::kStates;
@@ -26,38 +26,17 @@ struct ForwardShared {
         w1(w2 + kW2 * 32),
         b1(reinterpret_cast<float*>(w1 + p.line.patch() * S::kHiddenTiles * 32)),
         b2(b1 + S::kHidden),
-        every_line(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates)),
-        lines(every_line + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
+        lines(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
 };
-
-// W1 by way of the lines' memory, as many units at once as fit there: its own order is not that of the lanes.
-template <class S>
-AAPE_DEVICE void fill_first_layer(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
-  const int rows = p.rows(), patch = p.line.patch(), length = p.length(), pitch = length + 4;
-  float* units = reinterpret_cast<float*>(m.every_line);
-  const int room = int(blockDim.x) / kLanes * kTokensOfWarp * p.line.pitch() / 2 / pitch / 8 * 8;
-  for (int first = 0; first < S::kHidden; first += room) {
-    const int count = S::kHidden - first < room ? S::kHidden - first : room;
-    for (int k = threadIdx.x; k < count * length; k += blockDim.x) {
-      const int h = k / length, e = k % length;
-      units[h * pitch + e] = first + h < p.hidden_units ? load<float>(p.w1, (first + h) * length + e) : 0.0f;
-    }
-    __syncthreads();
-    const int tiles = count / 8;
-    fill_rights(
-        m.w1, patch * tiles, [=](int k) { return k / tiles * S::kHiddenTiles + first / 8 + k % tiles; },
-        [=](int k, int row, int column) {
-          return row < rows ? units[(k % tiles * 8 + column) * pitch + row * patch + k / tiles] : 0.0f;
-        });
-    __syncthreads();
-  }
-}
 
 template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
-  const int units = p.hidden_units, states = p.grid.states;
+  const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
   fill_projection(p, m.projection);
-  fill_first_layer(p, m);
+  fill_rights(m.w1, patch * S::kHiddenTiles, [&](int tile, int row, int column) {
+    const int h = tile % S::kHiddenTiles * 8 + column, frame = tile / S::kHiddenTiles;
+    return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
+  });
   // logits of decays, then of frequencies
   fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
@@ -153,7 +132,9 @@ template <class S>
 __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(const WarpStemParams<S> p) {
   AAPE_DYN_SHARED(memory);
   const ForwardShared<S> m(p, memory);
-  each_tile(p, m.lines, [&] { fill(p, m); }, [&](const TwoTokens& at) {
+  fill(p, m);
+  __syncthreads();
+  each_tile(p, m.lines, [&](const TwoTokens& at) {
     Sums logits[2][S::kStateTiles];
     {
       Split<Left> active[S::kHiddenSteps];

@@ -95,92 +95,73 @@ AAPE_DEVICE int row_offset(const WarpStemParams<S>& p, int row) {
 }
 
 // Elements from the beginning of a line to those of `row` in a frame. Every other eight frames have the halves of their
-// rows swapped, for the sake of `Pixels`.
+// rows swapped, for the sake of `load_packs`.
 AAPE_DEVICE int in_line(int frame, int row) { return frame * kRows + (row ^ (frame & 8)); }
 
-// The warp's lines on their way to shared memory, where all of them is moved in packs of eight frames. Two lanes have the
-// 32 bytes of a token's row, so that global memory is asked for whole sectors; eight lanes have rows q and q + 1 for four
-// values of q, and what they store is, with those of every other token, in different banks.
-template <class S, bool = S::kUsual>
-struct Pixels {
-  AAPE_DEVICE void fetch(const WarpStemParams<S>&, int) {}
-
-  AAPE_DEVICE void put(const WarpStemParams<S>& p, int tile, BFloat16* lines) const {
-    const int lane = threadIdx.x % kLanes;
-    for (int m = lane / 4; m < kTokensOfWarp; m += 8) {
-      const int token = tile * kTokensOfWarp + m;
-      const bool there = token < p.tokens;
-      const Start start = start_of(p, there ? token : 0);
-      BFloat16 *line = lines + m * p.line.pitch(), *operand = p.operand + token * p.row_step;
-      for (int row = lane % 4; row < kRows; row += 4) {
-        const BFloat16* from = p.x + start.pixel + row_offset(p, row);
-        for (int f = 0; f < p.line.frames(); ++f) {
-          const int frame = start.frame + f, of_patch = f - p.line.patch_first();
-          BFloat16 value = BFloat16(0.0f);
-          if (there && row < p.rows() && frame >= 0 && frame < p.grid.frames) {
-            value = from[f * p.x_stride[3]];
-            if (of_patch >= 0 && of_patch < p.line.patch()) operand[row * p.line.patch() + of_patch] = value;
-          }
-          line[in_line(f, row)] = value;
-        }
-      }
-    }
-    __syncwarp();
-  }
-};
-
+// A warp's lines -> shared memory, and its patches -> the operand. Rows behind the last token are zero.
+//
+// Where all of it is moved in packs of eight frames, two lanes have the 32 bytes of a token's row, so that global memory is
+// asked for whole sectors; eight lanes have rows q and q + 1 for four values of q, and what they store is, with those of
+// every other token, in different banks.
 template <class S>
-struct Pixels<S, true> {
+AAPE_DEVICE void load_packs(const WarpStemParams<S>& p, int tile, BFloat16* lines) {
   using Eight = Pack<uint32_t, 4>;
-  Eight at[4][2][2];  // tokens, rows eight further, neighbouring rows
-
-  static AAPE_DEVICE int token(int step) { return int(threadIdx.x % kLanes) / 8 * 2 + step % 2 + step / 2 * 8; }
-  static AAPE_DEVICE int row(int half) { return int(threadIdx.x) / 2 % 4 * 2 + half * 8; }
-  static AAPE_DEVICE int pack() { return int(threadIdx.x % 2); }
-
-  AAPE_DEVICE void fetch(const WarpStemParams<S>& p, int tile) {
-    const int first = tile * kTokensOfWarp, mine = first + int(threadIdx.x % kTokensOfWarp);
-    const int start = start_of(p, mine < p.tokens ? mine : 0).pixel;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, pack = lane % 2;
+  const int mine = first + lane % kTokensOfWarp, start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, token(step)) + pack() * 8;
-      const bool there = first + token(step) < p.tokens;
+  for (int step = 0; step < 4; ++step) {
+    const int m = lane / 8 * 2 + step % 2 + step / 2 * 8;
+    const bool there = first + m < p.tokens;
+    const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, m) + pack * 8;
+    BFloat16* operand = p.operand + (first + m) * p.row_step + pack * 8;
+    Eight rows[2][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          if (there) at[step][half][n] = load_pack<Eight>(from + row_offset(p, row(half) + n));
-          else at[step][half][n] = Eight{};
-        }
+    for (int n = 0; n < 4; ++n) {
+      const int row = lane / 2 % 4 * 2 + n / 2 * 8 + n % 2;
+      rows[n / 2][n % 2] = load_pack<Eight>(from + row_offset(p, row));
     }
-  }
-
-  AAPE_DEVICE void put(const WarpStemParams<S>& p, int tile, BFloat16* lines) const {
-    const int first = tile * kTokensOfWarp;
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const int token = first + this->token(step);
-      BFloat16* operand = p.operand + token * p.row_step + pack() * 8;
-      uint32_t* line = reinterpret_cast<uint32_t*>(lines + this->token(step) * p.line.pitch());
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 2 % 4 * 2 + half * 8;
+      const Eight upper = there ? rows[half][0] : Eight{}, lower = there ? rows[half][1] : Eight{};
+      if (there) {
+        store_pack(operand + row * 16, upper);
+        store_pack(operand + row * 16 + 16, lower);
+      }
+      // frames 2k and 2k + 1 of both rows
+      uint32_t* to = reinterpret_cast<uint32_t*>(lines + m * p.line.pitch() + in_line(pack * 8, row));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Eight(&two)[2] = at[step][half];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          if (token < p.tokens) store_pack(operand + (row(half) + n) * 16, two[n]);
-        }
-        // frames 2k and 2k + 1 of both rows
-        uint32_t* to = line + in_line(pack() * 8, row(half)) / 2;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          to[2 * k * (kRows / 2)] = (two[0].at[k] & 0xFFFFu) | two[1].at[k] << 16;
-          to[(2 * k + 1) * (kRows / 2)] = two[0].at[k] >> 16 | (two[1].at[k] & 0xFFFF0000u);
-        }
+      for (int k = 0; k < 4; ++k) {
+        to[2 * k * (kRows / 2)] = (upper.at[k] & 0xFFFFu) | lower.at[k] << 16;
+        to[(2 * k + 1) * (kRows / 2)] = upper.at[k] >> 16 | (lower.at[k] & 0xFFFF0000u);
       }
     }
-    __syncwarp();
   }
-};
+}
+
+// The same for any geometry, pixel by pixel.
+template <class S>
+AAPE_DEVICE void load_pixels(const WarpStemParams<S>& p, int tile, BFloat16* lines) {
+  const int lane = threadIdx.x % kLanes;
+  for (int m = lane / 4; m < kTokensOfWarp; m += 8) {
+    const int token = tile * kTokensOfWarp + m;
+    const bool there = token < p.tokens;
+    const Start start = start_of(p, there ? token : 0);
+    BFloat16 *line = lines + m * p.line.pitch(), *operand = p.operand + token * p.row_step;
+    for (int row = lane % 4; row < kRows; row += 4) {
+      const BFloat16* from = p.x + start.pixel + row_offset(p, row);
+      for (int f = 0; f < p.line.frames(); ++f) {
+        const int frame = start.frame + f, of_patch = f - p.line.patch_first();
+        BFloat16 value = BFloat16(0.0f);
+        if (there && row < p.rows() && frame >= 0 && frame < p.grid.frames) {
+          value = from[f * p.x_stride[3]];
+          if (of_patch >= 0 && of_patch < p.line.patch()) operand[row * p.line.patch() + of_patch] = value;
+        }
+        line[in_line(f, row)] = value;
+      }
+    }
+  }
+}
 
 // The address that this lane names for the 16 × 16 of a frame.
 template <class S>
@@ -320,28 +301,17 @@ inline Launch launch_of(int tokens, int most_warps, size_t common, size_t own) {
 // This warp's first tile of tokens.
 AAPE_DEVICE int first_tile() { return int(threadIdx.x / kLanes * gridDim.x + blockIdx.x); }
 
-// The tiles of tokens of this warp, few of which are spread over all blocks first. Pixels of the first one are on their
-// way while the block runs fill(); then visit(tokens), their lines in shared memory.
-template <class S, class Fill, class Visit>
-AAPE_DEVICE void each_tile(const WarpStemParams<S>& p, BFloat16* lines, Fill fill, Visit visit) {
+// visit(tokens) for the tiles of this warp, few of which are spread over all blocks first, with their lines in shared
+// memory.
+template <class S, class Visit>
+AAPE_DEVICE void each_tile(const WarpStemParams<S>& p, BFloat16* lines, Visit visit) {
   const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp;
-  int tile = first_tile();
-  {
-    Pixels<S> pixels;
-    if (tile < tiles) pixels.fetch(p, tile);
-    fill();
-    __syncthreads();
-    if (tile < tiles) pixels.put(p, tile, lines);
-  }
-  while (tile < tiles) {
+  for (int tile = first_tile(); tile < tiles; tile += int(blockDim.x / kLanes * gridDim.x)) {
+    if constexpr (S::kUsual) load_packs(p, tile, lines);
+    else load_pixels(p, tile, lines);
+    __syncwarp();
     visit(tokens_at(p, tile));
     __syncwarp();  // before the lines are written again
-    tile += int(blockDim.x / kLanes * gridDim.x);
-    if (tile < tiles) {
-      Pixels<S> pixels;
-      pixels.fetch(p, tile);
-      pixels.put(p, tile, lines);
-    }
   }
 }
 
@@ -391,7 +361,7 @@ bool with_sizes(const StemCall& call, Run run) {
   for (int axis = 0; axis < 3; ++axis) usual = usual && call.x.stride[axis] % 8 == 0;
   for (const char* data : {call.x.data, call.operand.data}) usual = usual && aligned<Pack<float, 4>>(data);
   if (g.states <= 16 && call.hidden_units <= 32) {
-    return usual ? run(Sizes<16, 32, 16, true>()) : run(Sizes<16, 32, 16, false>());
+    return usual ? run(Sizes<16, 32, 16, true>()) : run(Sizes<16, 32, 12, false>());
   }
   return usual ? run(Sizes<32, 64, 8, true>()) : run(Sizes<32, 64, 8, false>());
 }

@@ -284,11 +284,10 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_backward_k
   AAPE_DYN_SHARED(memory);
   const BackwardShared<S> m(p, memory);
   for (int k = threadIdx.x % kLanes; k < m.kSums; k += kLanes) m.sum(k) = 0;
-  const auto begin = [&] {
-    prefetch_rows(p);
-    fill(p, m);
-  };
-  each_tile(p, m.lines(), begin, [&](const TwoTokens& at) {
+  prefetch_rows(p);
+  fill(p, m);
+  __syncthreads();
+  each_tile(p, m.lines(), [&](const TwoTokens& at) {
     Complex<float> grad[S::kStateTiles][4];
     {
       Slopes slopes[S::kStateTiles][4];
