@@ -60,16 +60,23 @@ def test_nothing_spills(cubins, architecture, source):
     assert len(entries) == done.stderr.count("Compiling entry function") == EXPECTED[source]
     for entry in entries:
         assert int(entry["stack"]) == int(entry["stores"]) == int(entry["loads"]) == 0, entry["name"]
-        # by __launch_bounds__: 256 threads, two blocks of them, or one where the arithmetic is double's
-        blocks = 1 if re.search(r"EEEdd[il]E", entry["name"]) else 2
-        assert int(entry["registers"]) * 256 * blocks <= REGISTERS, entry["name"]
+        assert int(entry["registers"]) * threads(entry["name"]) <= REGISTERS, entry["name"]
+
+
+def threads(name: str) -> int:
+    """What a multiprocessor is to have of a kernel at once, by its __launch_bounds__."""
+    if sizes := re.search(r"SizesILi\d+ELi\d+ELi(\d+)E", name):  # one block of so many warps
+        return 32 * int(sizes[1])
+    # 256 threads, two blocks of them, or one where the arithmetic is double's
+    return 256 if re.search(r"EEEdd[il]E", name) else 512
 
 
 # Kernels of a source. With a path: float32 and bfloat16 on the usual one, any float and double on the other two. The
 # gather: any float and double, for two widths of offsets; the overlap-add: four pairs of dtypes, likewise. What
-# standardises: float and double.
+# standardises: float and double. The stem on tensor cores: two sizes, each for the usual geometry and for any.
 EXPECTED = {
-    "devices": 0, "gather": 4, "overlap_add": 8, "sblu_backward": 18, "sblu_forward": 6, "standardise": 2, "stem": 6,
+    "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 8, "sblu_backward": 18, "sblu_forward": 6,
+    "standardise": 2, "stem": 6, "warp_stem": 4, "warp_stem_backward": 4,
 }  # fmt: skip
 
 
@@ -108,3 +115,16 @@ def test_the_usual_path_of_an_h100(cubins, source, kernel):
     if kernel != "sblu_backward_windows_kernel":  # which reads no x
         assert any(re.match(r"LDG\.E\.128", each) for each in instructions)
     assert any(re.match(r"LDS\.128", each) for each in instructions)
+
+
+@pytest.mark.parametrize("source", ["warp_stem", "warp_stem_backward"])
+def test_the_stem_of_an_h100_is_on_tensor_cores(compiled, source):
+    """Bfloat16, the default sizes and geometry: products, pixels and stores of 16 bytes, turned frames by ldmatrix."""
+    _, cubin = compiled(90, source)
+    (instructions,) = [body for name, body in functions(cubin).items() if "SizesILi16ELi32ELi16ELb1E" in name]
+    counted = Counter(each.partition(".")[0] for each in instructions)
+    assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
+    assert counted["HMMA"] >= 32
+    assert counted["LDSM"] >= 4
+    assert sum(each.startswith("LDG.E.128") for each in instructions) >= 16
+    assert sum(each.startswith("STG.E.128") for each in instructions) >= 16

@@ -80,7 +80,7 @@ def check(stem: AaPE, x: torch.Tensor, dtype: torch.dtype) -> None:
     wide = [value.detach().double().requires_grad_() for value in (leaf, *values)]
     want = oracle_tokens(stem, wide[0], dict(zip(names, wide[1:], strict=True)))
     if stem.layout == "TF":
-        n_f = (x.shape[2] - 6) // stem.stride[1] + 1
+        n_f = (x.shape[2] - stem.proj.weight.shape[3]) // stem.stride[1] + 1
         want = want.unflatten(1, (n_f, -1)).transpose(1, 2).flatten(1, 2)
     wanted = torch.autograd.grad(want, wide, cotangent.double())
 

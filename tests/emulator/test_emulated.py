@@ -10,6 +10,7 @@ import pytest
 import sanitized_on_gpu
 import torch
 from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, Case, cases
+from checks import poisoned_memory
 from emulated import (
     BOUNDS,
     ORDERS,
@@ -24,6 +25,7 @@ from emulated import (
     use,
 )
 from hypothesis import given, settings
+from oracle import relative_error
 from test_sblu import check as check_sblu
 from test_sblu import check_golden, check_range
 from test_stem import OPTIONS, check_16_bit_forward_and_gradients, small
@@ -121,6 +123,57 @@ def test_bfloat16_projection_and_tokens(features, states):
     check_16_bit_forward_and_gradients(stem, torch.bfloat16)
 
 
+# The stem of bfloat16 on tensor cores: the usual geometry, and any with up to 16 rows, 32 states and 64 units.
+WARP_STEMS = {
+    "usual": {},
+    "usual-time-major": {"layout": "TF"},
+    "more-states": {"num_states": 32, "encoder_dim": 64},
+    "odd-sizes": {"patch_size": (8, 8), "stride": (4, 6), "num_states": 7, "encoder_dim": 21},
+    "long-window": {"patch_size": (8, 4), "window": 12, "num_states": 20, "encoder_dim": 20},
+    "short-window": {"patch_size": (4, 10), "window": 4, "num_states": 3, "encoder_dim": 40},
+    "two-channels": {"in_chans": 2, "patch_size": (8, 16), "stride": (8, 8)},
+}
+
+
+@pytest.mark.parametrize("features", PLANES)
+@pytest.mark.parametrize("options", WARP_STEMS.values(), ids=WARP_STEMS.keys())
+def test_stem_on_tensor_cores(emulated, monkeypatch, options, features):
+    """More tiles of tokens than warps and one that is not whole; whatever is left unwritten is NaN."""
+    ran = []
+    for name in ("warp_stem", "warp_stem_backward"):
+        kernel = getattr(emulated, name)
+        monkeypatch.setattr(emulated, name, lambda *given, k=kernel, n=name: (ran.append(n), k(*given))[1])
+    emulated.set_order(2, len(str(options)))
+    stem = AaPE(embed_dim=40, features=features, **options).bfloat16()
+    torch.nn.init.normal_(stem.fusion.weight, std=0.1)
+    stem.encoder.float()
+    stem.sblu.float()
+    with poisoned_memory():
+        check_stem(stem, torch.randn(3, stem.proj.in_channels, 32, 72).bfloat16(), torch.bfloat16)
+    assert ran == ["warp_stem", "warp_stem_backward"]
+
+
+@pytest.mark.parametrize("wanted", ["proj.weight", "proj.bias", "encoder.w2", "sblu.weight", "fusion.weight"])
+def test_one_gradient_alone_on_tensor_cores(wanted):
+    stem = AaPE(embed_dim=8).bfloat16()
+    torch.nn.init.normal_(stem.fusion.weight, std=0.1)
+    x = torch.randn(1, 1, 32, 32).bfloat16()
+    parameters = dict(stem.named_parameters())
+    everything = torch.autograd.grad(stem(x).float().square().sum(), list(parameters.values()))
+    for parameter in parameters.values():
+        parameter.requires_grad_(parameter is parameters[wanted])
+    (alone,) = torch.autograd.grad(stem(x).float().square().sum(), [parameters[wanted]])
+    assert relative_error(alone, everything[list(parameters).index(wanted)]) <= 5e-3
+
+
+def test_a_non_finite_pixel_stays_in_its_token_on_tensor_cores():
+    stem, x = AaPE(embed_dim=8).bfloat16(), torch.randn(1, 1, 32, 48).bfloat16()
+    torch.nn.init.normal_(stem.fusion.weight, std=0.1)
+    x[0, 0, 20, 20] = torch.nan
+    with torch.no_grad():
+        assert stem(x).isfinite().all(-1).tolist() == [[True, True, True, True, False, True]]
+
+
 @pytest.mark.parametrize("window", [8, 7])
 @pytest.mark.parametrize(("low", "high"), [(5.0, 10.0), (0.0, 0.3), (0.0, 1e-3)], ids=["fast", "slow", "still"])
 def test_gradients_at_the_ends_of_the_range(window, low, high):
@@ -187,6 +240,11 @@ BROKEN = {
     "an index off by one": ("sblu.cuh", "left + (window - 1) * kLanes", "left + window * kLanes"),
     "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
     "lanes without a state that miss the sums": ("sblu.cuh", "if (!standardised) return;", "return;"),
+    "a half of a row that is not swapped": (
+        "warp_stem.cuh",
+        "in_line(frame, lane / 16 * 8)",
+        "frame * kRows + lane / 16 * 8",
+    ),
     "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + lane / 8)", "as + (warp / 2 * 16 + lane / 8 + 1)"),
 }
 
@@ -207,6 +265,8 @@ def affected(fault):
     name, *_ = fault
     if name.endswith(".cu"):
         return [name]
+    if name == "warp_stem.cuh":
+        return ["warp_stem.cu", "warp_stem_backward.cu"]
     every = ["sblu_forward.cu", "sblu_backward.cu", "stem.cu"]
     return [*every, "standardise.cu"] if name == "warp.cuh" else every
 
@@ -247,12 +307,15 @@ def test_a_broken_kernel_is_caught(broken, monkeypatch):
     case = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "quadrature")
     stem = AaPE(patch_size=(8, 4), embed_dim=6, num_states=4, encoder_dim=40, decay=(0.1, 2.0))
     torch.nn.init.normal_(stem.fusion.weight)
+    narrow = AaPE(embed_dim=6).bfloat16()
+    torch.nn.init.normal_(narrow.fusion.weight)
     caught = []
     for order in range(len(ORDERS)):
         broken.set_order(order, 3)
         try:
             check_sblu(case, torch.float32)
             check_stem(stem, torch.randn(1, 1, 24, 24), torch.float32)
+            check_stem(narrow, torch.randn(1, 1, 16, 64).bfloat16(), torch.bfloat16)
         except (AssertionError, RuntimeError):
             caught.append(order)
     assert caught
