@@ -92,8 +92,8 @@ BACKENDS = {
 
 
 # The order in which "auto" asks, by the dtype of x: the fastest first, between the GPU backends as measured on an H100
-# and an H200 (benchmarks/results). The CUDA stem of bfloat16 is on tensor cores; its other products are register tiles of
-# float32 multiply-adds, where Triton's of float16 use the tensor cores too.
+# and an H200 (benchmarks/results). The CUDA stem of bfloat16 is on tensor cores; its other products are register tiles
+# of float32 multiply-adds, where Triton's of float16 use the tensor cores too.
 ORDER = {
     torch.bfloat16: ("cuda", "triton", "cpu", "reference"),
     torch.float16: ("triton", "cuda", "cpu", "reference"),
