@@ -118,9 +118,9 @@ def test_the_usual_path_of_an_h100(cubins, source, kernel):
 
 
 @pytest.mark.parametrize("source", ["warp_stem", "warp_stem_backward"])
-def test_the_stem_of_an_h100_is_on_tensor_cores(compiled, source):
+def test_the_stem_of_an_h100_is_on_tensor_cores(cubins, source):
     """Bfloat16, the default sizes and geometry: products, pixels and stores of 16 bytes, turned frames by ldmatrix."""
-    _, cubin = compiled(90, source)
+    _, cubin = cubins(90, source)
     (instructions,) = [body for name, body in functions(cubin).items() if "SizesILi16ELi32ELi16ELb1E" in name]
     counted = Counter(each.partition(".")[0] for each in instructions)
     assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
