@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from . import flops, ops, reference
 from .geometry import PatchGrid
+from .weights import Weights
 
 __all__ = ["bind"]
 
@@ -64,147 +65,72 @@ def _double_backward(
     return found
 
 
-Size = tuple[int, int]
-Range = tuple[float, float]
-
-# Arguments that are no tensors: grid sizes, flags and the backend's name; they get no gradient.
-SBLU_OPTIONS = 5
-EMBED_OPTIONS = 8
-
-
 def _below(op: Callable[..., Any], *arguments: Any) -> Any:
     """The op past the tape that its Function is for; below functorch's level there may be another, and is let be."""
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
-class SBLU(torch.autograd.Function):
-    """x, decay, frequency, weight, (patch, stride, window, quadrature, backend) -> y."""
+def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
+    """The Functions of op `name` and of its backward.
 
-    @staticmethod
-    def forward(
-        x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor,
-        patch: Size, stride: Size, window: int, quadrature: bool, backend: str,
-    ) -> Tensor:  # fmt: skip
-        y: Tensor = _below(ops.sblu, x, decay, frequency, weight, patch, stride, window, quadrature, backend)
-        return y
+    The op takes the tensors that it is differentiated by and then options, the last of which is the backend's name. Its
+    first output is differentiable; others are for the backward, which takes (grad, tensors, others, options, need,
+    backend) and gives a gradient for every tensor.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = inputs[4:]
+    Args:
+        compute: the reference, with the op's arguments but the backend's name, `ops.structured`.
+    """
+    op, backward_op = getattr(ops, name), getattr(ops, f"{name}_backward")
+    tensors, others = ops.FIRST_SIZE[name], len(op._schema.returns) - 1
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        *options, backend = ctx.options
-        arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:4]), backend)
-        gradients = ops.sblu_backward(*arguments)
-        return *_present(gradients, ctx.needs_input_grad), *[None] * SBLU_OPTIONS
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return _below(backward_op, *arguments)
 
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs[: 1 + tensors])
+            ctx.options = inputs[1 + tensors + others :]
 
-class SBLUBackward(torch.autograd.Function):
-    """grad, x, decay, frequency, weight, options, need -> the four gradients."""
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+            grad, *inputs = ctx.saved_tensors
+            *options, need, _ = ctx.options
 
-    @staticmethod
-    def forward(
-        grad: Tensor, x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor,
-        patch: Size, stride: Size, window: int, quadrature: bool, need: tuple[bool, ...], backend: str,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        out: tuple[Tensor, ...] = _below(
-            ops.sblu_backward, grad, x, decay, frequency, weight, patch, stride, window, quadrature, need, backend
-        )
-        return out
+            def forward(*values: Tensor | None) -> Tensor:
+                return compute(*ops.structured(name, (*values, *options)))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.options = inputs[5:]
+            # the other outputs follow from the inputs: the reference computes them again
+            second = _double_backward(forward, inputs, grad, need, cotangents)
+            return *second, *[None] * (others + len(ctx.options))
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        grad, *inputs = ctx.saved_tensors
-        patch, stride, window, quadrature, need, _ = ctx.options
-        grid = PatchGrid(tuple(patch), tuple(stride), window)
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return _below(op, *arguments)
 
-        compute: Callable[..., Tensor] = reference.sblu
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            kept = output[1:] if others else ()
+            ctx.mark_non_differentiable(*kept)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*inputs[:tensors], *kept)
+            ctx.options = inputs[tensors:]
 
-        def forward(*values: Tensor | None) -> Tensor:
-            return compute(*values, grid, quadrature)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+            need = ctx.needs_input_grad
+            if grad is None:
+                return (None,) * len(need)
+            *options, backend = ctx.options
+            gradients = backward_op(grad, *ctx.saved_tensors, *options, need[:tensors], backend)
+            return *_present(gradients, need), *[None] * len(ctx.options)
 
-        return *_double_backward(forward, inputs, grad, need, cotangents), *[None] * (SBLU_OPTIONS + 1)
-
-
-class Embed(torch.autograd.Function):
-    """x and the eight parameters, (patch, stride, window, quadrature, decay, band, time_major, backend) ->
-    tokens, r, hidden; the latter two are for the backward only."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-        sblu_w: Tensor, fusion_w: Tensor,
-        patch: Size, stride: Size, window: int, quadrature: bool, decay: Range, band: Range, time_major: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        out: tuple[Tensor, Tensor, Tensor] = _below(
-            ops.embed,
-            x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w,
-            patch, stride, window, quadrature, decay, band, time_major, backend,
-        )  # fmt: skip
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:9], *output[1:])
-        ctx.options = inputs[9:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-        if grad is None:
-            return (None,) * (9 + EMBED_OPTIONS)
-        *options, backend = ctx.options
-        arguments = (grad, *ctx.saved_tensors, *options, tuple(ctx.needs_input_grad[:9]), backend)
-        gradients = ops.embed_backward(*arguments)
-        return *_present(gradients, ctx.needs_input_grad), *[None] * EMBED_OPTIONS
-
-
-class EmbedBackward(torch.autograd.Function):
-    """grad, x and the eight parameters, r, hidden, options, need -> the nine gradients."""
-
-    @staticmethod
-    def forward(
-        grad: Tensor, x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-        sblu_w: Tensor, fusion_w: Tensor, r: Tensor, hidden: Tensor,
-        patch: Size, stride: Size, window: int, quadrature: bool, decay: Range, band: Range, time_major: bool,
-        need: tuple[bool, ...], backend: str,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        out: tuple[Tensor, ...] = _below(
-            ops.embed_backward,
-            grad, x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, r, hidden,
-            patch, stride, window, quadrature, decay, band, time_major, need, backend,
-        )  # fmt: skip
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:10])
-        ctx.options = inputs[12:]
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        grad, *inputs = ctx.saved_tensors
-        patch, stride, window, quadrature, decay, band, time_major, need, _ = ctx.options
-        grid = PatchGrid(tuple(patch), tuple(stride), window)
-
-        compute: Callable[..., Tensor] = reference.embed
-
-        def forward(*values: Tensor | None) -> Tensor:
-            return compute(*values, grid, quadrature, tuple(decay), tuple(band), time_major)
-
-        # r and hidden follow from the inputs: the reference computes them again
-        second = _double_backward(forward, inputs, grad, need, cotangents)
-        return *second, None, None, *[None] * (EMBED_OPTIONS + 1)
+    # what names a node of the graph, in messages and in profiles
+    Forward.__name__, Backward.__name__ = (f"{name}_", f"{name}_backward_")
+    return Forward, Backward
 
 
 def _present(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor | None]:
@@ -260,29 +186,25 @@ def _register(name: str, function: Any) -> None:
     torch.library.register_vmap(f"aape::{name}", mapped)
 
 
-_register("sblu", SBLU)
-_register("sblu_backward", SBLUBackward)
-_register("embed", Embed)
-_register("embed_backward", EmbedBackward)
+for _name in ("sblu", "embed"):
+    for _op, _function in zip((_name, f"{_name}_backward"), _functions(_name, getattr(reference, _name)), strict=True):
+        _register(_op, _function)
 flops.register()
 
 
 def bind(backend: str) -> SimpleNamespace:
     """`sblu` and `embed` of a compiled backend, differentiable, in the signatures of `aape_kernels.reference`."""
 
-    def sblu(*given: Any) -> Tensor:
-        *tensors, grid, quadrature = given
+    def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
+        tensors = (x, decay, frequency, weight)
         _refuse_forward_mode(tensors, backend)
-        arguments = (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend)
-        y: Tensor = ops.sblu(*arguments)
+        y: Tensor = ops.sblu(*tensors, grid.patch, grid.stride, grid.window, quadrature, backend)
         return y
 
-    def embed(*given: Any) -> Tensor:
-        *tensors, grid, quadrature, decay, band, time_major = given
+    def embed(x: Tensor, weights: Weights, grid: PatchGrid, *options: Any) -> Tensor:
+        tensors = (x, *weights)
         _refuse_forward_mode(tensors, backend)
-        sizes = (grid.patch, grid.stride, grid.window)
-        arguments = (*tensors, *sizes, quadrature, decay, band, time_major, backend)
-        tokens: Tensor = ops.embed(*arguments)[0]
+        tokens: Tensor = ops.embed(*tensors, grid.patch, grid.stride, grid.window, *options, backend)[0]
         return tokens
 
     return SimpleNamespace(sblu=sblu, embed=embed)

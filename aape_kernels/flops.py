@@ -27,64 +27,59 @@ __all__ = ["register"]
 Shape = Sequence[int]
 
 
-def _sblu(x: Shape, weight: Shape, patch: Shape, stride: Shape, window: int) -> tuple[int, int]:
+def _sblu(x: Shape, weight: Shape, grid: PatchGrid) -> tuple[int, int]:
     """Of the projection and of the filters, for all tokens."""
-    tokens = _tokens(x, patch, stride, window)
-    return 2 * tokens * math.prod(weight) * patch[1], 8 * tokens * weight[0] * window
+    tokens = _tokens(x, grid)
+    return 2 * tokens * math.prod(weight) * grid.patch[1], 8 * tokens * weight[0] * grid.window
 
 
-def _tokens(x: Shape, patch: Shape, stride: Shape, window: int) -> int:
-    grid = PatchGrid((patch[0], patch[1]), (stride[0], stride[1]), window)
+def _tokens(x: Shape, grid: PatchGrid) -> int:
     return x[0] * math.prod(grid.tokens(x[2], x[3]))
 
 
-def sblu(x: Shape, decay: Shape, frequency: Shape, weight: Shape, *sizes: Any, **_: Any) -> int:
+def sblu(*arguments: Any, **more: Any) -> int:
     """Of `aape::sblu`."""
-    return sum(_sblu(x, weight, *sizes[:3]))
+    x, _decay, _frequency, weight, grid, *_ = ops.structured("sblu", arguments)
+    return sum(_sblu(x, weight, grid))
 
 
-def sblu_backward(
-    grad: Shape, x: Shape, decay: Shape, frequency: Shape, weight: Shape,
-    patch: Shape, stride: Shape, window: int, quadrature: bool, need: Sequence[bool], backend: str, **_: Any,
-) -> int:  # fmt: skip
+def sblu_backward(*arguments: Any, **more: Any) -> int:
     """Of `aape::sblu_backward`: the projection again, its adjoints, and the filters' adjoint."""
-    projection, filters = _sblu(x, weight, patch, stride, window)
-    return projection * (1 + need[0] + need[3]) + 2 * filters
+    _grad, x, _decay, _frequency, weight, grid, _quadrature, need, _ = ops.structured("sblu_backward", arguments)
+    projection, filters = _sblu(x, weight, grid)
+    need_x, _, _, need_weight = need
+    total: int = projection * (1 + need_x + need_weight) + 2 * filters
+    return total
 
 
-def _encoder(tokens: int, w1: Shape, w2: Shape) -> tuple[int, int]:
+def _encoder(tokens: int, shapes: Any) -> tuple[int, int]:
     """Of its two layers."""
-    return 2 * tokens * math.prod(w1), 2 * tokens * math.prod(w2)
+    return 2 * tokens * math.prod(shapes.w1), 2 * tokens * math.prod(shapes.w2)
 
 
-def embed(
-    x: Shape, proj_w: Shape, proj_b: Shape | None, w1: Shape, b1: Shape, w2: Shape, b2: Shape, sblu_w: Shape,
-    fusion_w: Shape, patch: Shape, stride: Shape, window: int, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def embed(*arguments: Any, **more: Any) -> int:
     """Of `aape::embed`."""
-    tokens = _tokens(x, patch, stride, window)
-    products = 2 * tokens * (math.prod(proj_w) + math.prod(fusion_w))
-    return products + sum(_encoder(tokens, w1, w2)) + sum(_sblu(x, sblu_w, patch, stride, window))
+    x, shapes, grid, *_ = ops.structured("embed", arguments)
+    tokens = _tokens(x, grid)
+    products: int = 2 * tokens * (math.prod(shapes.proj_w) + math.prod(shapes.fusion_w))
+    return products + sum(_encoder(tokens, shapes)) + sum(_sblu(x, shapes.sblu_w, grid))
 
 
-def embed_backward(
-    grad: Shape, x: Shape, proj_w: Shape, proj_b: Shape | None, w1: Shape, b1: Shape, w2: Shape, b2: Shape,
-    sblu_w: Shape, fusion_w: Shape, r: Shape, hidden: Shape,
-    patch: Shape, stride: Shape, window: int, quadrature: bool, decay: Any, band: Any, time_major: bool,
-    need: Sequence[bool], backend: str, **_: Any,
-) -> int:  # fmt: skip
+def embed_backward(*arguments: Any, **more: Any) -> int:
     """Of `aape::embed_backward`."""
+    _grad, x, shapes, _r, _hidden, grid, *_, need, _ = ops.structured("embed_backward", arguments)
     need_x, need_proj, _no_proj_b, need_w1, _no_b1, need_w2, _no_b2, need_sblu, need_fusion = need
-    tokens = _tokens(x, patch, stride, window)
-    patches, fusion = 2 * tokens * math.prod(proj_w), 2 * tokens * math.prod(fusion_w)
-    first, second = _encoder(tokens, w1, w2)
-    projection, filters = _sblu(x, sblu_w, patch, stride, window)
+    tokens = _tokens(x, grid)
+    patches, fusion = 2 * tokens * math.prod(shapes.proj_w), 2 * tokens * math.prod(shapes.fusion_w)
+    first, second = _encoder(tokens, shapes)
+    projection, filters = _sblu(x, shapes.sblu_w, grid)
     # whatever lies before the features needs their cotangent, and whatever lies before r needs that of r
     before_r = need_x or any(need[3:7])
     before_features = before_r or need_sblu
-    total = patches * (need_x + need_proj) + fusion * (before_features + need_fusion)
+    total: int = patches * (need_x + need_proj) + fusion * (before_features + need_fusion)
     total += before_features * (2 * filters + projection) + projection * (need_x + need_sblu)
-    return total + second * (before_r + need_w2) + first * (need_x + need_w1)
+    total += second * (before_r + need_w2) + first * (need_x + need_w1)
+    return total
 
 
 FORMULAS: dict[str, Callable[..., int]] = {

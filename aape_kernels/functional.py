@@ -12,6 +12,7 @@ from . import reference
 from .backends import Call, choose
 from .geometry import PatchGrid, sizes_of
 from .ranges import check_band, check_decay
+from .weights import Weights
 
 __all__ = ["Responses", "analyse", "embed", "embed_by_parts", "listen_by_parts", "responses", "sblu"]
 
@@ -260,8 +261,8 @@ def embed(
             _check_dtype(parameter, SHOWN[name], x)
 
     run = choose(backend, Call("embed", x.device, x.dtype))
-    tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
-    tokens: Tensor = run.embed(*tensors, grid, kernel == "quadrature", decay_range, band, layout == "TF")
+    weights = Weights(proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
+    tokens: Tensor = run.embed(x, weights, grid, kernel == "quadrature", decay_range, band, layout == "TF")
     return tokens
 
 

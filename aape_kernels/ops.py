@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .geometry import PatchGrid
 from .reference import full_precision, working_dtype
+from .weights import Weights
 
-__all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
+__all__ = ["embed", "embed_backward", "sblu", "sblu_backward", "structured"]
 
 GRID = "int[2] patch, int[2] stride, int window, bool quadrature"
 STEM = (
@@ -55,25 +56,37 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     return function
 
 
+# Where the sizes of a `PatchGrid` and a stem's `Weights` begin among an op's arguments.
+FIRST_SIZE = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
+FIRST_WEIGHT = {"embed": 1, "embed_backward": 2}
+
+
+def structured(name: str, arguments: Sequence[Any]) -> list[Any]:
+    """An op's arguments but the backend's name, as what implements it takes them: `Weights`, and a `PatchGrid`."""
+    given = list(arguments)
+    size, weight = FIRST_SIZE[name], FIRST_WEIGHT.get(name)
+    given[size : size + 3] = [_grid(*given[size : size + 3])]
+    if weight is not None:
+        end = weight + len(Weights._fields)
+        given[weight:end] = [Weights(*given[weight:end])]
+    return given
+
+
 def _implement(name: str) -> None:
-    """Register an op's implementation: the backend's function of that name, a `PatchGrid` in place of three sizes."""
+    """Register an op's implementation: the backend's function of that name."""
 
     def run(*arguments):  # type: ignore[no-untyped-def]  # the schema types it
         *rest, backend = arguments
         compute = _implementation(backend, name)
-        first = FIRST_SIZE[name]
-        grid = _grid(*rest[first : first + 3])
         # An exported program calls the op itself, on parameters that require grad; and autocast, which settled the
         # dtypes above, would reach into the backend's products.
         with torch.no_grad(), full_precision(rest[0].device):
-            return compute(*rest[:first], grid, *rest[first + 3 :])
+            return compute(*structured(name, rest))
 
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
 
 
-# Where `patch` stands among an op's arguments.
-FIRST_SIZE = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
 for _name in FIRST_SIZE:
     _implement(_name)
 
@@ -92,22 +105,18 @@ def _(grad, x, decay, frequency, weight, patch, stride, window, quadrature, need
 
 
 @torch.library.register_fake("aape::embed")
-def _(  # type: ignore[no-untyped-def]
-    x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w,
-    patch, stride, window, quadrature, decay, band, time_major, backend,
-):  # fmt: skip
-    n_f, n_t = _grid(patch, stride, window).tokens(x.shape[2], x.shape[3])
-    tokens = x.new_empty(x.shape[0], n_f * n_t, proj_w.shape[0], dtype=proj_w.dtype)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    x, weights, grid, *_ = structured("embed", arguments)
+    n_f, n_t = grid.tokens(x.shape[2], x.shape[3])
+    tokens = x.new_empty(x.shape[0], n_f * n_t, weights.dim, dtype=weights.proj_w.dtype)
     rows, work = x.shape[0] * n_f * n_t, working_dtype(x.dtype)
-    return tokens, x.new_empty(rows, w2.shape[0], dtype=work), x.new_empty(rows, w1.shape[0], dtype=work)
+    return tokens, x.new_empty(rows, 2 * weights.states, dtype=work), x.new_empty(rows, weights.hidden, dtype=work)
 
 
 @torch.library.register_fake("aape::embed_backward")
-def _(  # type: ignore[no-untyped-def]
-    grad, x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w, r, hidden,
-    patch, stride, window, quadrature, decay, band, time_major, need, backend,
-):  # fmt: skip
-    return _like((x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w), need, x)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    _, x, weights, *_, need, _ = structured("embed_backward", arguments)
+    return _like((x, *weights), need, x)
 
 
 def _like(inputs: Sequence[Tensor | None], need: Sequence[bool], x: Tensor) -> tuple[Tensor, ...]:

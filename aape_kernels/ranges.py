@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .geometry import PatchGrid
 
-__all__ = ["band_from_hz", "check_band", "check_decay", "decay_from_hz"]
+__all__ = ["LogitRanges", "band_from_hz", "check_band", "check_decay", "decay_from_hz", "logit_ranges"]
 
 
 # e^{α/2} is float32's largest number at α = 177; what is left is for the spectrogram and the gradients.
@@ -57,6 +57,15 @@ def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, 
             f"gain 2 sinh(decay/2)/decay, got {(low, high)}"
         )
     return low, high
+
+
+# The decay's low end and log ratio, the band's low end and width: what kernels squash the Lambda Encoder's logits into.
+LogitRanges = tuple[float, float, float, float]
+
+
+def logit_ranges(decay: Sequence[float], band: Sequence[float]) -> LogitRanges:
+    """Of a decay range and a band that have been checked."""
+    return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
 
 
 def _per_frame(hz: Sequence[float], hop: float, name: str) -> tuple[float, float]:

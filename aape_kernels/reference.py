@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import PatchGrid, is_traced, sizes_of
+from .weights import Weights
 
 __all__ = [
     "autocasting",
@@ -226,14 +227,7 @@ def squash(r: Tensor, decay_range: tuple[float, float], band: tuple[float, float
 
 def embed(
     x: Tensor,
-    proj_w: Tensor,
-    proj_b: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    sblu_w: Tensor,
-    fusion_w: Tensor,
+    weights: Weights,
     grid: PatchGrid,
     quadrature: bool,
     decay_range: tuple[float, float],
@@ -242,11 +236,10 @@ def embed(
 ) -> Tensor:
     """The whole stem: token = W_p vec(patch) + b_p + W_y f, as one product: docs/maths.md §4.
 
-    The planes of fusion_w (D, planes, S) say what f is: [n], [Re y ; Im y], or [Re y ; Im y ; n].
-
     x (B, C, F, T) -> (B, N, D) in proj_w's dtype, frequency-major unless `time_major`. f is computed in float32
     (float64 for float64) and rounded once, to the dtype of the product.
     """
+    proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w = weights
     patches = gather(x, grid)
     decay, frequency = lambda_encoder(patches, w1, b1, w2, b2, decay_range, band)
     y = sblu(x.to(decay.dtype), decay, frequency, sblu_w, grid, quadrature)

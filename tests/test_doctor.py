@@ -13,6 +13,7 @@ import torch
 import aape_kernels
 from aape_kernels import doctor, reference, self_test
 from aape_kernels.backends import BACKENDS, Call, cpu, cuda, native, reasons
+from aape_kernels.weights import Weights
 
 CPU = torch.device("cpu")
 COMMAND = [sys.executable, "-m", "aape_kernels.doctor"]
@@ -25,8 +26,10 @@ def only_cpu(monkeypatch):
 
 
 @pytest.fixture
-def block(capsys, only_cpu):
-    """A call of `main`: its status, and the block by section title."""
+def block(capsys, only_cpu, monkeypatch):
+    """A call of `main`: its status, and the block by section title. The tests' own environment is not looked at."""
+    for name in doctor.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str) -> tuple[int, dict[str, list[str]]]:
         status = doctor.main(arguments)
@@ -138,11 +141,19 @@ def test_what_is_not_finite_fails(block, monkeypatch, wrong):
     ("op", "position"), [(op, k) for op, names in self_test.INPUTS.items() for k in range(len(names))]
 )
 def test_every_gradient_is_looked_at(monkeypatch, op, position):
+    def changed(value):
+        value = value * 1
+        value.register_hook(lambda gradient: gradient * 1.001)
+        return value
+
     def run(*arguments):
-        changed = list(arguments)
-        changed[position] = arguments[position] * 1
-        changed[position].register_hook(lambda gradient: gradient * 1.001)
-        return getattr(reference, op)(*changed)
+        given = list(arguments)
+        if op == "embed" and position:
+            name = Weights._fields[position - 1]
+            given[1] = given[1]._replace(**{name: changed(getattr(given[1], name))})
+        else:
+            given[position] = changed(given[position])
+        return getattr(reference, op)(*given)
 
     given = self_test.problems(op, torch.float32)
     install(monkeypatch)

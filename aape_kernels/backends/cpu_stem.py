@@ -7,14 +7,15 @@ native call then ends at their operand, [patch | features], and begins at the fe
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import PatchGrid
+from ..ranges import logit_ranges
 from ..reference import working_dtype
+from ..weights import Weights
 from . import native
 from .gradients import like_inputs
 
@@ -29,20 +30,22 @@ def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous()
 
 
-def _ranges(decay: list[float], band: list[float]) -> native.Ranges:
-    return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
+def _run(
+    x: Tensor,
+    weights: Weights,
+    grid: PatchGrid,
+    quadrature: bool,
+    decay: list[float],
+    band: list[float],
+    time_major: bool,
+) -> native.Stem:
+    shape = (weights.planes, weights.dim, weights.hidden, time_major)
+    return native.Stem(x, grid, quadrature, logit_ranges(decay, band), weights.states, shape)
 
 
 def embed(
     x: Tensor,
-    proj_w: Tensor,
-    proj_b: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    sblu_w: Tensor,
-    fusion_w: Tensor,
+    weights: Weights,
     grid: PatchGrid,
     quadrature: bool,
     decay: list[float],
@@ -50,16 +53,16 @@ def embed(
     time_major: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
+    proj_w, proj_b, *encoder, fusion_w = weights
     work, out = working_dtype(x.dtype), proj_w.dtype
     batch, tokens = x.shape[0], math.prod(grid.tokens(x.shape[2], x.shape[3]))
     rows = batch * tokens
-    r = x.new_empty(rows, w2.shape[0], dtype=work)
-    hidden = x.new_empty(rows, w1.shape[0], dtype=work)
-    encoder = [_rows(value, work) for value in (w1, b1, w2, b2, sblu_w)]
-    shape = (fusion_w.shape[1], proj_w.shape[0], w1.shape[0], time_major)
-    run = native.Stem(x, grid, quadrature, _ranges(decay, band), sblu_w.shape[0], shape)
+    r = x.new_empty(rows, 2 * weights.states, dtype=work)
+    hidden = x.new_empty(rows, weights.hidden, dtype=work)
+    encoder = [_rows(value, work) for value in encoder]
+    run = _run(x, weights, grid, quadrature, decay, band, time_major)
     if out == work:
-        result = x.new_empty(batch, tokens, proj_w.shape[0], dtype=out)
+        result = x.new_empty(batch, tokens, weights.dim, dtype=out)
         if rows:
             projection = [_rows(proj_w, work), None if proj_b is None else _rows(proj_b, work)]
             run.forward((*projection, *encoder, _rows(fusion_w, work)), (result, None, hidden, r))
@@ -74,85 +77,58 @@ def embed(
 
 
 def embed_backward(
-    grad: Tensor,
-    x: Tensor,
-    proj_w: Tensor,
-    proj_b: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    sblu_w: Tensor,
-    fusion_w: Tensor,
-    r: Tensor,
-    hidden: Tensor,
-    grid: PatchGrid,
-    quadrature: bool,
-    decay: list[float],
-    band: list[float],
-    time_major: bool,
-    need: list[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of the nine inputs in their dtypes, contiguous; empty where not needed."""
-    inputs = {
-        "x": x,
-        "proj_w": proj_w,
-        "proj_b": proj_b,
-        "w1": w1,
-        "b1": b1,
-        "w2": w2,
-        "b2": b2,
-        "sblu_w": sblu_w,
-        "fusion_w": fusion_w,
-    }
+    grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
+    decay: list[float], band: list[float], time_major: bool, need: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x and the weights in their dtypes, contiguous; empty where not needed."""
+    inputs = {"x": x, **weights._asdict()}
     wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
     got: dict[str, Tensor] = {}
     if grad.numel() and wanted:
-        options = (grid, quadrature, _ranges(decay, band), time_major)
-        narrow = proj_w.dtype != working_dtype(x.dtype)
-        got = (_narrow_gradients if narrow else _gradients)(grad, inputs, r, hidden, options, wanted)
+        narrow = weights.proj_w.dtype != working_dtype(x.dtype)
+        options = (grid, quadrature, decay, band, time_major)
+        got = (_narrow_gradients if narrow else _gradients)(grad, x, weights, r, hidden, options, wanted)
     return like_inputs(inputs, wanted, got)
 
 
-Options = tuple[PatchGrid, bool, native.Ranges, bool]
+Options = tuple[PatchGrid, bool, list[float], list[float], bool]
 
 
 def _gradients(
-    grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
+    grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
     """All of it in one native call."""
-    x = inputs["x"]
     work = working_dtype(x.dtype)
-    weights = [None if value is None else _rows(value, work) for name, value in inputs.items() if name != "x"]
-    got = {
-        # of what no patch holds, x's gradient is zero, and it is added to
-        name: x.new_zeros(value.shape) if name == "x" else x.new_empty(value.shape, dtype=work)
-        for name, value in inputs.items()
-        if value is not None and name in wanted
-    }
-    flat = grad.reshape(r.shape[0], -1)
-    _run(x, inputs, options).backward(weights, (hidden, r, flat.contiguous(), None, None), [got.get(n) for n in inputs])
+    # of what no patch holds, x's gradient is zero, and it is added to
+    got = {"x": x.new_zeros(x.shape)} if "x" in wanted else {}
+    got |= _empty(weights, wanted, work)
+    given = [None if value is None else _rows(value, work) for value in weights]
+    flat = grad.reshape(r.shape[0], -1).contiguous()
+    _run(x, weights, *options).backward(given, (hidden, r, flat, None, None), _in_order(got))
     return got
 
 
-def _run(x: Tensor, inputs: dict[str, Any], options: Options) -> native.Stem:
-    grid, quadrature, ranges, time_major = options
-    proj_w, w1, sblu_w, fusion_w = (inputs[name] for name in ("proj_w", "w1", "sblu_w", "fusion_w"))
-    shape = (fusion_w.shape[1], proj_w.shape[0], w1.shape[0], time_major)
-    return native.Stem(x, grid, quadrature, ranges, sblu_w.shape[0], shape)
+def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """For the gradients of those weights that are wanted."""
+    return {
+        name: value.new_empty(value.shape, dtype=dtype)
+        for name, value in weights._asdict().items()
+        if value is not None and name in wanted
+    }
+
+
+def _in_order(gradients: dict[str, Tensor]) -> list[Tensor | None]:
+    return [gradients.get(name) for name in ("x", *Weights._fields)]
 
 
 def _narrow_gradients(
-    grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
+    grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
     """With torch's products in 16 bits, in blocks of clips; sums over blocks in their order."""
-    x, proj_w, fusion_w = inputs["x"], inputs["proj_w"], inputs["fusion_w"]
-    work, out = working_dtype(x.dtype), proj_w.dtype
-    projection, fusion = proj_w.flatten(1), fusion_w.to(out).flatten(1)
+    work, out = working_dtype(x.dtype), weights.proj_w.dtype
+    projection, fusion = weights.proj_w.flatten(1), weights.fusion_w.to(out).flatten(1)
     inner = {"proj_w", "proj_b", "fusion_w"}
-    weights = [
-        None if value is None or name in inner else _rows(value, work) for name, value in inputs.items() if name != "x"
-    ]
+    given = [None if name in inner else _rows(value, work) for name, value in weights._asdict().items()]
     need_product = bool(wanted & {"proj_w", "fusion_w"})
     need_branch = bool(wanted - inner)
     tokens = grad.shape[1]
@@ -162,20 +138,16 @@ def _narrow_gradients(
         some = x[first : first + clips]
         rows = slice(first * tokens, (first + some.shape[0]) * tokens)
         part = flat[rows]
-        block = {
-            name: x.new_empty(value.shape, dtype=work)
-            for name, value in inputs.items()
-            if value is not None and name in wanted - inner - {"x"}
-        }
+        block = _empty(weights, wanted - inner, work)
         own = {**block, **({"x": got["x"][first : first + clips]} if "x" in wanted else {})}
         operand = flat.new_empty(len(part), projection.shape[1] + fusion.shape[1]) if need_product else None
         if need_branch or operand is not None:
             features = part @ fusion if need_branch else None
-            _run(some, inputs, options).backward(
-                weights, (hidden[rows], r[rows], None, features, operand), [own.get(name) for name in inputs]
+            _run(some, weights, *options).backward(
+                given, (hidden[rows], r[rows], None, features, operand), _in_order(own)
             )
         if "x" in wanted:
-            own["x"] += _scatter((part @ projection).to(work), some, options[0], options[3])
+            own["x"] += _scatter((part @ projection).to(work), some, options[0], options[4])
         if operand is not None:
             product = part.t() @ operand
             block |= {"proj_w": product[:, : projection.shape[1]], "fusion_w": product[:, projection.shape[1] :]}

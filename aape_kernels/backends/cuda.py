@@ -8,14 +8,15 @@ graph.
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..ranges import LogitRanges
+from ..weights import Weights
 from .cpu import NATIVE_BUILT
-from .fused import PARTIAL_SUMS, Adjoint, Kernels, Ranges, operations
+from .fused import PARTIAL_SUMS, Adjoint, Kernels, operations
 from .native import DTYPE_CODES, load, sizes, view
 
 if TYPE_CHECKING:
@@ -92,10 +93,6 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _place(device: torch.device) -> tuple[int, int]:
     """Index of the device and its current stream; (0, 0) for the CPU, where the tests emulate."""
     if device.type != "cuda":
@@ -110,6 +107,11 @@ def _views(value: Any) -> Any:
     return view(value) if isinstance(value, Tensor) else value
 
 
+def _listening(weights: Weights) -> tuple[Tensor, ...]:
+    """The encoder's weights and the projection, as the module takes them."""
+    return weights.w1, weights.b1, weights.w2, weights.b2, weights.sblu_w
+
+
 class CudaKernels(Kernels):
     """Every kernel of one call, through the native module."""
 
@@ -119,7 +121,7 @@ class CudaKernels(Kernels):
         """Call the module's `name` for the device's current stream, with tensors, and tuples of tensors, as views."""
         native, device = kernels(), self.x.device
         given = [_views(value) for value in arguments]
-        with _on(device):
+        with self.on_device():
             try:
                 return getattr(native, name)(sizes(self.x, self.grid, self.states), *given, _place(device))
             except RuntimeError as error:
@@ -136,7 +138,7 @@ class CudaKernels(Kernels):
         return None if rows is None else self.by_token(rows.unflatten(1, (-1, self.states)))
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`."""
@@ -155,7 +157,7 @@ class CudaKernels(Kernels):
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
-        grad_frequency: Tensor, y: Tensor | None, ranges: Ranges | None = None,
+        grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
         """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
         states, wide = self._states(decay, frequency), weight.to(self.work)
@@ -165,7 +167,7 @@ class CudaKernels(Kernels):
             self._planes(y), *out,
         )  # fmt: skip
 
-    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
+    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: LogitRanges | None = None) -> Tensor:
         """The gradient of the projection, (S, C·P_f), in the arithmetic's dtype."""
         programs = min(PARTIAL_SUMS, -(-self.rows // 16))
         partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
@@ -177,7 +179,7 @@ class CudaKernels(Kernels):
 
     def grad_x(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
-        ranges: Ranges | None = None, add: bool = False,
+        ranges: LogitRanges | None = None, add: bool = False,
     ) -> None:  # fmt: skip
         """Write, or add to, the gradient of x (B, C, F, T), contiguous, by way of the windows of tiles of tokens."""
         batch = self.x.shape[0]
@@ -202,21 +204,18 @@ class CudaKernels(Kernels):
         """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
         self._run("gather", "gather", self.x, self.by_token(out))
 
-    def prologue(
-        self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
-        r: Tensor, ranges: Ranges,
-    ) -> None:  # fmt: skip
+    def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
         """Write rows of the operand [patch | features], of hidden (tokens, H) and of r (tokens, 2S)."""
         planes = (operand.shape[1] - self.patch) // self.states
-        before, after = (self.quadrature, self.time_major, ranges, self.x), (w1.shape[0], planes)
-        weights, rows = (w1, b1, w2, b2, weight), (operand, hidden, r)
-        if self.x.dtype == torch.bfloat16 and self._run("embed", "warp_stem", *before, weights, rows, *after):
+        before, after = (self.quadrature, self.time_major, ranges, self.x), (weights.hidden, planes)
+        narrow, rows = _listening(weights), (operand, hidden, r)
+        if self.x.dtype == torch.bfloat16 and self._run("embed", "warp_stem", *before, narrow, rows, *after):
             return
-        wide = tuple(value.to(self.work) for value in weights)
+        wide = tuple(value.to(self.work) for value in narrow)
         self._run("embed", "stem", *before, wide, rows, *after)
 
     def adjoint(
-        self, grad: Tensor, weights: tuple[Tensor, ...], hidden: Tensor, r: Tensor, ranges: Ranges, need_y: bool
+        self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
         """The backward of one pass, where tensor cores can do it."""
         if self.x.dtype != torch.bfloat16:
@@ -232,14 +231,15 @@ class CudaKernels(Kernels):
         grad_y = self.x.new_empty(self.rows, 2 * self.states, dtype=self.work) if need_y else None
         partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
         self._run(
-            "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges, self.x, weights,
-            (operand, hidden, r), units, planes, (grad, encoder, grad_y, partial), end, active,
+            "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges, self.x,
+            _listening(weights), (operand, hidden, r), units, planes, (grad, encoder, grad_y, partial), end, active,
         )  # fmt: skip
         return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial)
 
-    def gradients(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Each in its input's dtype and shape, all by one launch."""
-        got = {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in parts}
+    def gradients(self, parts: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+        """Each in its weight's dtype and shape, all by one launch."""
+        alike = weights._asdict()
+        got = {name: torch.empty_like(alike[name], memory_format=torch.contiguous_format) for name in parts}
         given = []
         for name, part in parts.items():
             part = part if part.dim() == 3 else part[None]

@@ -6,25 +6,24 @@ are PyTorch's; nothing here waits for the device. Rows are tokens (b, i, j), in 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import PatchGrid
+from ..ranges import LogitRanges, logit_ranges
 from ..reference import working_dtype
+from ..weights import Weights
 from .gradients import like_inputs
 
-__all__ = ["PARTIAL_SUMS", "Adjoint", "Kernels", "Operations", "Ranges", "operations"]
+__all__ = ["PARTIAL_SUMS", "Adjoint", "Kernels", "Operations", "operations"]
 
 # Most programs whose partial sums of the weight's gradient are added up afterwards.
 PARTIAL_SUMS = 512
-
-# The decay's low end and log ratio, the band's low end and width: where decay and frequency are logits.
-Ranges = tuple[float, float, float, float]
 
 
 class Adjoint(NamedTuple):
@@ -70,6 +69,10 @@ class Kernels:
         self.patch = self.projected * grid.patch[1]
         self.work = working_dtype(x.dtype)
 
+    def on_device(self) -> AbstractContextManager[object]:
+        """Where x is, for launches; nothing on a CPU, where the tests interpret and emulate."""
+        return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
+
     def by_token(self, rows: Tensor) -> Tensor:
         """Rows (tokens, …) as (B, N_f, N_t, …), a view."""
         batch = self.x.shape[0]
@@ -79,7 +82,7 @@ class Kernels:
         return rows.view(batch, self.n_f, self.n_t, *rest)
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`,
@@ -94,18 +97,18 @@ class Kernels:
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
-        grad_frequency: Tensor, y: Tensor | None, ranges: Ranges | None = None,
+        grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
         """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
         raise NotImplementedError
 
-    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
+    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: LogitRanges | None = None) -> Tensor:
         """The gradient of the projection, (S, C·P_f), in the arithmetic's dtype."""
         raise NotImplementedError
 
     def grad_x(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
-        ranges: Ranges | None = None, add: bool = False,
+        ranges: LogitRanges | None = None, add: bool = False,
     ) -> None:  # fmt: skip
         """Write, or add to, the gradient of x (B, C, F, T), contiguous."""
         raise NotImplementedError
@@ -118,27 +121,25 @@ class Kernels:
         """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
         raise NotImplementedError
 
-    def prologue(
-        self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
-        r: Tensor, ranges: Ranges,
-    ) -> None:  # fmt: skip
+    def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
         """Write rows of hidden (tokens, H), of r (tokens, 2S), and of the operand [patch | features], which has as many
-        planes as its width leaves room for; none for the patches alone. w1 is (H, C·P_f·P_t)."""
+        planes as its width leaves room for; none for the patches alone. The encoder's weights and the projection are
+        rows, contiguous."""
         raise NotImplementedError
 
     def adjoint(
-        self, grad: Tensor, weights: tuple[Tensor, ...], hidden: Tensor, r: Tensor, ranges: Ranges, need_y: bool
+        self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
         """The stem's backward in one pass, from the features' cotangent, rows in x's dtype; None where a backend has no
-        such kernel for this call. weights: w1, b1, w2, b2 and the projection."""
+        such kernel for this call. Weights as for `prologue`."""
         return None
 
-    def gradients(self, parts: dict[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Gradients from parts of matrices, or of three axes, over the first of which they are summed."""
+    def gradients(self, parts: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+        """The weights' gradients from parts of matrices, or of three axes, over the first of which they are summed."""
         return {name: part.sum(0) if part.dim() == 3 else part for name, part in parts.items()}
 
     def features(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges,
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges,
         grad: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
         """Write features into rows `out`; with `grad`, their cotangent, (tokens, planes·S), return that of y,
@@ -200,42 +201,38 @@ def operations(kernels: type[Kernels]) -> Operations:
         return like_inputs(inputs, wanted, got)
 
     def embed(
-        x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-        sblu_w: Tensor, fusion_w: Tensor, grid: PatchGrid, quadrature: bool, decay: list[float], band: list[float],
+        x: Tensor, weights: Weights, grid: PatchGrid, quadrature: bool, decay: list[float], band: list[float],
         time_major: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
-        states, planes = sblu_w.shape[0], fusion_w.shape[1]
+        proj_w, proj_b, states, planes = weights.proj_w, weights.proj_b, weights.states, weights.planes
         call = kernels(x, states, grid, quadrature, time_major)
         operand = x.new_empty(call.rows, call.patch + planes * states, dtype=proj_w.dtype)  # [patch | features]
         r = x.new_empty(call.rows, 2 * states, dtype=call.work)
-        hidden = x.new_empty(call.rows, w1.shape[0], dtype=call.work)
+        hidden = x.new_empty(call.rows, weights.hidden, dtype=call.work)
         if call.rows:
-            w1, b1, w2, b2, weight = _stem_weights(w1, b1, w2, b2, sblu_w)
-            ranges = _ranges(decay, band)
+            rows, ranges = _as_rows(weights), logit_ranges(decay, band)
             at_once = planes == 2 or states <= call.most_states
             written = operand if at_once else operand[:, : call.patch]
-            call.prologue(w1, b1, w2, b2, weight, written, hidden, r, ranges)
+            call.prologue(rows, written, hidden, r, ranges)
             if not at_once:
                 r_decay, r_frequency = call.by_token(r).chunk(2, dim=-1)
-                call.features(r_decay, r_frequency, weight, operand[:, call.patch :], ranges)
-        weight = torch.cat([proj_w.flatten(1), fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
-        tokens = F.linear(operand, weight, None if proj_b is None else proj_b.to(proj_w.dtype))
-        return tokens.view(x.shape[0], call.n_f * call.n_t, proj_w.shape[0]), r, hidden
+                call.features(r_decay, r_frequency, rows.sblu_w, operand[:, call.patch :], ranges)
+        product = torch.cat([proj_w.flatten(1), weights.fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
+        tokens = F.linear(operand, product, None if proj_b is None else proj_b.to(proj_w.dtype))
+        return tokens.view(x.shape[0], call.n_f * call.n_t, weights.dim), r, hidden
 
     def embed_backward(
-        grad: Tensor, x: Tensor, proj_w: Tensor, proj_b: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor,
-        b2: Tensor, sblu_w: Tensor, fusion_w: Tensor, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
+        grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
         decay: list[float], band: list[float], time_major: bool, need: list[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Gradients of the nine inputs in their dtypes, contiguous; empty where not needed."""
-        inputs = {"x": x, "proj_w": proj_w, "proj_b": proj_b, "w1": w1, "b1": b1, "w2": w2, "b2": b2,
-                  "sblu_w": sblu_w, "fusion_w": fusion_w}  # fmt: skip
+        """Gradients of x and the weights in their dtypes, contiguous; empty where not needed."""
+        inputs = {"x": x, **weights._asdict()}
         wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
         got: dict[str, Tensor] = {}
         if grad.numel():
-            call = kernels(x, sblu_w.shape[0], grid, quadrature, time_major)
-            got = _stem_gradients(call, grad, inputs, r, hidden, _ranges(decay, band), wanted)
+            call = kernels(x, weights.states, grid, quadrature, time_major)
+            got = _stem_gradients(call, grad, weights, r, hidden, logit_ranges(decay, band), wanted)
         return like_inputs(inputs, wanted, got)
 
     return Operations(sblu, sblu_backward, embed, embed_backward)
@@ -250,31 +247,34 @@ def _weight_rows(weight: Tensor) -> Tensor:
     return weight.flatten(1).contiguous()
 
 
-def _stem_weights(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sblu_w: Tensor) -> tuple[Tensor, ...]:
-    return _weight_rows(w1), b1.contiguous(), w2.contiguous(), b2.contiguous(), _weight_rows(sblu_w)
-
-
-def _ranges(decay: list[float], band: list[float]) -> Ranges:
-    return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
+def _as_rows(weights: Weights) -> Weights:
+    """The encoder's and the projection as the kernels take them."""
+    return weights._replace(
+        w1=_weight_rows(weights.w1),
+        b1=weights.b1.contiguous(),
+        w2=weights.w2.contiguous(),
+        b2=weights.b2.contiguous(),
+        sblu_w=_weight_rows(weights.sblu_w),
+    )
 
 
 def _stem_gradients(
-    call: Kernels, grad: Tensor, inputs: dict[str, Any], r: Tensor, hidden: Tensor, ranges: Ranges, wanted: set[str]
+    call: Kernels, grad: Tensor, weights: Weights, r: Tensor, hidden: Tensor, ranges: LogitRanges, wanted: set[str]
 ) -> dict[str, Tensor]:
     """The gradients that are wanted, by one pass of the backend's over x, or in steps."""
-    out, weights = inputs["proj_w"].dtype, _stem_weights(*(inputs[name] for name in ("w1", "b1", "w2", "b2", "sblu_w")))
-    flat = grad.reshape(call.rows, -1)
+    out, flat = weights.proj_w.dtype, grad.reshape(call.rows, -1)
     rows = None
     if wanted & {"x", "w1", "b1", "w2", "b2", "sblu_w"}:
-        rows = flat @ inputs["fusion_w"].to(out).flatten(1)
-        adjoint = call.adjoint(rows, weights, hidden, r, ranges, "x" in wanted) if out == call.x.dtype else None
-        if adjoint is not None:
-            return _by_products(call, adjoint, flat, inputs, r, ranges, wanted)
-    return _by_steps(call, flat, rows, inputs, r, hidden, ranges, wanted)
+        rows = flat @ weights.fusion_w.to(out).flatten(1)
+        if out == call.x.dtype:
+            adjoint = call.adjoint(rows, _as_rows(weights), hidden, r, ranges, "x" in wanted)
+            if adjoint is not None:
+                return _by_products(call, adjoint, flat, weights, r, ranges, wanted)
+    return _by_steps(call, flat, rows, weights, r, hidden, ranges, wanted)
 
 
 def _by_products(
-    call: Kernels, adjoint: Adjoint, flat: Tensor, inputs: dict[str, Any], r: Tensor, ranges: Ranges, wanted: set[str]
+    call: Kernels, adjoint: Adjoint, flat: Tensor, weights: Weights, r: Tensor, ranges: LogitRanges, wanted: set[str]
 ) -> dict[str, Tensor]:
     """After one pass: two matrix products, the biases by the column of ones."""
     logits, one = 2 * call.states, slice(adjoint.one, adjoint.one + 1)
@@ -287,30 +287,28 @@ def _by_products(
         product = adjoint.encoder.t() @ adjoint.operand
         parts |= {"w1": product[logits:, : call.patch], "b1": product[logits:, one]}
         parts |= {"w2": product[:logits, adjoint.active :], "b2": product[:logits, one]}
-    got = call.gradients({name: part for name, part in parts.items() if name in wanted}, inputs)
+    got = call.gradients({name: part for name, part in parts.items() if name in wanted}, weights)
     if adjoint.grad_y is not None:
         grad_hidden = adjoint.encoder[:, logits:].to(call.work)
-        got["x"] = _grad_x(
-            call, flat, inputs, grad_hidden, call.by_token(adjoint.grad_y.view(-1, 2, call.states)), r, ranges
-        )
+        grad_y = call.by_token(adjoint.grad_y.view(-1, 2, call.states))
+        got["x"] = _grad_x(call, flat, weights, grad_hidden, grad_y, r, ranges)
     return got
 
 
 def _by_steps(
-    call: Kernels, flat: Tensor, rows: Tensor | None, inputs: dict[str, Any], r: Tensor, hidden: Tensor,
-    ranges: Ranges, wanted: set[str],
+    call: Kernels, flat: Tensor, rows: Tensor | None, weights: Weights, r: Tensor, hidden: Tensor,
+    ranges: LogitRanges, wanted: set[str],
 ) -> dict[str, Tensor]:  # fmt: skip
     """rows: the features' cotangent, where anything but the weights of the last product is wanted."""
-    x, w2 = inputs["x"], inputs["w2"].to(call.work)
-    states, patch, out = call.states, call.patch, inputs["proj_w"].dtype
+    x, w2 = call.x, weights.w2.to(call.work)
+    states, patch, out = call.states, call.patch, weights.proj_w.dtype
     need_product = bool(wanted & {"proj_w", "fusion_w"})
     need_hidden = bool(wanted & {"x", "w1", "b1"})
     need_logits = need_hidden or bool(wanted & {"w2", "b2"})
     got: dict[str, Tensor] = {}
 
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
-    weight = _weight_rows(inputs["sblu_w"])
-    planes = inputs["fusion_w"].shape[1]
+    weight, planes = _weight_rows(weights.sblu_w), weights.planes
     operand = x.new_empty(call.rows, patch + planes * states, dtype=out) if need_product else None  # [patch | features]
     features = None if operand is None else operand[:, patch:]
     grad_y = grad_hidden = None
@@ -346,17 +344,17 @@ def _by_steps(
                 call.gather(operand)
             got["w1"] = grad_hidden.t() @ operand[:, :patch]
         if "x" in wanted and grad_y is not None:
-            got["x"] = _grad_x(call, flat, inputs, grad_hidden, grad_y, r, ranges)
+            got["x"] = _grad_x(call, flat, weights, grad_hidden, grad_y, r, ranges)
     return got
 
 
 def _grad_x(
-    call: Kernels, flat: Tensor, inputs: dict[str, Any], grad_hidden: Tensor, grad_y: Tensor, r: Tensor, ranges: Ranges
+    call: Kernels, flat: Tensor, weights: Weights, grad_hidden: Tensor, grad_y: Tensor, r: Tensor, ranges: LogitRanges
 ) -> Tensor:
     """Through the patches, which projection and encoder read, and through the windows."""
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
-    w1, weight = inputs["w1"].to(call.work).flatten(1), _weight_rows(inputs["sblu_w"])
-    windows = (flat @ inputs["proj_w"].flatten(1)).to(call.work).addmm_(grad_hidden, w1)
+    w1, weight = weights.w1.to(call.work).flatten(1), _weight_rows(weights.sblu_w)
+    windows = (flat @ weights.proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)
     grad_x = call.x.new_empty(call.x.shape, dtype=call.work)
     call.overlap_add(windows, grad_x)
     call.grad_x(grad_y, decay, frequency, weight, grad_x, ranges, add=True)

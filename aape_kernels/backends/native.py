@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from ..geometry import PatchGrid
+from ..ranges import LogitRanges
 
-__all__ = ["DTYPE_CODES", "Ranges", "Stem", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
-
-# decay low, log(high/low), band low, band width: given where decay and frequency are the Lambda Encoder's logits
-Ranges = tuple[float, float, float, float]
+__all__ = ["DTYPE_CODES", "Stem", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
 
 # pointer, element strides, dtype code
 View = tuple[int, tuple[int, ...], int]
@@ -91,7 +89,7 @@ class Stem:
         x: Tensor,
         grid: PatchGrid,
         quadrature: bool,
-        ranges: Ranges,
+        ranges: LogitRanges,
         states: int,
         shape: tuple[int, int, int, bool],
     ) -> None:

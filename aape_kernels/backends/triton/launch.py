@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ import triton
 from torch import Tensor
 
 from ...geometry import PatchGrid
-from ..fused import PARTIAL_SUMS, Kernels, Ranges, operations
+from ...ranges import LogitRanges
+from ...weights import Weights
+from ..fused import PARTIAL_SUMS, Kernels, operations
 from . import interpreted
 from .configurations import Configuration, configuration
 from .magnitudes import standardise_kernel
@@ -29,10 +30,6 @@ HIDDEN_BLOCK = 16
 # Most states a program has at once, and elements where a pass of its own standardises more of them.
 STATE_BLOCK = 64
 STANDARDISE_BLOCK = 1024
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _precision(device: torch.device) -> str:
@@ -105,11 +102,11 @@ class TritonKernels(Kernels):
         dtypes = "-".join(str(value.dtype).removeprefix("torch.") for value in arguments if isinstance(value, Tensor))
         key = " ".join([*(f"{k}={v}" for k, v in sizes.items()), dtypes])
         narrow = bool(sizes.get("NARROW")) and self.block_states <= 32
-        with _on(self.x.device):
+        with self.on_device():
             run(configuration(name, self.rows, key, self.x.device, run, narrow))
 
     def responses(
-        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: Ranges | None = None,
+        self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Write features into rows `out`; with `grad`, their cotangent, that of y into `grad_y` (tokens, 2S)."""
@@ -133,7 +130,7 @@ class TritonKernels(Kernels):
         """Write the features of y (tokens, 2S) into rows `out`; with `grad`, their cotangent, that of y over y."""
         block = triton.next_power_of_2(self.states)
         tokens = max(1, STANDARDISE_BLOCK // block)
-        with _on(y.device):
+        with self.on_device():
             standardise_kernel[(triton.cdiv(self.rows, tokens),)](
                 y, *_given(y, out, grad), self.rows, *_row_strides(out, grad), S=self.states,
                 **self.planes(out, grad), BN=tokens, BS=block, num_warps=_power_of_2(block // 256, 4, 16),
@@ -141,7 +138,7 @@ class TritonKernels(Kernels):
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
-        grad_frequency: Tensor, y: Tensor | None, ranges: Ranges | None = None,
+        grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
         """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
         self.launch(
@@ -155,7 +152,7 @@ class TritonKernels(Kernels):
             RANGES=ranges is not None, RESPONSES=y is not None, BR=self.block_rows, NARROW=_narrow(self.x, weight),
         )  # fmt: skip
 
-    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: Ranges | None = None) -> Tensor:
+    def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: LogitRanges | None = None) -> Tensor:
         """The gradient of the projection, (S, R) in float32."""
         block = _power_of_2(self.projected, 16, 64) if self.dot else 1
         programs = min(PARTIAL_SUMS, triton.cdiv(self.rows, 16))
@@ -172,7 +169,7 @@ class TritonKernels(Kernels):
 
     def grad_x(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
-        ranges: Ranges | None = None, add: bool = False,
+        ranges: LogitRanges | None = None, add: bool = False,
     ) -> None:  # fmt: skip
         """Write, or add to, the gradient of x (B, C, F, T), contiguous, by way of every token's window."""
         windows = self.x.new_empty(self.rows, self.projected, self.grid.window, dtype=torch.float32)
@@ -190,7 +187,7 @@ class TritonKernels(Kernels):
         channels, mel_bins, frames = grad_x.shape[1:]
         lines = grad_x.shape[:3].numel()
         block_lines, block_frames = OVERLAP_BLOCK
-        with _on(grad_x.device):
+        with self.on_device():
             overlap_add_kernel[(triton.cdiv(lines, block_lines), triton.cdiv(frames, block_frames))](
                 windows, grad_x, self.n_f, self.n_t, lines, mel_bins, frames,
                 C=channels, P_F=self.grid.patch[0], S_F=self.grid.stride[0], K=length, S_T=self.grid.stride[1],
@@ -214,12 +211,10 @@ class TritonKernels(Kernels):
         """Patches are windows of P_t frames."""
         self.sum_windows(windows, grad_x, self.grid.patch[1], add=False)
 
-    def prologue(
-        self, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, weight: Tensor, operand: Tensor, hidden: Tensor,
-        r: Tensor, ranges: Ranges,
-    ) -> None:  # fmt: skip
+    def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
         """The operand [patch | features], hidden and r."""
-        width = w1.shape[0]
+        _, _, w1, b1, w2, b2, weight, _ = weights
+        width = weights.hidden
         self.launch(
             "stem_fwd",
             stem_fwd_kernel,
