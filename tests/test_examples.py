@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aape_kernels import replace_stem
 from aape_kernels.surgery import KNOWN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,50 @@ def test_finetune_ast(monkeypatch, capsys):
     assert len(losses) == 3
     assert losses[-1] < losses[0] / 2
     assert float(re.search(r"have norm (\S+)", said)[1]) > 0.01
+
+
+# peft asks transformers for what it has renamed
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_finetune_lora(monkeypatch, capsys, tmp_path):
+    for library in ("peft", "transformers"):
+        pytest.importorskip(library)
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", "--steps", "31", "--out", str(tmp_path)])
+    names = runpy.run_path(str(ROOT / "examples" / "finetune_lora.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    replaced, loaded, merged = (float(change) for change in re.findall(r"the logits change by (\S+)", said))
+    assert replaced <= 1e-5
+    assert loaded <= 1e-5
+    assert merged <= 1e-3
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", said)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 2
+
+    # the file holds what was trained, which moved, and nothing else
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained, whole = (int(count.replace(",", "")) for count in re.search(r"trained: (\S+) .* of (\S+)", said).groups())
+    assert sum(value.numel() for value in saved.values()) == trained < whole / 5
+    start = replace_stem(names["base"](None, 6, 0)).state_dict()
+    stem = "audio_spectrogram_transformer.embeddings.patch_embeddings.projection"
+    own = {name for name in start if name.startswith((f"{stem}.encoder", f"{stem}.sblu", f"{stem}.fusion"))}
+    assert len(own) == 6
+    for name in own | {"classifier.dense.weight"}:
+        assert not torch.equal(saved[f"base_model.model.{name}"], start[name])
+    assert all("lora_" in name or name.removeprefix("base_model.model.") in start for name in saved)
+
+
+@pytest.mark.parametrize("script", ["finetune_ast.py", "finetune_lora.py"])
+def test_help_of_the_scripts(script):
+    """It says what every option is for, and its default, before anything heavy of the script's own is imported."""
+    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+    code += f"try: runpy.run_path({str(ROOT / 'examples' / script)!r}, run_name='__main__')\n"
+    code += "finally: print('transformers' in sys.modules)"
+    done = as_a_user(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    for option in re.findall(r"^  (--\w+)", done.stdout, flags=re.MULTILINE):
+        assert re.search(rf"^  {option} .*(\n {{10,}}\S.*)*default", done.stdout, flags=re.MULTILINE), option
 
 
 def test_models_page_has_every_row():
