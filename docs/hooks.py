@@ -19,6 +19,7 @@ OUTSIDE_DOCS = (
     "csrc/sblu.h",
     "examples/finetune_ast.py",
     "examples/finetune_lora.py",
+    "examples/first_look.ipynb",
     "python/aape_ssl/demo/clips/LICENSE.md",
     "tests/oracle.py",
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import runpy
 import subprocess
@@ -81,6 +82,45 @@ def test_help_of_the_scripts(script):
     assert done.stdout.endswith("False\n")
     for option in re.findall(r"^  (--\w+)", done.stdout, flags=re.MULTILINE):
         assert re.search(rf"^  {option} .*(\n {{10,}}\S.*)*default", done.stdout, flags=re.MULTILINE), option
+
+
+NOTEBOOK = ROOT / "examples" / "first_look.ipynb"
+
+
+def printed(notebook: dict) -> list[str]:
+    """By each cell, its figures masked: they differ from processor to processor, and the notebook asserts them."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    texts = ["".join("".join(output.get("text", "")) for output in cell["outputs"]) for cell in cells]
+    return [re.sub(r"[\d.,]+", "#", text) for text in texts]
+
+
+def test_the_notebook_as_it_is_kept():
+    """Run once from top to bottom, all of it; small, and without a trace of the machine."""
+    text = NOTEBOOK.read_text()
+    assert len(text) < 600_000
+    cells = json.loads(text)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    pictures = [output["data"].pop("image/png") for output in outputs if "data" in output]
+    assert len(pictures) == 1
+    assert not re.search(r"/(work|home|root|tmp|usr|opt)/", json.dumps(cells))
+    # what it quotes is what the page says
+    quoted = re.findall(r"\d+\.\d(?= %)", "".join("".join(cell["source"]) for cell in cells))
+    page = (ROOT / "docs" / "pretraining.md").read_text()
+    assert len(quoted) == 3
+    for row, figure in zip(("AaPE", "convolution", "convolution + MLP of AaPE's size"), quoted, strict=True):
+        assert f"\n| {row} | {figure} (" in page
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    pytest.importorskip("ipykernel")
+    notebooks = pytest.importorskip("notebooks")
+    fresh = notebooks.run(NOTEBOOK)  # its assertions hold
+    assert printed(fresh) == printed(json.loads(NOTEBOOK.read_text()))
 
 
 def test_models_page_has_every_row():
