@@ -395,5 +395,7 @@ def responses(
     alpha, omega = analyse(x, w1, b1, w2, b2, stride, window, decay, band, layout)
     wide = (x if layout == "FT" else x.transpose(2, 3)).to(alpha.dtype)
     patch = sizes_of(w1)[2:]
-    y = sblu(wide, alpha, omega, sblu_w, patch, _mel_first(stride, layout), window, kernel, backend)
+    _check_dtype(_check_tensor(sblu_w, SHOWN["sblu_w"], ("states", "channels", "P_f"), "", x), SHOWN["sblu_w"], x)
+    weight = sblu_w.to(alpha.dtype)
+    y = sblu(wide, alpha, omega, weight, patch, _mel_first(stride, layout), window, kernel, backend)
     return Responses(alpha, omega, y, reference.magnitudes(y))

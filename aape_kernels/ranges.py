@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .geometry import PatchGrid
 
-__all__ = ["LogitRanges", "band_from_hz", "check_band", "check_decay", "decay_from_hz", "logit_ranges"]
+__all__ = ["LogitRanges", "band_from_hz", "check_band", "check_decay", "check_hop", "decay_from_hz", "logit_ranges"]
 
 
 # e^{α/2} is float32's largest number at α = 177; what is left is for the spectrogram and the gradients.
@@ -68,10 +68,16 @@ def logit_ranges(decay: Sequence[float], band: Sequence[float]) -> LogitRanges:
     return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
 
 
-def _per_frame(hz: Sequence[float], hop: float, name: str) -> tuple[float, float]:
-    low, high = _two_floats(hz, name)
+def check_hop(hop: float) -> float:
+    """Seconds from one frame to the next. Errors: `ValueError` unless a positive number."""
     if not isinstance(hop, (int, float)) or not math.isfinite(hop) or hop <= 0:
         raise ValueError(f"hop: expected a positive number of seconds, got {hop!r}")
+    return float(hop)
+
+
+def _per_frame(hz: Sequence[float], hop: float, name: str) -> tuple[float, float]:
+    low, high = _two_floats(hz, name)
+    hop = check_hop(hop)
     return 2 * math.pi * low * hop, 2 * math.pi * high * hop
 
 

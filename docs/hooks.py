@@ -18,6 +18,8 @@ OUTSIDE_DOCS = (
     "csrc/magnitudes.h",
     "csrc/sblu.h",
     "examples/finetune_ast.py",
+    "examples/finetune_lora.py",
+    "examples/first_look.ipynb",
     "python/aape_ssl/demo/clips/LICENSE.md",
     "tests/oracle.py",
 )

@@ -55,7 +55,7 @@ def main() -> None:
     """Train, and print the loss as it goes and the accuracy on fresh crops."""
     parser = argparse.ArgumentParser(description="Fine-tune an AST with AaPE for a stem on the demo clips.")
     parser.add_argument("--steps", type=int, default=60, help="of the optimiser (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and crops (default: %(default)s)")
     options = parser.parse_args()
     random.seed(options.seed)
     torch.manual_seed(options.seed)

@@ -72,7 +72,7 @@ def test_the_api_page_has_every_public_name_and_its_formulas(site):
     assert "<blockquote>" not in page
 
 
-@pytest.mark.parametrize("name", ["ranges", "sizes", "stem", "surgery"])
+@pytest.mark.parametrize("name", ["plot", "ranges", "sizes", "stem", "surgery"])
 def test_docstrings(name):
     found = doctest.testmod(importlib.import_module(f"aape_kernels.{name}"), extraglobs={"AaPE": aape_kernels.AaPE})
     assert found.attempted

@@ -260,6 +260,16 @@ def test_analyse_feeds_sblu(layout):
     assert relative_error(stem(given), plain + fused) <= 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_responses_of_a_stem_in_16_bits(dtype):
+    """Those of the same weights and the same input in float32, to float32."""
+    stem, x = small().to(dtype), torch.randn(2, 2, 13, 17).to(dtype)
+    heard = stem.responses(x)
+    for got, want in zip(heard, stem.double().responses(x.double()), strict=True):
+        assert got.dtype == torch.float32
+        assert relative_error(got, want) <= 1e-5
+
+
 def test_layouts_agree_on_a_non_square_patch():
     ft = small()
     tf = AaPE(patch_size=(4, 6), in_chans=2, embed_dim=24, num_states=7, encoder_dim=5, layout="TF").double()

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from aape_kernels import AaPE, sblu
+from aape_kernels.plot import Heard, hear
 from aape_ssl.demo import command as demo
 from aape_ssl.demo import picture, stems
 from aape_ssl.sound import audio
@@ -20,10 +21,10 @@ def modulated_noise(hz: float, depth: float = 0.8, seconds: float = 2.0) -> torc
     return 0.1 * torch.randn(len(t)) * (1 + depth * torch.sin(2 * math.pi * (hz * t + torch.rand(1))))
 
 
-def untrained_responses(waveform: torch.Tensor) -> stems.Responses:
+def untrained_responses(waveform: torch.Tensor) -> Heard:
     stem = stems.untrained_stem()
     x = demo.Viewer(stem, "", trained=False).prepare(audio.AUDIOSET128.log_mel(waveform))
-    return stems.respond(stem, x, HOP)
+    return hear(stem, x[None], HOP)
 
 
 @pytest.mark.parametrize("hz", [5, 25])
@@ -64,8 +65,8 @@ def test_strongest_frequency_follows_a_moving_state():
     """State 1 has the most energy, 3 at 10 Hz and 1 at 20 Hz: 12.5 Hz."""
     energy = torch.tensor([[[2.0, 3.0], [0.0, 1.0]]])
     hz = torch.tensor([[[40.0, 10.0], [40.0, 20.0]]])
-    assert stems.strongest_frequency(stems.Responses(energy, hz, torch.ones_like(hz))) == pytest.approx(12.5)
-    silent = stems.Responses(torch.zeros_like(energy), hz, torch.ones_like(hz))
+    assert stems.strongest_frequency(Heard(energy, hz, torch.ones_like(hz))) == pytest.approx(12.5)
+    silent = Heard(torch.zeros_like(energy), hz, torch.ones_like(hz))
     assert math.isfinite(stems.strongest_frequency(silent))
 
 

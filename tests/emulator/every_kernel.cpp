@@ -12,15 +12,18 @@ namespace {
 
 using namespace aape;
 
-std::vector<float> numbers(int64_t count) {
-  std::vector<float> out(count);
-  for (auto& value : out) value = float(std::rand()) / RAND_MAX + 0.1f;
+template <class T = float>
+std::vector<T> numbers(int64_t count) {
+  std::vector<T> out(count);
+  for (auto& value : out) value = T(float(std::rand()) / RAND_MAX + 0.1f);
   return out;
 }
 
-View view(std::vector<float>& data, std::initializer_list<int64_t> shape) {
+template <class T>
+View view(std::vector<T>& data, std::initializer_list<int64_t> shape) {
   View out;
   out.data = reinterpret_cast<char*>(data.data());
+  out.type = std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat32;
   int64_t stride = 1;
   for (int axis = int(shape.size()); axis-- > 0;) {
     out.stride[axis] = stride;
@@ -111,6 +114,59 @@ void run(Grid g, bool time_major) {
   cuda::gather(gather, nullptr);
 }
 
+// Bfloat16 on tensor cores, and the gradients that are copied after it.
+void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major) {
+  const int64_t rows = g.channels * g.patch_f, patch = rows * g.patch_t, tokens = g.batch * g.n_f * g.n_t;
+  const int64_t active = (patch + planes * g.states + 1 + 7) / 8 * 8, columns = active + (units + 7) / 8 * 8;
+  auto x = numbers<BFloat16>(g.batch * g.channels * g.mel_bins * g.frames);
+  auto w1 = numbers<BFloat16>(units * patch), b1 = numbers<BFloat16>(units);
+  auto w2 = numbers(2 * g.states * units), b2 = numbers(2 * g.states), weight = numbers(g.states * rows);
+  auto operand = numbers<BFloat16>(tokens * columns);
+  auto hidden = numbers(tokens * units), r = numbers(tokens * 2 * g.states);
+  StemGradientCall call;
+  call.grid = g;
+  call.ranges = {true, 0.1, 3.0, 0.2, 2.9};
+  call.hidden_units = units;
+  call.planes = planes;
+  call.time_major = time_major;
+  call.x = view(x, {g.batch, g.channels, g.mel_bins, g.frames});
+  call.w1 = view(w1, {units, patch});
+  call.b1 = view(b1, {units});
+  call.w2 = view(w2, {2 * g.states, units});
+  call.b2 = view(b2, {2 * g.states});
+  call.weight = view(weight, {g.states, rows});
+  call.operand = view(operand, {tokens, columns});
+  call.hidden = view(hidden, {tokens, units});
+  call.r = view(r, {tokens, 2 * g.states});
+  const int64_t programs = cuda::warp_stem_programs(call);
+  if (!cuda::warp_stem(call, nullptr) || programs == 0) throw std::runtime_error("not on tensor cores");
+
+  auto grad = numbers<BFloat16>(tokens * planes * g.states);
+  auto grad_encoder = numbers<BFloat16>(tokens * (2 * g.states + units));
+  auto grad_y = numbers(tokens * 2 * g.states), partial = numbers(programs * g.states * rows);
+  call.one = patch + planes * g.states;
+  call.active = active;
+  call.grad = view(grad, {tokens, planes * g.states});
+  call.grad_encoder = view(grad_encoder, {tokens, 2 * g.states + units});
+  call.grad_y = view(grad_y, {tokens, 2 * g.states});
+  call.partial = view(partial, {programs, g.states, rows});
+  cuda::warp_stem_backward(call, nullptr);
+
+  auto grad_weight = numbers(g.states * rows);
+  auto block = numbers<BFloat16>(tokens * units);
+  GradientCall sum, copy;
+  sum.programs = programs;
+  sum.rows = g.states;
+  sum.columns = rows;
+  sum.from = call.partial;
+  sum.to = view(grad_weight, {g.states, rows});
+  copy.rows = tokens;
+  copy.columns = units;
+  copy.from = view(grad_encoder, {1, tokens, 2 * g.states + units});
+  copy.to = view(block, {tokens, units});
+  cuda::gradients({sum, copy}, nullptr);
+}
+
 }  // namespace
 
 namespace aape {
@@ -123,5 +179,8 @@ int main() {
   // overlapping windows, more rows than are loaded at once, more states than one block's, two tiles; and odd windows
   run({1, 1, 20, 144, 20, 16, 20, 8, 16, 1, 17, 33, true}, false);
   run({1, 2, 6, 23, 3, 5, 3, 2, 5, 2, 10, 3, false}, true);
+  // packs of eight frames, the last tile of tokens not whole; and pixel by pixel, sizes that fill no product
+  run_on_tensor_cores({1, 1, 32, 104, 16, 16, 16, 8, 16, 2, 12, 16, true}, 32, 3, false);
+  run_on_tensor_cores({1, 2, 9, 21, 3, 4, 2, 3, 6, 4, 6, 7, true}, 21, 1, true);
   std::puts("clean");
 }

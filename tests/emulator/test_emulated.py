@@ -333,6 +333,16 @@ SANITIZED = {
         ),
     ),
     "a race for u": (RACES, "data race", BROKEN["no barrier before reading u"]),
+    "a race for the products' weights": (
+        RACES,
+        "data race",
+        ("warp_stem.cu", "  fill(p, m);\n  __syncthreads();\n", "  fill(p, m);\n"),
+    ),
+    "a row too many": (
+        BOUNDS,
+        "heap-buffer-overflow",
+        ("warp_stem.cuh", "if (at.there(h) && column < count)", "if (at.row(h) <= at.count && column < count)"),
+    ),
     "a token too many": (
         BOUNDS,
         "heap-buffer-overflow",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
+from aape_kernels.plot import hear
 
 from ..sound import audio, sources
 from . import picture, stems
@@ -217,7 +218,7 @@ def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], o
     """One clip: its pictures, and its table row without name and length. Errors: `OSError`."""
     stem, front_end = viewer.stem, viewer.front_end
     x = viewer.prepare(log_mel)
-    responses = stems.respond(stem, x, front_end.hop)
+    responses = hear(stem, x[None], front_end.hop)
     rates = tokens_per_second(stem, x[None, None], backends)
     share = audio.modulation_share(log_mel, stem.stride[1])
 

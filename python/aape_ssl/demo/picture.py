@@ -12,46 +12,29 @@ from anyascii import anyascii
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import NullLocator
 
 from aape_kernels import AaPE
+from aape_kernels.plot import INK, MARGINS, Heard, band_hz, width_inches
+from aape_kernels.plot import draw as draw_strongest
 
 from ..sound.audio import FrontEnd
-from .stems import Responses, kernels, strongest_frequency
+from .stems import kernels, strongest_frequency
 
 __all__ = ["DPI", "HEIGHT", "PATCHES", "distinct_states", "draw", "drawable", "save", "shortened", "width_inches"]
 
 DPI = 120
 HEIGHT = 9.0  # inches
 PATCHES = 200  # along time, of one picture: as many as can be told apart in 36 inches
-RANGE = 30.0  # dB below the clip's strongest patch at which a dot vanishes
-GREYS = LinearSegmentedColormap.from_list("pale greys", ["#ffffff", "#8c8c8c"])
-INK, FAINT = "#222222", "#6b6b6b"
-
-
-def _colours() -> Colormap:
-    """Plasma without its palest end, which is lost on white; it reads in order for the colour-blind and in grey."""
-    from matplotlib import colormaps
-
-    return LinearSegmentedColormap.from_list("modulation", colormaps["plasma"](np.linspace(0.0, 0.86, 256)))
-
-
-def width_inches(patches: int) -> float:
-    """Wide enough for 0.17 inch a patch along time, up to 36 inches."""
-    return min(36.0, max(12.0, 2.3 + 0.17 * patches))
 
 
 def draw(
     log_mel: torch.Tensor,
     front_end: FrontEnd,
     stem: AaPE,
-    responses: Responses,
+    responses: Heard,
     name: str,
     label: str,
     start: float = 0.0,
@@ -66,33 +49,26 @@ def draw(
         name, label: the clip's and the stem's, for the title.
         start: seconds at which the clip was begun to be looked at, for the time axis.
 
-    Above, over the spectrogram, a dot in each patch for the state with the most energy |y_s|²: its colour is the
-    state's frequency, its area the energy in dB, the bar under it ±1/α on the time axis. Below, left, the energy of
-    all patches and states over frequency; right, the kernels of the strongest states.
+    Above, what `aape_kernels.plot.responses` draws. Below, left, the energy of all patches and states over frequency;
+    right, the kernels of the strongest states.
 
     White rows low in the spectrogram are mel filters (nearly) without power: of 128 filters those below some 200 Hz
     are narrower than the 31.25 Hz between the Fourier transform's frequencies, which hit its edge or miss it.
     """
     hop = front_end.hop
-    band = (stem.band[0] / (2 * math.pi * hop), stem.band[1] / (2 * math.pi * hop))
-    # a band that reaches 0 Hz has no place on a logarithmic scale
-    norm = LogNorm(*band) if band[0] > 0 else Normalize(*band)
-    scale = ScalarMappable(norm, _colours())
+    band = band_hz(stem, hop)
 
     figure = Figure(figsize=(width_inches(responses.energy.shape[1]), HEIGHT), dpi=DPI)
     FigureCanvasAgg(figure)
     width = figure.get_figwidth()
-    left, right = 0.85 / width, 1 - 1.75 / width
+    left, right = MARGINS[0] / width, 1 - MARGINS[1] / width
     title: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}
     figure.text(left, 0.965, drawable(name), fontsize=17, weight="bold", **title)
     figure.text(right, 0.965, drawable(shortened(label)), fontsize=12, ha="right", **title)
 
     top = figure.add_axes((left, 0.43, right - left, 0.445))
-    _spectrogram(top, log_mel, front_end, start)
-    _strongest_states(figure, top, stem, responses, hop, scale, start)
-    _left_over(top, log_mel.shape[1], stem, hop, start)
     bar = figure.add_axes((1 - 0.95 / width, 0.43, 0.2 / width, 0.445))
-    _colour_bar(figure, bar, scale, band)
+    scale = draw_strongest(top, stem, log_mel, responses, hop, front_end.centres(), start, bar)
 
     gap = 0.9 / width
     panel = min((right - left - gap) / 2, 6 / width)
@@ -118,146 +94,8 @@ def drawable(text: str) -> str:
     return "".join(letter if ord(letter) in has else anyascii(letter) or "?" for letter in text)
 
 
-def _spectrogram(axes: Axes, log_mel: torch.Tensor, front_end: FrontEnd, start: float) -> None:
-    bins, frames = log_mel.shape
-    values = log_mel.numpy()
-    end = start + frames * front_end.hop
-    low, high = np.quantile(values, [0.02, 0.998])
-    axes.imshow(
-        values,
-        cmap=GREYS,
-        vmin=low,
-        vmax=max(high, low + 1e-3),
-        origin="lower",
-        aspect="auto",
-        extent=(start, end, 0, bins),
-    )
-    centres = front_end.centres().numpy()
-    hz = [hz for hz in (100, 200, 500, 1000, 2000, 4000) if centres[0] < hz < centres[-1]]
-    axes.set_yticks(np.interp(hz, centres, np.arange(bins) + 0.5), [f"{value:,}" for value in hz])
-    axes.set_ylabel("frequency (Hz), centre of mel bin")
-    axes.set_xlabel("time (s)")
-    axes.set_xlim(start, end)
-
-
-def _left_over(axes: Axes, frames: int, stem: AaPE, hop: float, start: float) -> None:
-    """Mark the frames at the end that are too few for a patch."""
-    end = (frames - stem.patch_size[1]) // stem.stride[1] * stem.stride[1] + stem.patch_size[1]
-    if end < frames:
-        axes.axvspan(
-            start + end * hop, start + frames * hop, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0
-        )
-        axes.text(
-            start + frames * hop, 1.01, "in no patch", transform=axes.get_xaxis_transform(), fontsize=9, ha="right"
-        )
-
-
-def _strongest_states(
-    figure: Figure,
-    axes: Axes,
-    stem: AaPE,
-    responses: Responses,
-    hop: float,
-    scale: ScalarMappable,
-    start: float,
-) -> None:
-    (p_f, p_t), (s_f, s_t) = stem.patch_size, stem.stride
-    energy, state = responses.energy.max(-1)  # [N_f, N_t]
-    n_f, n_t = energy.shape
-    hz = responses.hz.gather(-1, state.unsqueeze(-1)).flatten().numpy()
-    reach = 1 / responses.decay.gather(-1, state.unsqueeze(-1)).flatten().numpy()  # s
-    level = 10 * np.log10(np.maximum(energy.flatten().numpy() / max(float(energy.max()), 1e-30), 1e-30))
-    size = np.clip(1 + level / RANGE, 0, 1)
-
-    i, j = np.divmod(np.arange(n_f * n_t), n_t)
-    x = start + (j * s_t + p_t / 2) * hop
-    y = i * s_f + 0.5 * p_f
-
-    for edge in range(n_f + 1):
-        axes.axhline(edge * s_f, color="white", linewidth=0.8)
-    if n_t <= 80:
-        for edge in range(n_t + 1):
-            axes.axvline(start + edge * s_t * hop, color="white", linewidth=0.8)
-
-    limits = axes.get_xlim()
-    box = axes.get_position()
-    frame = box.width * figure.get_figwidth() * 72 / ((limits[1] - start) / hop)  # points a frame
-    mel_bin = box.height * figure.get_figheight() * 72 / axes.get_ylim()[1]  # points a mel bin
-    largest = min(0.9 * s_t * frame, 0.58 * s_f * mel_bin)  # points across
-    seen = size > 0
-    colours = scale.to_rgba(hz)
-    shown = np.minimum(reach, 0.47 * stem.window * hop)  # beyond the window there is no kernel
-    bars = [[(a - r, b), (a + r, b)] for a, b, r in zip(x[seen], y[seen] - 0.36 * s_f, shown[seen], strict=True)]
-    axes.add_collection(LineCollection(bars, colors=colours[seen], linewidths=1.8, capstyle="butt"))
-    axes.scatter(
-        x[seen],
-        y[seen] + 0.08 * s_f,
-        s=largest**2 * size[seen],
-        c=colours[seen],
-        edgecolors="white",
-        linewidths=0.5,
-        zorder=3,
-    )
-
-    axes.set_xlim(*limits)
-    mel = axes.twinx()
-    mel.set_ylim(axes.get_ylim())
-    mel.set_yticks([edge * s_f for edge in range(n_f + 1)])
-    mel.set_ylabel("mel bin")
-
-    dots = [
-        Line2D([], [], marker="o", linestyle="none", color=FAINT, markersize=largest * math.sqrt(1 - below / RANGE))
-        for below in (0, 10, 20)
-    ]
-    handles: list[Any] = [*dots, Line2D([], [], color=FAINT, linewidth=1.8), Patch(facecolor="#a0a0a0")]
-    axes.legend(
-        handles,
-        [
-            "0 dB",
-            "−10 dB",
-            "−20 dB: energy |y|² of the patch's strongest state",
-            f"its decay, ±1/α = {_range_ms(reach)}",
-            "log-mel",
-        ],
-        loc="lower left",
-        bbox_to_anchor=(-0.005, 1.0),
-        ncols=5,
-        frameon=False,
-        borderaxespad=0.3,
-        handletextpad=0.6,
-        columnspacing=1.4,
-        fontsize=10,
-    )
-
-
-def _range_ms(seconds: np.ndarray[Any, Any]) -> str:
-    low, high = (f"{1e3 * value:.0f}" for value in (seconds.min(), seconds.max()))
-    return f"{low} ms" if low == high else f"{low} … {high} ms"
-
-
-def _band_ticks(band: tuple[float, float]) -> list[float]:
-    """The band's edges and the octaves of its lower edge, or round steps where it starts at 0 Hz."""
-    low, high = band
-    inside = [low * 2**n for n in range(1, 12)] if low > 0 else [high * n / 4 for n in range(1, 4)]
-    return [low, *(hz for hz in inside if hz < 0.8 * high), high]
-
-
-def _colour_bar(figure: Figure, axes: Axes, scale: ScalarMappable, band: tuple[float, float]) -> None:
-    bar = figure.colorbar(scale, cax=axes)
-    ticks = _band_ticks(band)
-    names = [f"{hz:.4g}" for hz in ticks]
-    bar.set_ticks(ticks, labels=names)
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    for tick, hz in zip(bar.ax.get_yticklabels(), ticks, strict=True):
-        if hz in band:
-            tick.set_fontweight("bold")
-    bar.set_label("state's frequency (Hz)")
-    for height, va in ((-0.02, "top"), (1.02, "bottom")):
-        axes.text(0, height, "band edge", transform=axes.transAxes, va=va, fontsize=9.5, color=INK)
-
-
 def _energy_over_frequency(
-    axes: Axes, responses: Responses, band: tuple[float, float], alias_prone: bool, scale: ScalarMappable
+    axes: Axes, responses: Heard, band: tuple[float, float], alias_prone: bool, scale: ScalarMappable
 ) -> None:
     states = responses.energy.shape[-1]
     edges = np.linspace(*band, states + 1)
@@ -295,7 +133,7 @@ def _energy_over_frequency(
     _open(axes)
 
 
-def distinct_states(responses: Responses, count: int = 4) -> list[int]:
+def distinct_states(responses: Heard, count: int = 4) -> list[int]:
     """The strongest states whose filters differ: apart by the wider one's half width at half height, α/2π Hz."""
     energy = responses.energy.flatten(0, 1).sum(0)
     weight = responses.energy.flatten(0, 1) / energy.clamp_min(1e-30)
@@ -312,7 +150,7 @@ def _kernels(
     figure: Figure,
     box: tuple[float, float, float, float],
     stem: AaPE,
-    responses: Responses,
+    responses: Heard,
     hop: float,
     scale: ScalarMappable,
 ) -> None:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aape_kernels import AaPE, sblu
+from aape_kernels.plot import Heard
 
 from ..method.model import PLANES
 from ..sound.audio import FrontEnd
 
 __all__ = [
     "CheckpointError",
-    "Responses",
     "kernels",
     "load_encoders_stem",
     "load_stem",
-    "respond",
     "strongest_frequency",
     "untrained_stem",
 ]
@@ -181,32 +178,7 @@ def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     raise CheckpointError("holds no AaPE stem (no key ends in sblu.weight)")
 
 
-@dataclass(frozen=True)
-class Responses:
-    """What each state of each patch responded, (N_f, N_t, S) each.
-
-    Attributes:
-        energy: |y_s|².
-        hz: the state's frequency, ω/(2π · hop).
-        decay: α in 1/s; 1/α is the time in which the window falls to 1/e, to either side.
-    """
-
-    energy: Tensor
-    hz: Tensor
-    decay: Tensor
-
-    def between(self, first: int, last: int) -> Responses:
-        """Those of the patches of some time steps."""
-        return Responses(*(plane[:, first:last] for plane in (self.energy, self.hz, self.decay)))
-
-
-def respond(stem: AaPE, x: Tensor, hop: float) -> Responses:
-    """The stem's own y for a spectrogram x (F, T) of frames `hop` seconds apart."""
-    heard = stem.responses(x[None, None])
-    return Responses(heard.y.square().sum(-2)[0], heard.frequency[0] / (2 * math.pi * hop), heard.decay[0] / hop)
-
-
-def strongest_frequency(responses: Responses) -> float:
+def strongest_frequency(responses: Heard) -> float:
     """The frequency in Hz of the state with the most energy, argmax_s Σ_patches |y_s|².
 
     Where the encoder moves a state from patch to patch, the mean of its frequency weighted by its energy.
