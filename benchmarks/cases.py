@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aape_kernels import AaPE, sblu
 from aape_kernels.geometry import PatchGrid
@@ -84,6 +84,30 @@ class Problem:
     parameters: dict[str, Tensor] = field(repr=False)
     cotangent: Tensor = field(repr=False)
 
+    def mlp(self) -> nn.Module:
+        """The control with as many parameters in an MLP: the same random numbers on every device and every run."""
+        from aape_ssl.method.model import ConvMLPStem
+
+        sizes = self.sizes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            stem = ConvMLPStem(
+                sizes.patch, sizes.channels, sizes.dim, sizes.states, sizes.hidden, features=sizes.features
+            )
+        stem.proj.stride = stem.branch[0].stride = sizes.stride  # those of pre-training do not overlap
+        return stem.to(self.x.device, self.x.dtype)
+
+    def operand(self) -> tuple[Tensor, Tensor]:
+        """Rows [patch | features] of random numbers, and the weight that makes tokens of them."""
+        weight = torch.cat([self.parameters[name].flatten(1) for name in ("proj.weight", "fusion.weight")], dim=1)
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randn(self.batch * math.prod(self.sizes.tokens), weight.shape[1], generator=generator)
+        return rows.to(self.x), weight
+
+    def under_autocast(self) -> Problem:
+        """The same with tokens, and so a cotangent, of bfloat16."""
+        return replace(self, cotangent=self.cotangent.bfloat16())
+
     @classmethod
     def make(
         cls, op: str, sizes: Sizes, batch: int, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -135,8 +159,9 @@ class Truth:
 def truth(problem: Problem, formula: str) -> Truth:
     """What a peer that computes `formula` has to return.
 
-    `formula` is "plain" (the Conv2d stem), "aape" (the whole stem) or "sblu"; the last two by the package's float64
-    reference. Gradients are those of Σ output · cotangent, for every parameter the formula has.
+    `formula` is "plain" (the Conv2d stem), "mlp" (with an MLP beside it), "products" (of the stem's operand), "aape"
+    (the whole stem) or "sblu"; the last two by the package's float64 reference. Gradients are those of
+    Σ output · cotangent, for every parameter that the formula has.
     """
     sizes = problem.sizes
     x = problem.x.double()
@@ -145,6 +170,17 @@ def truth(problem: Problem, formula: str) -> Truth:
         values = {name: value for name, value in values.items() if name.startswith("proj.")}
         tokens = F.conv2d(x, values["proj.weight"], values["proj.bias"], sizes.stride)
         output = tokens.flatten(2).transpose(1, 2)
+    elif formula == "mlp":
+        control = problem.mlp().double()
+        values = dict(control.named_parameters())
+        output = control(x)
+    elif formula == "products":
+        rows, weight = (value.double() for value in problem.operand())
+        patch = problem.parameters["proj.weight"][0].numel()
+        values = {"features": rows[:, patch:].clone(), "weight": weight, "bias": values["proj.bias"].detach()}
+        values = {name: value.requires_grad_() for name, value in values.items()}
+        product = F.linear(torch.cat([rows[:, :patch], values["features"]], dim=1), values["weight"], values["bias"])
+        output = product.view(problem.batch, -1, sizes.dim)
     elif formula == "aape":
         stem = sizes.stem("reference", device=x.device, dtype=torch.float64)
         output = torch.func.functional_call(stem, values, (x,))

@@ -112,8 +112,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a peer that can run on the device chosen."""
     if "stem" in metafunc.fixturenames:
         _parametrize(metafunc, "stem")
+    if "own_or_products" in metafunc.fixturenames:
+        own = ("aape", "products")
+        _parametrize(metafunc, "own_or_products", "stem", lambda row: row.formula in own and not row.compiled)
     if "own_stem" in metafunc.fixturenames:
-        _parametrize(metafunc, "own_stem", "stem", lambda row: not row.baseline and not row.compiled)
+        _parametrize(metafunc, "own_stem", "stem", lambda row: row.formula == "aape" and not row.compiled)
     if "filters" in metafunc.fixturenames:
         _parametrize(metafunc, "filters", "sblu")
 

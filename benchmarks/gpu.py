@@ -29,13 +29,13 @@ from . import gpu_steps
 from .cases import Problem, Truth, truth
 from .check import BOUNDS, DIRECTIONS, WrongOutput, check, runner
 from .environment import describe_gpu
-from .gpu_cases import QUICK, USUAL, Case, cases, floor_bytes, problem_of, work_of
+from .gpu_cases import QUICK, USUAL, Case, cases, floor_bytes, problem_of
 from .gpu_clock import Clock, graph_of, kernel_times
 from .gpu_search import SEARCH_SECONDS, SEARCHED, compile_ahead, search_ahead, searching
 from .gpu_table import figures, render
 from .measure import spread
 from .memory import held_bytes, peak_bytes
-from .peers import CONV2D, Peer, peers
+from .peers import CONV2D, Peer, peers, work_of
 
 __all__ = ["main"]
 

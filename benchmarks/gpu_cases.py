@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .cases import Problem, Sizes
-from .peers import Peer, Work, compile_static
 
-__all__ = ["LARGE", "MODES", "QUICK", "SMALL", "USUAL", "Case", "cases", "floor_bytes", "problem_of", "work_of"]
+__all__ = ["LARGE", "MODES", "QUICK", "SMALL", "USUAL", "Case", "cases", "floor_bytes", "problem_of"]
 
 # What an operation is timed in: all float32, all bfloat16, or float32 under bfloat16 autocast.
 MODES = {"sblu": ("float32", "bfloat16"), "stem": ("float32", "bfloat16", "autocast bfloat16")}
@@ -91,21 +90,8 @@ def problem_of(case: Case, device: torch.device) -> Problem:
         wide = {name: problem.parameters[name].float() for name in ("decay", "frequency")}
         problem = replace(problem, parameters=problem.parameters | wide)
     if case.mode.startswith("autocast"):
-        problem = replace(problem, cotangent=problem.cotangent.bfloat16())
+        problem = problem.under_autocast()
     return problem
-
-
-def work_of(peer: Peer, problem: Problem, mode: str) -> Work:
-    """The peer's work, under autocast if the mode says so."""
-    work = peer.make(problem, compile_static)
-    if not mode.startswith("autocast"):
-        return work
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(problem.x.device.type, dtype=torch.bfloat16):
-            return work.forward()
-
-    return replace(work, forward=forward)
 
 
 def floor_bytes(problem: Problem) -> int:

@@ -22,9 +22,9 @@ from unittest import mock
 import torch
 
 from .check import DIRECTIONS, runner
-from .gpu_cases import LARGE, Case, problem_of, work_of
+from .gpu_cases import LARGE, Case, problem_of
 from .gpu_table import COMPILED
-from .peers import peers
+from .peers import peers, work_of
 
 __all__ = ["SEARCHED", "SEARCH_SECONDS", "Found", "compile_ahead", "main", "peers_ahead", "search_ahead", "searching"]
 

@@ -23,6 +23,10 @@ MIN_ROUNDS, MAX_ROUNDS = 15, 400
 SECONDS = 1.5  # of timing a row, pairs included
 
 
+def _label(sizes: Sizes, mode: str) -> str:
+    return str(sizes) if mode == "float32" else f"{sizes}, {mode}"
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, linearly interpolated."""
     if len(values) == 1:
@@ -38,19 +42,20 @@ class Session:
     device: torch.device
     sizes: Sizes = field(default_factory=Sizes)
     compile_: table.Compiler = table.compile_static
-    _problems: dict[tuple[str, int, Sizes], Problem] = field(default_factory=dict)
-    _truths: dict[tuple[str, int, Sizes], Truth] = field(default_factory=dict)
+    _problems: dict[tuple[str, int, Sizes, str], Problem] = field(default_factory=dict)
+    _truths: dict[tuple[str, int, Sizes, torch.dtype], Truth] = field(default_factory=dict)
 
-    def problem(self, op: str, batch: int, sizes: Sizes | None = None) -> Problem:
+    def problem(self, op: str, batch: int, sizes: Sizes | None = None, mode: str = "float32") -> Problem:
         """The problem of one case, of the session's sizes unless given; the same tensors whenever it is asked for."""
-        key = op, batch, sizes or self.sizes
+        key = op, batch, sizes or self.sizes, mode
         if key not in self._problems:
-            self._problems[key] = Problem.make(op, key[2], batch, self.device)
+            problem = Problem.make(op, key[2], batch, self.device)
+            self._problems[key] = problem.under_autocast() if mode.startswith("autocast") else problem
         return self._problems[key]
 
     def truth(self, problem: Problem, formula: str) -> Truth:
         """The float64 result of one case."""
-        key = formula, problem.batch, problem.sizes
+        key = formula, problem.batch, problem.sizes, problem.cotangent.dtype
         if key not in self._truths:
             self._truths[key] = truth(problem, formula)
         return self._truths[key]
@@ -71,19 +76,27 @@ class Session:
         return call
 
     def measure(
-        self, benchmark: Any, peer: table.Peer, op: str, direction: str, batch: int, sizes: Sizes | None = None
+        self,
+        benchmark: Any,
+        peer: table.Peer,
+        op: str,
+        direction: str,
+        batch: int,
+        sizes: Sizes | None = None,
+        mode: str = "float32",
     ) -> None:
         """Fill pytest-benchmark's fixture with the figures of one row, of the session's sizes unless given.
 
+        `mode` is "float32" or "autocast bfloat16", for the peer and for Conv2d.
         `extra_info` gets times in seconds, memory in bytes, and `ratio`: of each round's time to that of the Conv2d
         stem in the same direction, run just before it. A peer that is wrong raises `WrongOutput` and is not timed.
         """
-        problem = self.problem(op, batch, sizes)
-        work = peer.make(problem, self.compile_)
+        problem = self.problem(op, batch, sizes, mode)
+        work = table.work_of(peer, problem, mode, self.compile_)
         errors = check(work, direction, problem, self.truth(problem, peer.formula))
 
-        plain = self.problem("stem", batch, sizes)
-        conv = self.timed(table.CONV2D.make(plain, self.compile_), direction, plain)
+        plain = self.problem("stem", batch, sizes, mode)
+        conv = self.timed(table.work_of(table.CONV2D, plain, mode, self.compile_), direction, plain)
         target = self.timed(work, direction, problem)
         pairs: list[float] = []
 
@@ -114,7 +127,7 @@ class Session:
             op=op,
             direction=direction,
             batch=batch,
-            sizes=None if sizes is None else str(sizes),
+            sizes=_label(sizes or self.sizes, mode) if sizes or mode != "float32" else None,
             peer=peer.name,
             baseline=peer.baseline,
             seconds=spread(times),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from aape_kernels.geometry import PatchGrid
 
 from .cases import Problem
 
-__all__ = ["CONV2D", "Compiler", "Peer", "Work", "compile_static", "peers"]
+__all__ = ["CONV2D", "Compiler", "Peer", "Work", "compile_static", "peers", "work_of"]
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -48,7 +48,7 @@ class Peer:
         name: as the table prints it.
         formula: what it has to compute, see `cases.truth`.
         make: builds it for one problem.
-        baseline: whether this package's backends are to be compared with it ("× best peer").
+        baseline: whether this package's backends are to be compared with it ("× best peer"): by others, and the same.
         compiled: whether it waits for torch.compile.
     """
 
@@ -68,6 +68,8 @@ def peers(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return [
             CONV2D,
             Peer("rearrange + Linear", "plain", linear_stem),
+            Peer("Conv2d + MLP", "mlp", mlp_stem, baseline=False),
+            Peer("products alone", "products", product_stem, baseline=False),
             Peer("AaPE, reference", "aape", aape_stem("reference"), baseline=False),
             Peer("AaPE, torch.compile", "aape", aape_stem("reference", compiled=True), baseline=False, compiled=True),
             *(Peer(f"AaPE, {name}", "aape", aape_stem(name), baseline=False) for name in ours),
@@ -79,6 +81,19 @@ def peers(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> 
         Peer("Horner, torch.compile", "sblu", horner_sblu, compiled=True),
         *(Peer(f"sblu, {name}", "sblu", backend_sblu(name), baseline=False) for name in ours),
     ]
+
+
+def work_of(peer: Peer, problem: Problem, mode: str, compile_: Compiler = compile_static) -> Work:
+    """The peer's work, under autocast if the mode says so."""
+    work = peer.make(problem, compile_)
+    if not mode.startswith("autocast"):
+        return work
+
+    def forward() -> Tensor:
+        with torch.autocast(problem.x.device.type, dtype=torch.bfloat16):
+            return work.forward()
+
+    return replace(work, forward=forward)
 
 
 def _leaves(problem: Problem, *names: str) -> dict[str, Tensor]:
@@ -114,6 +129,40 @@ def linear_stem(problem: Problem, compile_: Compiler) -> Work:
         return F.linear(rows, wrt["proj.weight"].flatten(1), wrt["proj.bias"])
 
     return Work(forward, wrt)
+
+
+def mlp_stem(problem: Problem, compile_: Compiler) -> Work:
+    """The control of `aape_ssl`: the convolution, and an MLP branch with as many parameters as AaPE's."""
+    stem = problem.mlp()
+    return Work(lambda: stem(problem.x).contiguous(), dict(stem.named_parameters()))
+
+
+class _Products(torch.autograd.Function):
+    """Tokens of an operand [patch | features], and the gradients of weight, bias and features alone."""
+
+    @staticmethod
+    def forward(ctx: Any, operand: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(operand, weight)
+        ctx.patch = operand.shape[1] - features.shape[1]
+        return F.linear(operand, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (operand, weight) = grads, ctx.saved_tensors
+        return None, grad @ weight[:, ctx.patch :], grad.t() @ operand, grad.sum(0)
+
+
+def product_stem(problem: Problem, compile_: Compiler) -> Work:
+    """What no stem that adds features can do without: PyTorch's products of an operand [patch | features] that is there
+    already, forward and for the gradients of the weights, the bias and the features."""
+    operand, weight = problem.operand()
+    patch = problem.parameters["proj.weight"][0].numel()
+    wrt = {
+        "features": operand[:, patch:].clone().requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "bias": problem.parameters["proj.bias"].clone().requires_grad_(),
+    }
+    return Work(lambda: _Products.apply(operand, *wrt.values()).view(problem.batch, -1, len(weight)), wrt)
 
 
 def aape_stem(backend: str, compiled: bool = False) -> Callable[[Problem, Compiler], Work]:

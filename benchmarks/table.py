@@ -27,7 +27,7 @@ LEGEND = (
 )
 
 BUSY = 0.7  # processors in use at the start, above which figures are not to be trusted
-PLAIN = ("Conv2d", "rearrange + Linear", "AaPE, reference", "AaPE, torch.compile")
+PLAIN = ("Conv2d", "rearrange + Linear", "Conv2d + MLP", "products alone", "AaPE, reference", "AaPE, torch.compile")
 
 STEP_COLUMNS = ("stem", "median ms", "p20–p80", "samples/s", "× conv")
 LOADER_COLUMNS = ("clips", "workers", "samples/s", "p20–p80", "training samples/s", "× training")

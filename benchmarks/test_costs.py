@@ -29,6 +29,14 @@ OTHERS = {
     "B8-80x208-D192": (8, Sizes(mel_bins=80, frames=208, dim=192)),
 }
 
+# Under bfloat16 autocast.
+AUTOCAST = {
+    "B8": (8, Sizes()),
+    "B8-D384": (8, Sizes(dim=384)),
+    "B8-D192": (8, Sizes(dim=192)),
+    "B1": (1, Sizes()),
+}
+
 # What of the responses reaches the token, and how many states there are to respond.
 FEATURES = {
     f"{features}-S{states}-D{dim}": Sizes(dim=dim, states=states, features=features)
@@ -58,10 +66,20 @@ def test_stem(benchmark: Any, session: Session, stem: Peer, direction: str, batc
 
 @pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS.keys())
 @directions
-def test_other_sizes(benchmark: Any, session: Session, own_stem: Peer, direction: str, case: tuple[int, Sizes]) -> None:
-    """This package's stems where Conv2d's product is smaller, or larger."""
+def test_other_sizes(
+    benchmark: Any, session: Session, own_or_products: Peer, direction: str, case: tuple[int, Sizes]
+) -> None:
+    """This package's stems where Conv2d's product is smaller, or larger, and the products that they cannot avoid."""
     batch, sizes = case
-    session.measure(benchmark, own_stem, "stem", direction, batch, sizes)
+    session.measure(benchmark, own_or_products, "stem", direction, batch, sizes)
+
+
+@pytest.mark.parametrize("case", AUTOCAST.values(), ids=AUTOCAST.keys())
+@directions
+def test_autocast(benchmark: Any, session: Session, own_stem: Peer, direction: str, case: tuple[int, Sizes]) -> None:
+    """This package's stems beside Conv2d's, both under bfloat16 autocast."""
+    batch, sizes = case
+    session.measure(benchmark, own_stem, "stem", direction, batch, sizes, mode="autocast bfloat16")
 
 
 @pytest.mark.parametrize("sizes", FEATURES.values(), ids=FEATURES.keys())
