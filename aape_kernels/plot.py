@@ -296,8 +296,9 @@ def _left_over(axes: Axes, frames: int, stem: AaPE, hop: float, start: float) ->
             start + end * hop, start + frames * hop, facecolor="none", edgecolor=FAINT, hatch="////", linewidth=0
         )
         axes.text(
-            start + frames * hop, 1.01, "in no patch", transform=axes.get_xaxis_transform(), fontsize=9, ha="right"
-        )
+            start + (end + frames) / 2 * hop, 0.5, "in no patch", transform=axes.get_xaxis_transform(), fontsize=8,
+            rotation=90, ha="center", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
 
 
 def _strongest_states(axes: Axes, stem: AaPE, heard: Heard, hop: float, scale: ScalarMappable, start: float) -> None:
