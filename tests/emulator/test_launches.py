@@ -1,0 +1,82 @@
+"""What a step of the stem launches on a GPU, counted on the CPU: PyTorch's operators and the CUDA kernels, in order."""
+
+import pytest
+import torch
+from emulated import compiler, use
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aape_kernels import AaPE
+from aape_kernels.backends import cuda
+from aape_kernels.geometry import PatchGrid
+from aape_kernels.weights import Weights
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was found")
+
+KERNELS = (
+    "stem", "warp_stem", "warp_stem_backward", "gradients", "sblu", "sblu_backward_states", "sblu_backward_weight",
+    "sblu_backward_windows", "overlap_add", "gather", "standardise",
+)  # fmt: skip
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
+
+
+class Launches(TorchDispatchMode):
+    """The names of operators that do something with memory, and of the native module's kernels."""
+
+    def __init__(self, monkeypatch, module) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        for name in KERNELS:
+            monkeypatch.setattr(module, name, self.named(name, getattr(module, name)))
+
+    def named(self, name, kernel):
+        def run(*arguments):
+            done = kernel(*arguments)
+            if done is not False:  # one that cannot do it
+                self.names.append(name)
+            return done
+
+        return run
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if not func.is_view and name not in ALLOCATIONS and name != "_unsafe_view":
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def step(monkeypatch, module, stem):
+    """What a forward and a backward launch, each."""
+    use(monkeypatch, module)
+    x = torch.randn(2, 1, 32, 48).to(stem.proj.weight.dtype)
+    weights = Weights(
+        *(stem.proj.weight, stem.proj.bias, stem.encoder.w1, stem.encoder.b1, stem.encoder.w2, stem.encoder.b2),
+        *(stem.sblu.weight, stem.fusion.weight),
+    )
+    options = (PatchGrid((16, 16), (16, 16), 16), True, stem.decay, stem.band, False)
+    counted = Launches(monkeypatch, module)
+    with torch.no_grad(), counted:
+        tokens, r, hidden = cuda.embed(x, weights, *options)
+        forward, counted.names = counted.names, []
+        cuda.embed_backward(torch.ones_like(tokens), x, weights, r, hidden, *options, [False] + [True] * 8)
+    return forward, [name for name in counted.names if name != "ones_like"]
+
+
+def test_a_training_step_in_bfloat16(emulated_module, monkeypatch):
+    """Weights side by side, one kernel and one product; a product, one kernel, two products and their gradients."""
+    stem = AaPE(embed_dim=24).bfloat16()
+    stem.encoder.float()
+    stem.sblu.float()
+    forward, backward = step(monkeypatch, emulated_module, stem)
+    assert forward == ["warp_stem", "cat", "addmm"]
+    assert backward == ["mm", "warp_stem_backward", "mm", "mm", "gradients"]
+
+
+def test_a_training_step_in_float32(emulated_module, monkeypatch):
+    """The backward in steps: the features' cotangent, that of r, the encoder, the projection, the product."""
+    forward, backward = step(monkeypatch, emulated_module, AaPE(embed_dim=24))
+    assert forward == ["stem", "cat", "addmm"]
+    kernels = {"sblu", "sblu_backward_states", "sblu_backward_weight", "gather"}
+    assert [name for name in backward if name in kernels] == [
+        "sblu", "sblu_backward_states", "sblu_backward_weight", "gather",
+    ]  # fmt: skip
+    assert len(backward) == 17, backward
