@@ -157,6 +157,9 @@ MISTAKES = {
         "--data.batch_size: expected at most the 6 clips there are, got 32 in all",
     ),
     "width": (["pretrain", "--data", CLIPS, "--data.batch_size=2", "--model.size=[130,2,4]"], "--model.size: expected"),
+    "of the demo": (["demo", "x.wav", "--checkpont=x"], "--checkpont: no such option; did you mean --checkpoint?"),
+    "of the demo, a number": (["demo", "x.wav", "--seconds=0"], "--seconds: expected a positive number of seconds"),
+    "the demo's data": (["demo", "--data=nowhere.wav"], "nowhere.wav: no such file"),
     "left over": (["embed", "clips"], "clips: expected --option=value"),
 }
 

@@ -210,7 +210,7 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=reason):
             embed_files(never, CLIPS, AUDIOSET128, 64, tmp_path / out, level)
     assert (tmp_path / "there.npz").read_bytes() == b"precious"
-    with pytest.raises(ValueError, match="clips: none of the 1 could be decoded"):
+    with pytest.raises(ValueError, match="clips: none of the 1 could be used"):
         embed_files(never, [Clip("x", tmp_path / "x.wav")], AUDIOSET128, 64, tmp_path / "a.npz")
 
 
