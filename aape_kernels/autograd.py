@@ -57,9 +57,11 @@ def _double_backward(
 
         return torch.func.vjp(of, *(given[k] for k in asked))[1](upstream)
 
-    # not by leaves of their own: so it nests in `torch.func`'s transforms, and can be differentiated once more
-    pull = torch.func.vjp(gradients, grad, *(inputs[k] for k in present))[1]
-    second = pull(tuple(cotangents[k] for k in asked))
+    # not by leaves of their own: so it nests in `torch.func`'s transforms, and can be differentiated once more; under
+    # the forward's dtypes, whatever autocast says by now
+    with reference.full_precision(grad.device):
+        pull = torch.func.vjp(gradients, grad, *(inputs[k] for k in present))[1]
+        second = pull(tuple(cotangents[k] for k in asked))
     for k, value in zip([0, *(1 + k for k in present)], second, strict=True):
         found[k] = value
     return found
@@ -150,17 +152,19 @@ def _refuse_forward_mode(tensors: Sequence[Tensor | None], backend: str) -> None
 
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]) -> Any:
     """vmap by a loop over the mapped axis: the ops have a batch axis of their own, use that where speed matters."""
-    results = []
-    for k in range(info.batch_size):
+    count, results = info.batch_size, []
+    for k in range(max(count, 1)):
         picked = [
-            value if dim is None or not isinstance(value, Tensor) else value.select(dim, k)
+            value
+            if dim is None or not isinstance(value, Tensor)
+            else (value.select(dim, k) if count else value.sum(dim))  # of an axis without entries, for its shape
             for value, dim in zip(arguments, in_dims, strict=True)
         ]
         results.append(function(*picked))
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
+        return torch.stack(results)[:count], 0
     columns = zip(*results, strict=True)
-    stacked = tuple(torch.stack(parts) if isinstance(parts[0], Tensor) else None for parts in columns)
+    stacked = tuple(torch.stack(parts)[:count] if isinstance(parts[0], Tensor) else None for parts in columns)
     return stacked, tuple(None if part is None else 0 for part in stacked)
 
 

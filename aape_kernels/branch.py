@@ -17,21 +17,36 @@ from torch.nn.utils import parametrize
 from . import reference
 from .functional import sblu
 
-__all__ = ["BranchModule", "Filters", "Fusion", "LambdaEncoder", "as_made"]
+__all__ = ["BranchModule", "Filters", "Fusion", "LambdaEncoder", "as_made", "convolves"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD, CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward  # torch's: people patch the class, too
 
 
 def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` would do what `kind` does with its parameters, and nothing else.
 
-    Not so with hooks (weight_norm's and pruning's, accelerate's, FSDP's), with a forward of its own, or as another
-    class (an adapter of LoRA, a quantised or sharded module). Reading the parameters calls their parametrisations.
+    Not so with hooks (weight_norm's and pruning's, accelerate's, FSDP's; those of all modules), with a forward of its
+    own or a patched one, or as another class (an adapter of LoRA, a quantised or sharded module). Reading the
+    parameters calls their parametrisations.
     """
     if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
         return False
     own = module.__dict__
-    return "forward" not in own and not any(own[name] for name in HOOKS)
+    if "forward" in own or any(own[name] for name in HOOKS) or hooks_everywhere():
+        return False
+    return not isinstance(module, nn.Conv2d) or convolves(module)
+
+
+def hooks_everywhere() -> bool:
+    """Whether hooks are registered on all modules, by `register_module_forward_hook` and its like."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def convolves(conv: nn.Conv2d) -> bool:
+    """Whether what an `nn.Conv2d` does with input and weight is torch's own, on it and in its class."""
+    patched = nn.Conv2d.forward is not FORWARD or type(conv)._conv_forward is not CONV_FORWARD
+    return not patched and "_conv_forward" not in conv.__dict__
 
 
 class BranchModule(nn.Module):
@@ -68,7 +83,7 @@ class LambdaEncoder(BranchModule):
         self.b1.zero_()
         self.w2.normal_(std=0.02)
         states = len(self.b2) // 2
-        share = (torch.arange(states, dtype=torch.float64) + 0.5) / states
+        share = (torch.arange(states, device=self.b2.device, dtype=torch.float64) + 0.5) / states
         # σ(r_ω) = (s + ½)/S
         copy_whole(self.b2, torch.cat([torch.zeros_like(share), torch.logit(share)]))
 

@@ -295,8 +295,13 @@ def embed_by_parts(
     _, _, y = listen_by_parts(x, *listen)
     base = proj(x).flatten(2).transpose(1, 2)
     heard = fusion(reference.features(y, reference.PLANES[features]).to(base.dtype))
-    heard = heard if layout == "FT" else heard.transpose(1, 2)
-    return (base + heard.flatten(1, 2)).contiguous()
+    heard = (heard if layout == "FT" else heard.transpose(1, 2)).flatten(1, 2)
+    if heard.shape != base.shape:  # of which a sum would broadcast some
+        raise ValueError(
+            f"fusion: expected tokens of the shape (batch, N, embed_dim) that proj gives, {tuple(base.shape)}, "
+            f"got {tuple(heard.shape)}"
+        )
+    return (base + heard).contiguous()
 
 
 def listen_by_parts(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import stem
 
@@ -12,7 +14,10 @@ try:
 except ImportError as error:
     raise ImportError('aape_kernels.hub needs huggingface_hub: pip install "aape-kernels[hub]"') from error
 
-__all__ = ["CARD", "AaPE", "OrdinaryFiles"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CARD", "AaPE", "OrdinaryFiles", "may_be_on_the_hub"]
 
 CARD = """---
 {{ card_data }}
@@ -28,8 +33,24 @@ Paper: <https://arxiv.org/abs/2512.03637>
 """
 
 
+def may_be_on_the_hub(name: str) -> bool:
+    """Whether it is owner/name, and not a path such as ./name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
 class OrdinaryFiles(PyTorchModelHubMixin):
     """The mixin, whose weights get the permissions of any new file: safetensors lets nobody else read them."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
+        """What `save_pretrained` wrote into a folder, or uploaded as "owner/name".
+
+        Errors: `ValueError` for a folder that is not there, before the network is asked; huggingface_hub's.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(name) and not may_be_on_the_hub(name):
+            raise ValueError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
+        return super().from_pretrained(name, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)

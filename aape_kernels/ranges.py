@@ -14,6 +14,10 @@ __all__ = ["LogitRanges", "band_from_hz", "check_band", "check_decay", "check_ho
 LARGEST_ODD = 160.0
 
 
+# In float32 the ends, their ratio and their squares are finite and not zero between these.
+SMALLEST, LARGEST = 1e-18, 1e18
+
+
 def _two_floats(value: Sequence[float], name: str) -> tuple[float, float]:
     both = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
     if len(both) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in both):
@@ -46,11 +50,14 @@ def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, fl
 def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
     """The decay range in 1/frame, (1/K, 2) unless given (ours).
 
-    Errors: `TypeError` or `ValueError` unless 0 < low < high; `ValueError` above `LARGEST_ODD` for an odd window.
+    Errors: `TypeError` or `ValueError` unless 0 < low < high; `ValueError` for what float32 cannot hold, above
+    `LARGEST_ODD` for an odd window.
     """
     low, high = (1 / grid.window, 2.0) if decay is None else _two_floats(decay, "decay")
     if not 0 < low < high:
         raise ValueError(f"decay: expected 0 < low < high (1/frame), got {(low, high)}")
+    if low < SMALLEST or high > LARGEST:
+        raise ValueError(f"decay: expected numbers from {SMALLEST:g} to {LARGEST:g} (1/frame), got {(low, high)}")
     if grid.window % 2 and high > LARGEST_ODD:
         raise ValueError(
             f"decay: expected at most {LARGEST_ODD:g} for the odd window {grid.window}, whose middle frame has the "

@@ -249,4 +249,6 @@ def embed(
         operand = operand.transpose(1, 2)
     operand = operand.flatten(1, 2)
     weight = torch.cat([proj_w.flatten(1), fusion_w.flatten(1).to(out_dtype)], dim=1)
-    return F.linear(operand, weight, None if proj_b is None else proj_b.to(out_dtype))
+    tokens = F.linear(operand, weight, None if proj_b is None else proj_b.to(out_dtype))
+    # to a compiler it is a view of rows, through which it cannot write in place what it sees laid out as NCHW
+    return tokens.clone() if torch.compiler.is_compiling() else tokens

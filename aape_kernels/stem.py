@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import check_backend
-from .branch import Filters, Fusion, LambdaEncoder, as_made
+from .branch import Filters, Fusion, LambdaEncoder, as_made, convolves
 from .functional import (
     DTYPES,
     KERNELS,
@@ -58,11 +58,20 @@ def _factory(device: object, dtype: object) -> dict[str, Any]:
     return {"device": device, "dtype": dtype}
 
 
+def _means(value: object, known: object) -> bool:
+    """Whether it is another way of writing `known`, as convolutions take it: 8 or [8, 8] for (8, 8)."""
+    if not isinstance(known, tuple):
+        return False
+    return list(known) == (list(value) if isinstance(value, tuple | list) else [value] * len(known)) or (
+        value == "valid" and known == (0, 0)
+    )
+
+
 def computes_conv(conv: nn.Conv2d) -> bool:
     """Whether calling it convolves by its weight, and nothing else; its forward would be lost."""
     kind = type(conv)
-    own = kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
-    return own and not {"forward", "_conv_forward"} & conv.__dict__.keys()
+    own = kind.forward is nn.Conv2d.forward and kind.__call__ is nn.Conv2d.__call__
+    return own and "forward" not in conv.__dict__ and convolves(conv)
 
 
 class AaPE(SizedStem):
@@ -302,12 +311,13 @@ class AaPE(SizedStem):
         if isinstance(proj, nn.Conv2d):
             # a convolution does as these say when people set them; window and band of the filters cannot follow
             for name, want in (("stride", self.stride), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
-                if getattr(proj, name) != want:
+                got = getattr(proj, name)
+                if got != want and not _means(got, want):
                     raise ValueError(
-                        f"proj.{name}: expected {want}, as the stem was made, got {getattr(proj, name)}; "
+                        f"proj.{name}: expected {want}, as the stem was made, got {got}; "
                         "for another one make another stem"
                     )
-        return self._as_made() and (self._is_proj or as_made(proj, nn.Conv2d))
+        return self._as_made() and (convolves(proj) if self._is_proj else as_made(proj, nn.Conv2d))
 
     def _by_parts(self, x: Tensor) -> Tensor:
         proj: Callable[[Tensor], Tensor] = self._project if self._is_proj else self.proj
@@ -320,7 +330,7 @@ class AaPE(SizedStem):
 
     def _project(self, x: Tensor) -> Tensor:
         """The convolution alone, where the stem is in the place of one."""
-        return F.conv2d(x, self.proj.weight, self.proj.bias, self.stride)
+        return nn.Conv2d.forward(self.proj, x)
 
     def _leaf(self, x: Any) -> Any:
         """One node of `torch.fx`'s graph: what happens inside depends on sizes, which its tracer does not know."""
@@ -384,12 +394,12 @@ class AaPE(SizedStem):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTLED and (known := getattr(self, name, None)) is not None:
-            asked = (value, value) if isinstance(known, tuple) and isinstance(value, int) else value
-            if asked != known:
+            if value != known and not _means(value, known):
                 raise AttributeError(
                     f"{name}: cannot be set, as window, band and weights belong to {known}, got {value!r}; "
                     f"make another stem with {name}={value!r}"
                 )
+            value = known  # as it is written
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:

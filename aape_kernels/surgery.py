@@ -41,6 +41,7 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
     transposed = False
     output_padding = (0, 0)
     _is_proj = True
+    _carried: frozenset[str] = frozenset()
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
         """A plain `nn.Conv2d` where it is called as that is: LoRA makes its convolutions by `type(conv)(...)`."""
@@ -119,6 +120,7 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
     assert isinstance(stem, AaPEConv2d)
     _check_shape(conv, stem)
     stem.weight, stem.bias = conv.weight, conv.bias
+    _carry(conv, stem)
     _put(model, conv, stem)
     return model
 
@@ -156,6 +158,8 @@ def revert_stem(model: Model) -> Model:
             device="meta",
         )
         conv.weight, conv.bias = stem.weight, stem.bias
+        for name in stem._carried & vars(stem).keys():
+            setattr(conv, name, getattr(stem, name))
         _put(model, stem, conv.train(stem.training))
     return model
 
@@ -189,6 +193,12 @@ def _check_plain(conv: nn.Conv2d, path: str) -> None:
             f"model: expected {path!r} to be an nn.Conv2d with a weight of its own (not parametrised, sharded, "
             f"quantised or lazy, and no forward but nn.Conv2d's), got {type(conv).__name__}"
         )
+    others = [*conv._parameters.keys() - {"weight", "bias"}, *conv._buffers, *conv._modules]
+    if others:
+        raise ValueError(
+            f"model: expected {path!r} to hold weight and bias alone, got {type(conv).__name__} with "
+            f"{listed(sorted(others))} too, for which AaPE has no place"
+        )
 
 
 @torch.no_grad()
@@ -199,6 +209,14 @@ def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
     old, new = conv.forward(x).shape, stem.forward(x).shape
     if old != new:
         raise RuntimeError(f"replace_stem: expected output {tuple(old)}, the old stem's, got {tuple(new)}")
+
+
+def _carry(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
+    """What else is written on the convolution, such as a library's marks; not functions, which may be the old one's."""
+    found = {name: value for name, value in vars(conv).items() if name not in vars(stem) and not callable(value)}
+    stem._carried = frozenset(found)
+    for name, value in found.items():
+        setattr(stem, name, value)
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

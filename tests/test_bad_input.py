@@ -215,6 +215,8 @@ TABLE = {
     "decay-inf": (make(decay=(0.1, math.inf)), ValueError, r"decay: expected finite numbers"),
     "decay-zero": (make(decay=(0.0, 2.0)), ValueError, r"decay: expected 0 < low < high .*got \(0\.0, 2\.0\)"),
     "decay-order": (make(decay=(2.0, 0.1)), ValueError, r"decay: expected 0 < low < high"),
+    "decay-below-float32": (make(decay=(1e-300, 1.0)), ValueError, "decay: expected numbers from 1e-18 to 1e[+]18"),
+    "decay-beyond-float32": (make(decay=(1.0, 1e300)), ValueError, "decay: expected numbers from 1e-18 to 1e[+]18"),
     "decay-type": (make(decay=("a", "b")), TypeError, r"decay: expected two numbers"),
     # sizes of the module
     "patch": (make(patch_size=0), ValueError, "patch_size: expected sizes of at least 1, got 0"),

@@ -144,6 +144,38 @@ def test_functional_call_and_vmap():
             assert relative_error(per_sample[name][index], value.grad) <= 1e-13
 
 
+def test_vmap_over_nothing():
+    stem = AaPE(embed_dim=16, num_states=4)
+    assert torch.func.vmap(stem)(torch.randn(0, 2, 1, 32, 48)).shape == (0, 2, 6, 16)
+
+
+@pytest.mark.parametrize("form", ["NLC", "NCHW"])
+def test_compiled_tokens_are_the_callers_to_write_on(form):
+    stem = AaPE(embed_dim=16, num_states=4, output_fmt=form)
+    x = torch.randn(2, 1, 32, 48)
+
+    def masked(x):
+        tokens = stem(x)
+        tokens.masked_fill_(tokens.detach() > 0, 0.5)
+        tokens[[1]] = 0.5 * tokens[[1]]
+        return tokens
+
+    assert relative_error(torch.compile(masked, backend="aot_eager", fullgraph=True)(x), masked(x)) <= 1e-6
+
+
+@NEEDS_NATIVE  # the reference's is torch's, which autocast does change
+def test_a_double_backward_under_autocast_keeps_the_forwards_precision():
+    stem = AaPE(embed_dim=16, num_states=4, backend="cpu")
+
+    def second(cast):
+        x = torch.randn(2, 1, 32, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (gradient,) = torch.autograd.grad(stem(x).square().sum(), x, create_graph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    assert relative_error(second(True), second(False)) <= 1e-6
+
+
 # functorch itself calls the deprecated torch.jit.script
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 def test_forward_mode_through_the_reference():

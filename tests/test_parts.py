@@ -78,6 +78,30 @@ def test_every_hook_runs(part, kind):
     assert stem._as_made_for_tokens()
 
 
+EVERYWHERE = {
+    "forward": nn.modules.module.register_module_forward_hook,
+    "forward-pre": nn.modules.module.register_module_forward_pre_hook,
+    "full-backward": nn.modules.module.register_module_full_backward_hook,
+    "full-backward-pre": nn.modules.module.register_module_full_backward_pre_hook,
+}
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_hooks_on_all_modules_run_for_the_parts_too(kind):
+    stem, seen = make(), []
+    x = torch.randn(1, 1, 16, 16, requires_grad=True)
+    before = stem(x)
+    handle = EVERYWHERE[kind](lambda module, *args: seen.append(module) and None)
+    try:
+        tokens = stem(x)
+        tokens.sum().backward()
+    finally:
+        handle.remove()
+    assert relative_error(tokens, before) <= 2e-5
+    assert all(getattr(stem, part) in seen for part in PARTS)
+    assert stem._as_made_for_tokens()
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_what_a_hook_returns_is_what_counts(part):
     stem, x = make(), torch.randn(1, 1, 16, 16)
@@ -103,6 +127,35 @@ def test_a_forward_of_ones_own(part):
     module.forward = forward
     assert relative_error(stem(x), before) <= 2e-5
     assert calls == [part]
+
+
+def doubled(self, x, weight, bias):
+    return 2 * torch.nn.functional.conv2d(x, weight, bias, self.stride)
+
+
+@pytest.mark.parametrize("where", ["convolution", "replaced", "class"])
+def test_what_a_convolution_calls_may_be_patched(where, monkeypatch):
+    """As people patch `_conv_forward`, of one or of all, for circular padding."""
+    x = torch.randn(1, 1, 16, 16)
+    model = replace_stem(nn.Sequential(nn.Conv2d(1, 6, 8, 8)), path="0", layout="FT", num_states=4)
+    stem = model[0] if where == "replaced" else make()
+    if where == "convolution":
+        nn.init.zeros_(stem.fusion.weight)
+    before = stem(x)
+    if where == "class":
+        nn.init.zeros_(stem.fusion.weight)
+        before = stem(x)
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", doubled)
+    else:
+        stem.proj._conv_forward = doubled.__get__(stem.proj)
+    assert relative_error(stem(x), 2 * before) <= 1e-6
+
+
+def test_a_patched_class_is_not_replaced(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 6, 8, 8))
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", doubled)
+    with pytest.raises(ValueError, match=r"no forward but nn\.Conv2d's"):
+        replace_stem(model, path="0", layout="FT")
 
 
 class Adapted(nn.Module):
@@ -134,6 +187,18 @@ def test_other_modules_that_take_and_give_the_same():
     stem(x).sum().backward()
     assert all(parameter.grad is not None for parameter in stem.parameters())
     assert stem.responses(x).y.shape == (1, 2, 2, 2, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (6, 3, 4)], ids=["fusion", "proj"])
+def test_no_sum_of_tokens_of_other_shapes(shape):
+    """Where parts are called, what they give could be broadcast in silence."""
+    stem = make()
+    if shape[0] == 6:
+        stem.proj = nn.Sequential(nn.Conv2d(1, 6, 16, 16))
+    stem.fusion.weight = nn.Parameter(torch.randn(shape))
+    stem.fusion.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"fusion: expected tokens of the shape .* that proj gives, \(1, \d, 6\), got"):
+        stem(torch.randn(1, 1, 16, 16))
 
 
 CHANGES = {
@@ -217,6 +282,20 @@ def test_what_a_convolution_lets_people_set(name, value):
     assert isinstance(replaced, AaPEConv2d)
     with pytest.raises(AttributeError, match=rf"^{name}: cannot be set"):
         setattr(replaced, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stride", 8), ("stride", [8, 8]), ("padding", 0), ("padding", "valid"), ("dilation", 1), ("groups", 1)],
+)
+def test_what_a_convolution_takes_for_the_same(name, value):
+    x = torch.randn(1, 1, 16, 24)
+    replaced = replace_stem(nn.Sequential(nn.Conv2d(1, 6, 8, 8)), path="0", layout="FT", num_states=4)[0]
+    for stem, where in ((made := make(), made.proj), (replaced, replaced)):
+        before = stem(x)
+        setattr(where, name, value)
+        assert torch.equal(stem(x), before)
+    assert replaced.feat_ratio(as_scalar=False) == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,13 @@ def test_from_conv_is_silent_at_first_whatever_the_features(features):
     assert (stem.fusion.weight.grad.abs().amax((0, 2)) > 0).all()
 
 
+def test_from_conv_whatever_the_default_device_is():
+    conv = nn.Conv2d(1, 16, 8, 8)
+    with torch.device("meta"):
+        stem = AaPE.from_conv(conv)
+    assert all(bool(parameter.isfinite().all()) for parameter in stem.parameters())
+
+
 def test_from_conv_moves_with_the_first_step():
     stem = AaPE.from_conv(nn.Conv2d(1, 16, 16, 16))
     stem(torch.randn(1, 1, 32, 32)).square().sum().backward()

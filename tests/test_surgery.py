@@ -209,6 +209,28 @@ def test_initial_values_survive(name, initialise):
     assert stem.encoder.w2.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+def test_marks_on_the_convolution_stay():
+    """Libraries write on modules, as transformers does `_is_hf_initialized`; a compiled call of the old one must go."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 16, 16))
+    model[0].mark = 5
+    model[0].compile(backend="eager")
+    replace_stem(model, path="0", layout="FT")
+    assert model[0].mark == 5
+    nn.init.normal_(model[0].fusion.weight)
+    x = torch.randn(1, 1, 16, 32)
+    assert torch.equal(model(x), model[0].forward(x))
+    assert revert_stem(model)[0].mark == 5
+
+
+def test_in_a_compiled_model():
+    model = nn.Sequential(nn.Conv2d(1, 8, 16, 16))
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(1, 1, 16, 32)
+    compiled(x)
+    replace_stem(compiled, path="_orig_mod.0", layout="FT")
+    nn.init.normal_(model[0].fusion.weight)
+    assert torch.equal(compiled(x), model(x))
+
+
 def test_a_stem_inside_another_model():
     """Lightning modules, classifiers, wrappers: the stem is found at any depth, and where it is shared, at each."""
     backbone = timm_vit()
@@ -238,6 +260,17 @@ def test_several_stems_need_a_path():
 class Scaled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Masked(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mask", torch.ones(1))
+
+
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
 
 
 def other(**convolutions) -> nn.Module:
@@ -297,6 +330,13 @@ ERRORS = {
         BY_PATH,
         ValueError,
         "model: expected 'stem' to be an nn.Conv2d with a weight of its own .*got Scaled",
+    ),
+    "other-call": (lambda: other(stem=Called(1, 8, 16, 16)), BY_PATH, ValueError, "no forward but .*got Called"),
+    "more-than-a-weight": (
+        lambda: other(stem=Masked(1, 8, 16, 16)),
+        BY_PATH,
+        ValueError,
+        "model: expected 'stem' to hold weight and bias alone, got Masked with 'mask' too",
     ),
     "parametrised": (parametrised, BY_PATH, ValueError, "model: expected 'stem' to be .*got ParametrizedConv2d"),
     "lazy": (lambda: other(stem=nn.LazyConv2d(8, 16, 16)), BY_PATH, ValueError, "got LazyConv2d"),

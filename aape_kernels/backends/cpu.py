@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ..geometry import PatchGrid
@@ -55,7 +54,7 @@ def sblu_backward(
     dtype = working_dtype(x.dtype)
     wide = (decay.to(dtype), frequency.to(dtype), weight.to(dtype))
     # zeros: x's gradient is added to, and an empty batch writes nothing
-    out = [torch.zeros(v.shape, dtype=dtype) if wanted else None for v, wanted in zip((x, *wide), need, strict=True)]
+    out = [x.new_zeros(v.shape, dtype=dtype) if wanted else None for v, wanted in zip((x, *wide), need, strict=True)]
     if grad.numel() and any(need):
         native.sblu_backward(grad, x, *wide, out, grid, quadrature)
     gradients = [

@@ -106,15 +106,26 @@ def _explained(message: str, options: Collection[str]) -> str:
     if match := re.match(r"(?:Problem with given class_path .*?)?Option '([\w.]+)' is not accepted", message):
         return _unknown(f"--{match[1]}", options)
     if match := re.search(r"Parser key \"([\w.]+)\":? *(.*)", message):
+        if "--data" in options and f"--{match[1]}" not in options and "." not in match[1]:  # of the module's class
+            return f"--data.{match[1]}: {_expected(match[2])}"
         return f"--{match[1]}: {_expected(match[2])}"
+    if match := re.match(r"(?:Unexpected|Problems parsing) config: (.*)", message):
+        what = "a file of options, such as the config.yaml among a run's logs"
+        return f"--config: expected {what}, got {match[1][:80]!r}"
     return message[:400]
 
 
 def _expected(message: str) -> str:
     """What was expected, and what came; types in the order of the annotation."""
-    value = re.search(r"(?:Given|Got) value: (.*?)(?:\.|$)", message)
-    types = re.findall(r"Expected (?:a |an )?(?:<class '(\w+)'>|(\w[\w ]*))", message)
-    names = [a or b for a, b in types if (a or b) not in ("NoneType", "NoneType type")]
+    value = re.search(r"(?:Given|Got) value: (.*?)(?:\.(?: |$)|$)", message)
+    inside = re.search(r"Errors: - (\w+: expected .*?)(?: - Expected |$)", message)  # what the class itself said
+    if inside:
+        return inside[1][:300]
+    if "dot import path" in message or "class_path" in message:
+        return f"there is no such file, folder or class, got {value[1][:100]}" if value else message[:300]
+    types = re.findall(r"Expected (?:a |an )?(?:<class '(\w+)'>|typing\.Literal\[(.*?)\]|(\w[\w ]*))", message)
+    names = ["".join(kind).replace("'", "") for kind in types]
+    names = [name for name in names if name not in ("NoneType", "NoneType type")]
     if not value or not names:
         return message[:300]
     return f"expected {' or '.join(dict.fromkeys(names))}, got {value[1][:100]}"
@@ -158,6 +169,9 @@ def as_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
 def in_options(message: str, groups: Mapping[str, Callable[..., Any]]) -> str:
     """An error that begins with an argument's name, as `batch_size: …`, under the name of its option,
     `--data.batch_size: …`; `groups` are the callables whose arguments the options are, by prefix."""
+    # of a union of classes jsonargparse says what each of them said
+    inside = re.search(r"Does not validate .*- (\w+: expected .*?)(?:; - Expected|$)", message)
+    message = inside[1] if inside else message
     name, colon, rest = message.partition(": ")
     for prefix, made in groups.items():
         if colon and name in inspect.signature(made).parameters:

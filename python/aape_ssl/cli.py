@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -53,12 +55,30 @@ def _seconds(text: str, zero: bool = False) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aape-ssl", description="Audio representation learning with the AaPE stem.")
+class _Parser(argparse.ArgumentParser):
+    """A mistake is answered in two lines, as by the other commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end."""
+        print(f"aape-ssl: {message.removeprefix('argument ')}", file=sys.stderr)
+        print(f"aape-ssl: `{self.prog} --help` lists the options", file=sys.stderr)
+        raise SystemExit(2)
+
+    def unknown(self, argument: str) -> NoReturn:
+        """The same of an option that there is not."""
+        name = argument.partition("=")[0]
+        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
+        self.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _parser() -> tuple[_Parser, _Parser]:
+    """Of all commands, and of the demo."""
+    parser = _Parser(prog="aape-ssl", description="Audio representation learning with the AaPE stem.")
     parser.add_argument("--version", action="version", version=f"aape-ssl {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
+        allow_abbrev=False,
         help="look at sound files through the AaPE stem",
         description="Takes sound files through log-mel spectrogram and AaPE stem to tokens. Prints one table row a "
         "clip: length, tokens, tokens/s of AaPE on every backend that runs here and of the plain Conv2d stem, and the "
@@ -74,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="wav, flac, ogg or mp3, any sampling rate, mono or stereo; or a folder, a .csv manifest or .tar shards of "
         "them (default: the clips that come along)",
+    )
+    demo.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the same, as the other commands call it",
     )
     demo.add_argument(
         "--checkpoint",
@@ -105,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command, does in SSL.items():
         commands.add_parser(command, add_help=False, help=does)  # jsonargparse parses their arguments
-    return parser
+    return parser, demo
 
 
 def _ssl(command: str, argv: Sequence[str]) -> int:
@@ -142,12 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     if argv and argv[0] in SSL:
         return _ssl(argv[0], argv[1:])
-    args = _parser().parse_args(argv)
+    parser, of_the_demo = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        of_the_demo.unknown(unknown[0])
     if _lacks("the demo", DEMO_NEEDS, "demo"):
         return 2
     from .demo import command as demo
 
-    return demo.run(args.files, checkpoint=args.checkpoint, out=args.out, seconds=args.seconds, start=args.start)
+    return demo.run(
+        [*args.files, *args.data], checkpoint=args.checkpoint, out=args.out, seconds=args.seconds, start=args.start
+    )
 
 
 if __name__ == "__main__":

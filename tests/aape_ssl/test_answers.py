@@ -87,17 +87,79 @@ MISTAKES = {
         ["pretrain", "--data", CLIPS, "--model.stem_options={num_state: 16}"],
         "--model.stem_options: aape has no option num_state; did you mean num_states?",
     ),
-    "none of the choices": (["pretrain", "--data", CLIPS, "--model.stem=cnn"], "--model.stem: "),
-    "a method": (["probe", "--checkpoint=x", "--data=x.csv", "--methods=svm"], "--methods: "),
+    "none of the choices": (
+        ["pretrain", "--data", CLIPS, "--model.stem=cnn"],
+        "--model.stem: expected aape, aape-fixed, conv, conv+mlp, got cnn",
+    ),
+    "a method": (
+        ["probe", "--checkpoint=x", "--data=x.csv", "--methods=svm"],
+        "--methods: expected linear, knn, got svm",
+    ),
+    "half of a pair": (["pretrain", "--data", CLIPS, "--model.ema=0.9"], "--model.ema: expected tuple, got 0.9"),
+    "no class": (["pretrain", "--data=ClipDat"], "--data: there is no such file, folder or class, got ClipDat"),
+    "no configuration": (
+        ["pretrain", "--config", CLIPS / "LICENSE.md", "--data", CLIPS],
+        "--config: expected a file of options",
+    ),
+    "what a data module says": (
+        ["pretrain", "--data", CLIPS, "--data.front_end=mel"],
+        "--data.front_end: expected one of audioset128, m2d80, got 'mel'",
+    ),
+    "what the stem says": (
+        ["pretrain", "--data", CLIPS, "--model.stem_options={window: 3}"],
+        "--model.stem_options: window: expected a positive even number of frames",
+    ),
+    "what the masks say": (
+        ["pretrain", "--data", CLIPS, "--model.masks.ratio=2"],
+        "--model.masks.ratio: expected a share between 0 and 1",
+    ),
+    "what the predictor says": (
+        ["pretrain", "--data", CLIPS, "--model.predictor_dim=7"],
+        "--model.predictor_dim: expected a multiple of 4",
+    ),
+    "growing weights": (
+        ["pretrain", "--data", CLIPS, "--model.weight_decay=-1"],
+        "--model.weight_decay: expected a number of at least 0, got -1.0",
+    ),
+    "warm-up": (["pretrain", "--data", CLIPS, "--model.warmup_steps=-1"], "--model.warmup_steps: expected at least 0"),
+    "no vector": (["pretrain", "--data", CLIPS, "--model.projection_dim=0"], "--model.projection_dim: expected at"),
+    "less than a patch": (
+        ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--data.frames=3"],
+        "--data.frames: expected at least 16, those of a patch, got 3",
+    ),
+    "no batch": (["pretrain", "--data", CLIPS, "--data.batch_size=0"], "--data.batch_size: expected at least 1, got 0"),
+    "no workers": (["pretrain", "--data", CLIPS, "--data.workers=-1"], "--data.workers: expected at least 0, got -1"),
+    "no accumulation": (
+        ["pretrain", "--data", CLIPS, "--trainer.accumulate_grad_batches=0"],
+        "--trainer.accumulate_grad_batches: expected at least 1, got 0",
+    ),
+    "no clipping": (
+        ["pretrain", "--data", CLIPS, "--trainer.gradient_clip_val=-1"],
+        "--trainer.gradient_clip_val: expected at least 0, got -1",
+    ),
+    "no strategy": (["pretrain", "--data", CLIPS, "--trainer.strategy=none"], "--trainer.strategy: "),
+    "never": (["pretrain", "--data", CLIPS, "--checkpoint_every=0"], "--checkpoint_every: expected at least 1, got 0"),
+    "nothing to see": (["pretrain", "--data", CLIPS, "--monitor_every=0"], "--monitor_every: expected at least 1"),
+    "a file for a folder": (
+        ["pretrain", "--data", CLIPS, "--out", CLIPS / "LICENSE.md"],
+        f"--out: expected a folder, {CLIPS / 'LICENSE.md'} is a file",
+    ),
+    "no step": (
+        ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--trainer.limit_train_batches=0", "--model.size=tiny"],
+        "--trainer: expected limits that leave something to train on",
+    ),
     "steps": (
         ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--trainer.max_steps=-5"],
-        "`max_steps` must be a non-negative integer or -1",
+        "--trainer.max_steps: `max_steps` must be a non-negative integer or -1",
     ),
     "more than there is": (
         ["pretrain", "--preset=laptop", "--data", CLIPS],
         "--data.batch_size: expected at most the 6 clips there are, got 32 in all",
     ),
     "width": (["pretrain", "--data", CLIPS, "--data.batch_size=2", "--model.size=[130,2,4]"], "--model.size: expected"),
+    "of the demo": (["demo", "x.wav", "--checkpont=x"], "--checkpont: no such option; did you mean --checkpoint?"),
+    "of the demo, a number": (["demo", "x.wav", "--seconds=0"], "--seconds: expected a positive number of seconds"),
+    "the demo's data": (["demo", "--data=nowhere.wav"], "nowhere.wav: no such file"),
     "left over": (["embed", "clips"], "clips: expected --option=value"),
 }
 
@@ -130,6 +192,46 @@ def test_windows_longer_than_every_clip(exported, answer, tmp_path):
         data.write_text("\n".join(["file,label,split", *rows]))
         status, lines = answer(*argv, "--checkpoint", exported, "--data", data, "--frames=100000")
         assert (status, lines) == (2, [said])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["embed", "--data", CLIPS, "--out=x.npz", "--batch_size=0"], "--batch_size: expected at least 1, got 0"),
+        (["embed", "--data", CLIPS, "--out=x.npz", "--device=xyz"], "--device: expected cpu or cuda, got xyz"),
+        (["embed", "--data", CLIPS, "--out=x.npz", "--frames=3"], "--frames: expected at least 16, those of a patch"),
+        (["probe", "--data", CLIPS], "--data: expected clips with labels, as of a manifest's column `label`"),
+        (["probe", "--data", "m.csv", "--methods=[]"], "--methods: expected linear, knn or both, got none"),
+        (["probe", "--data", "m.csv", "--scores=no/s.csv"], "--scores: no/s.csv lies in a folder that is not there"),
+    ],
+)
+def test_mistakes_beside_a_checkpoint(argv, said, exported, answer, tmp_path):
+    (tmp_path / "m.csv").write_text(f"file,label\n{CLIPS / 'a.flac'},a\n{CLIPS / 'b.flac'},b\n")
+    status, lines = answer(*argv, "--checkpoint", exported)
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"aape-ssl: {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.csv"]
+
+
+@pytest.mark.parametrize(
+    ("waveform", "error", "said"),
+    [
+        (torch.zeros(16000, dtype=torch.int16), TypeError, "expected floating-point samples, .*got torch.int16"),
+        (np.zeros(16000, np.float32), TypeError, "expected a tensor, got ndarray"),
+        (torch.full((16000,), 1e20), ValueError, r"expected finite samples, full scale ±1, got up to 1e\+20"),
+        (torch.full((16000,), torch.nan), ValueError, "expected finite samples, full scale ±1, got up to nan"),
+        (torch.zeros(160), ValueError, "expected at least 2800 samples, one patch, got 160"),
+    ],
+)
+def test_waveforms_that_are_none(waveform, error, said, exported):
+    with pytest.raises(error, match=f"waveform: {said}"):
+        load(exported).log_mel(waveform)
+
+
+def test_waveforms_of_another_precision_are_converted(exported):
+    waveform, encoder = 0.1 * torch.randn(16000), load(exported)
+    assert torch.equal(encoder.log_mel(waveform.double()), encoder.log_mel(waveform))
 
 
 # --- help ---
@@ -250,6 +352,10 @@ def test_a_folder_that_is_not_there_asks_no_network(monkeypatch):
         CheckpointError, match="nosuchdir: there is no such folder, and a name on the Hub is owner/name"
     ):
         AudioEncoder.from_pretrained("nosuchdir")
+    with pytest.raises(CheckpointError, match=r"\./nosuchdir: there is no such folder"):
+        AudioEncoder.from_pretrained("./nosuchdir")
+    with pytest.raises(ValueError, match="nosuchdir: there is no such folder, and a name on the Hub is owner/name"):
+        hub.AaPE.from_pretrained("nosuchdir")
     with pytest.raises(AssertionError, match="network was asked"):
         AudioEncoder.from_pretrained("owner/name")
 

@@ -248,10 +248,46 @@ def test_mean_average_precision_leaves_absent_classes_out():
     assert mean_average_precision(scores, targets) == pytest.approx((5 / 6 + 1) / 2)
 
 
+def finetune(exported, manifest, tmp_path, rows, **options):
+    (tmp_path / "m.csv").write_text("\n".join(["file,label,split", *rows]))
+    for path in manifest.parent.glob("*.wav"):
+        (tmp_path / path.name).symlink_to(path)
+    given = {"model__checkpoint": exported, "data__data": tmp_path / "m.csv", "out": tmp_path / "run", **TRAINER}
+    given |= {"trainer__max_epochs": 1, "data__batch_size": 4, "data__workers": 0, **options}
+    return run("finetune", **given)
+
+
+def split_rows(manifest):
+    names = [line.split(",")[0] for line in manifest.read_text().splitlines()[1:]]
+    return [f"{name},{'ab'[n % 2]},{('train', 'train', 'valid', 'test')[n // 2 % 4]}" for n, name in enumerate(names)]
+
+
+def test_a_test_clip_that_is_not_there_ends_it_before_the_training(exported, manifest, tmp_path, capsys):
+    assert finetune(exported, manifest, tmp_path, [*split_rows(manifest), "gone.wav,a,test"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "aape-ssl: gone.wav: no such file"
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_clips_that_cannot_be_decoded_are_listed(exported, manifest, tmp_path, capsys):
+    rows = [*split_rows(manifest), "gone.wav,a,train"]
+    assert finetune(exported, manifest, tmp_path, rows, data__max_failed=0.1, trainer__max_epochs=3) == 0
+    assert "1 of 21 clips could not be decoded:\n  gone.wav: no such file" in capsys.readouterr().err
+
+
+def test_labels_that_are_tested_and_never_trained_on(exported, manifest, tmp_path):
+    rows = split_rows(manifest)
+    rows[6] = rows[6].replace(",a,test", ",a;b,test")
+    with (
+        pytest.warns(UserWarning, match="labels: 1 of 3, such as 'a;b', are validated or tested and are not among"),
+        pytest.warns(UserWarning, match=r"labels: .* has 'a;b' as one label; multi_label takes it for several"),
+    ):
+        assert finetune(exported, manifest, tmp_path, rows) == 0
+
+
 ERRORS = {
     "no such checkpoint": ("probe", {"checkpoint": "nowhere"}, "nowhere: expected a checkpoint or an exported folder"),
     "no model": ("probe", {"checkpoint": "."}, ".: expected a folder with config.json and model.safetensors"),
-    "no labels": ("probe", {"data": "clips"}, "--data: expected clips with at least two labels"),
+    "no labels": ("probe", {"data": "clips"}, "--data: expected clips with labels, as of a manifest's column"),
     "no fold": ("probe", {"test": "[9]"}, "--test: expected folds among 0, 1, 2, got 9"),
     "no GPU": ("embed", {"device": "cuda", "out": "x.npz"}, "--device: expected cpu"),
     "kind of file": ("embed", {"out": "x.txt"}, "--out: expected a .npz or .parquet file"),

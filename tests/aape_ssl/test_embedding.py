@@ -13,6 +13,7 @@ from aape_ssl.demo import command as demo
 from aape_ssl.evaluation.embedding import cache_folder, cached, embed, embed_files, pool, statistics
 from aape_ssl.sound import audio
 from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, AudioError
+from aape_ssl.sound.loader import Crops
 from aape_ssl.sound.sources import Clip, find
 
 CLIPS = find(demo.bundled_clips()[0].parent)
@@ -107,6 +108,18 @@ def test_a_clip_that_cannot_be_decoded_is_named(tmp_path):
         statistics([silent_flac(tmp_path / "short.flac", 0.03)], AUDIOSET128)
 
 
+def test_a_clip_shorter_than_a_frame_is_named(tmp_path):
+    """What silence were added to would be an embedding of silence."""
+    short = silent_flac(tmp_path / "short.flac", 0.01)
+    said = r"is too short: expected 0.025 s, one frame, got 0.01 s"
+    with pytest.raises(AudioError, match=rf"^short.flac: {said}"):
+        embed(patches, [short], AUDIOSET128, 32)
+    with pytest.raises(ValueError, match=rf"clips: none of the 1 could be used, such as short.flac: {said}"):
+        embed_files(patches, [short], AUDIOSET128, 32, tmp_path / "x.npz")
+    with pytest.raises(AudioError, match=said):
+        Crops([short], AUDIOSET128, 32).waveform(0, 0.0)
+
+
 def test_cache_is_for_these_clips_and_this_key(tmp_path):
     path, calls = tmp_path / "new" / "features.npz", []
 
@@ -197,7 +210,7 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
         with pytest.raises(ValueError, match=reason):
             embed_files(never, CLIPS, AUDIOSET128, 64, tmp_path / out, level)
     assert (tmp_path / "there.npz").read_bytes() == b"precious"
-    with pytest.raises(ValueError, match="clips: none of the 1 could be decoded"):
+    with pytest.raises(ValueError, match="clips: none of the 1 could be used"):
         embed_files(never, [Clip("x", tmp_path / "x.wav")], AUDIOSET128, 64, tmp_path / "a.npz")
 
 

@@ -284,5 +284,5 @@ def test_bad_arguments(folder):
             crops(folder, **options)
     with pytest.raises(ValueError, match="batch_size: expected at most the 24 clips there are, got 50 in all"):
         ClipLoader(crops(folder), 25, world=2)
-    with pytest.raises(ValueError, match="expected batch_size ≥ 1"):
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         ClipLoader(crops(folder), 0)

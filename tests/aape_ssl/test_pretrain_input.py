@@ -25,7 +25,7 @@ def last_line(capsys) -> str:
 
 @pytest.fixture
 def spoilt(clips, tmp_path) -> Path:
-    """The clips, four files that cannot be decoded, and two odd ones that can."""
+    """The clips, five files that cannot be used, and an odd one that can."""
     folder = tmp_path / "spoilt"
     shutil.copytree(clips, folder)
     content = demo.bundled_clips()[0].read_bytes()
@@ -46,14 +46,18 @@ def test_bad_files_are_skipped_and_listed(spoilt, tmp_path, capsys, workers):
     """Three epochs: they meet every file."""
     assert cli_case.pretrain(spoilt, tmp_path / "run", data__max_failed=0.3, data__workers=workers) == 0
     lines = capsys.readouterr().err.splitlines()
-    start = lines.index("4 of 18 clips could not be decoded:")
+    start = lines.index("5 of 18 clips could not be decoded:")
     listed = dict(line.strip().split(": ", 1) for line in lines[start + 1 :])
     assert listed.pop("cut.flac").startswith("cannot be read as sound (")
     assert listed.pop("text.wav").startswith("cannot be read as sound (")
-    assert listed == {"empty.wav": "holds no samples", "nan.wav": "holds samples that are not finite"}
+    assert listed == {
+        "empty.wav": "holds no samples",
+        "nan.wav": "holds samples that are not finite",
+        "short.wav": "is too short: expected 0.025 s, one frame, got 0.00125 s",
+    }
     checkpoint = last_checkpoint(tmp_path / "run")
     assert checkpoint["global_step"] == 12
-    assert len(checkpoint["loader"]["failed"]) == 4
+    assert len(checkpoint["loader"]["failed"]) == 5
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 

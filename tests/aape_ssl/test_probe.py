@@ -319,6 +319,13 @@ def test_groups_on_both_sides_are_warned_of():
     assert len(probe.folds_of(apart)) == len(probe.folds_of(without)) == 3
 
 
+def test_labels_that_no_training_clip_has_are_warned_of(rng):
+    labels, splits = list("ab" * 8 + "abc"), ["train"] * 14 + ["valid"] * 2 + ["test"] * 3
+    features = rng.standard_normal((19, 4)).astype(np.float32)
+    with pytest.warns(UserWarning, match="labels: 1 of 3, such as 'c', are validated or tested and are not among"):
+        probe.evaluate("x", features, clips_of(labels, splits), ("knn",))
+
+
 def test_clips_without_a_label_are_refused(rng):
     features = rng.standard_normal((6, 4)).astype(np.float32)
     with pytest.raises(ValueError, match="clips: expected a label for each, 4 has none"):

@@ -149,6 +149,12 @@ def test_one_file_under_two_names(tmp_path, again):
         read_manifest(tmp_path / "m.csv")
 
 
+def test_one_file_by_its_whole_path_too(tmp_path):
+    (tmp_path / "m.csv").write_text(f"file,label\na.wav,x\n{tmp_path}/a.wav,y\n")
+    with pytest.raises(SourceError, match=r"m.csv:3: .*a.wav is listed already, in line 2"):
+        read_manifest(tmp_path / "m.csv")
+
+
 def test_splits_are_found_under_their_usual_names(tmp_path):
     (tmp_path / "m.csv").write_text("file,split\na.wav,Training\nb.wav,dev\n")
     for asked in ("valid", "val", "DEV"):

@@ -28,11 +28,15 @@ __all__ = ["COMMANDS", "embed", "export", "main", "probe"]
 def _device(name: str | None) -> str:
     if name and name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: expected cpu, as torch finds no GPU here, got {name}")
+    if name and name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name}")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _frames(given: int | None, encoder: AudioEncoder, clips: Sequence[Clip]) -> int:
     """As in pre-training unless given; up to the longest clip, as what is beyond it would be silence."""
+    if given is not None and given < encoder.encoder.patch_size[1]:
+        raise ValueError(f"frames: expected at least {encoder.encoder.patch_size[1]}, those of a patch, got {given}")
     if given is None or given <= encoder.frames:
         return encoder.frames if given is None else given
     hop, (_, patch) = encoder.front_end.hop, encoder.encoder.patch_size
@@ -72,10 +76,14 @@ def probe(
         device: cuda where there is one, unless given.
     """
     encoder, clips = load(checkpoint), find(data)
+    probes.check_labels(clips, data)
     if len({clip.label for clip in clips}) < 2:
         raise ValueError(f"data: expected clips with at least two labels, {data} has {len({c.label for c in clips})}")
-    if scores is not None and scores.exists():
-        raise ValueError(f"scores: {scores} exists already")
+    if not methods:
+        raise ValueError("methods: expected linear, knn or both, got none")
+    if scores is not None and (scores.exists() or not scores.parent.is_dir()):
+        why = "exists already" if scores.exists() else "lies in a folder that is not there"
+        raise ValueError(f"scores: {scores} {why}")
     held_out = [str(fold) for fold in test] or None
     frames, where = _frames(frames, encoder, clips), _device(device)
     folder = (cache or embedding.cache_folder()) / "embeddings"

@@ -68,7 +68,7 @@ def _windows(
     hop = round(front_end.hop * SAMPLE_RATE)
     step = frames * hop
     samples = max(round(front_end.seconds(frames) * SAMPLE_RATE), step)  # the last frame may reach beyond the step
-    waveform = clip.load(None if most is None else (step * (most - 1) + samples) / SAMPLE_RATE)
+    waveform = front_end.check(clip.load(None if most is None else (step * (most - 1) + samples) / SAMPLE_RATE))
     waveform = torch.nn.functional.pad(waveform, (shift * hop, 0))
     length = len(waveform)
     count = max(1, -(-(length - (samples - step)) // step))
@@ -229,6 +229,8 @@ def embed_files(
     Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
     """
     out = Path(out)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if level not in ("clip", "frame"):
         raise ValueError(f"level: expected clip or frame, got {level!r}")
     if out.suffix not in (".npz", ".parquet"):
@@ -259,7 +261,8 @@ def embed_files(
         times.append((np.arange(len(features), dtype=np.float32) + 0.5) * (frames * front_end.hop / grid[1]))
         rows.append(features.numpy())
     if not rows:
-        raise ValueError(f"clips: none of the {len(clips)} could be decoded: {next(iter(failed.items()), '')}")
+        name, why = next(iter(failed.items()), ("", ""))
+        raise ValueError(f"clips: none of the {len(clips)} could be used, such as {name}: {why}")
     table: dict[str, Any] = {"name": np.array(names), "embedding": np.concatenate(rows)}
     if level == "frame":
         table["time"] = np.concatenate(times)

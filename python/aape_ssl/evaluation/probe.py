@@ -9,7 +9,7 @@ probe.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,19 @@ from torch import Tensor
 
 from ..sound.sources import ALIASES, Clip, split_name
 
-__all__ = ["STRENGTHS", "LinearProbe", "Score", "evaluate", "fit_logistic", "folds_of", "interval", "knn", "table"]
+__all__ = [
+    "STRENGTHS",
+    "LinearProbe",
+    "Score",
+    "check_labels",
+    "evaluate",
+    "fit_logistic",
+    "folds_of",
+    "interval",
+    "knn",
+    "table",
+    "warn_of_unseen",
+]
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -221,6 +233,29 @@ def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
         )
 
 
+def check_labels(clips: Sequence[Clip], source: str) -> None:
+    """Whether each clip has a label.
+
+    Errors: `ValueError` naming the argument data, which is of `source`, and the first clip that has none.
+    """
+    without = [clip.name for clip in clips if not clip.label]
+    if len(without) == len(clips):
+        raise ValueError(f"data: expected clips with labels, as of a manifest's column `label`, {source} has none")
+    if without:
+        raise ValueError(f"data: expected a label for each clip, {without[0]} has none")
+
+
+def warn_of_unseen(train: Collection[str], test: Collection[str]) -> None:
+    """Of labels that are tested and never trained on."""
+    unseen = set(test) - set(train)
+    if unseen:
+        warnings.warn(
+            f"labels: {len(unseen)} of {len(set(test))}, such as {min(unseen)!r}, are validated or tested and are not "
+            "among the training clips: they cannot be told",
+            stacklevel=3,
+        )
+
+
 def interval(values: NDArray[Any], groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean of `values` (n), drawing whole groups: clips of one do not err independently.
 
@@ -284,6 +319,8 @@ def evaluate(
     labels = sorted({clip.label for clip in clips})
     y = np.array([labels.index(clip.label) for clip in clips], dtype=np.int64)
     rounds = folds_of(clips, test)
+    for train, valid, tested in rounds:
+        warn_of_unseen([labels[c] for c in set(y[train])], [labels[c] for c in {*y[valid], *y[tested]}])
     groups = tuple(clips[index].group or clips[index].name for _, _, tested in rounds for index in tested)
     scores = []
     for method in methods:

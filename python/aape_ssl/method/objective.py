@@ -154,7 +154,7 @@ class Pretraining(nn.Module):
         dim = encoder.size.dim
         if predictor.head.out_features != dim:
             raise ValueError(f"predictor: expected encoder_dim {dim}, the encoder's, got {predictor.head.out_features}")
-        for name, value in (("top_layers", top_layers), ("ema_steps", ema_steps)):
+        for name, value in (("top_layers", top_layers), ("ema_steps", ema_steps), ("projection_dim", projection_dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not all(0 <= decay <= 1 for decay in ema):

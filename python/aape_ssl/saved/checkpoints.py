@@ -92,7 +92,9 @@ class AtomicCheckpointIO(CheckpointIO):
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path}: no such checkpoint") from error
-        except pickle.UnpicklingError as error:  # its text tells how to load what should not be loaded
+        except IsADirectoryError as error:
+            raise CheckpointError(f"{path}: expected a checkpoint of pre-training, got a folder") from error
+        except (pickle.UnpicklingError, KeyError) as error:  # its text tells how to load what should not be loaded
             why = "it is none, or holds other things than tensors and plain values"
             raise CheckpointError(f"{path}: the checkpoint cannot be read ({why}); it is left as is") from error
         except Exception as error:  # readers of damaged files raise whatever they stumble over

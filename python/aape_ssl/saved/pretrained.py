@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
-from aape_kernels.hub import CARD, OrdinaryFiles
+from aape_kernels.hub import CARD, OrdinaryFiles, may_be_on_the_hub
 
 from ..method.model import Encoder, StemName
-from ..sound.audio import FRONT_ENDS, SAMPLE_RATE, FrontEnd
+from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
 from .checkpoints import CheckpointError, Part, one_line, read_pretraining
 
 __all__ = ["AudioEncoder", "load"]
@@ -110,10 +108,19 @@ class AudioEncoder(
         return config
 
     def log_mel(self, waveform: Tensor) -> Tensor:
-        """Waveforms at 16 kHz (samples) or (B, samples) -> normalised log-mel spectrograms (B, 1, F, T)."""
-        if waveform.dim() not in (1, 2):
+        """Waveforms at 16 kHz (samples) or (B, samples) -> normalised log-mel spectrograms (B, 1, F, T), float32.
+
+        Errors: `TypeError` or `ValueError` naming the waveform: integers, another shape, less than a patch, or samples
+        that are not finite or far beyond full scale.
+        """
+        if isinstance(waveform, Tensor) and waveform.dim() not in (1, 2):
             raise ValueError(f"waveform: expected shape (samples) or (batch, samples), got {tuple(waveform.shape)}")
-        x = self.front_end.normalise(self.front_end.log_mel(torch.atleast_2d(waveform)))
+        if isinstance(waveform, Tensor) and not bool((waveform.abs() <= LOUDEST).all()):
+            raise ValueError(
+                f"waveform: expected finite samples, full scale ±1, got up to {float(waveform.abs().max()):g}"
+            )
+        x = self.front_end.normalise(self.front_end.log_mel(waveform))
+        x = x if x.dim() == 3 else x.unsqueeze(0)
         if x.shape[-1] < self.encoder.patch_size[1]:
             needed = round(self.front_end.seconds(self.encoder.patch_size[1]) * SAMPLE_RATE)
             raise ValueError(f"waveform: expected at least {needed} samples, one patch, got {waveform.shape[-1]}")
@@ -167,7 +174,7 @@ class AudioEncoder(
         Errors: `CheckpointError` for a folder that is not there, before the network is asked; huggingface_hub's.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if not os.path.isdir(name) and not may_be_on_the_hub(name):
             raise CheckpointError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
         return super().from_pretrained(name, **options)
 

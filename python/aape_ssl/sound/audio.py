@@ -147,6 +147,8 @@ class FrontEnd(ABC):
 
         waveform (..., samples) at 16 kHz -> (..., F, T) float32, contiguous, on the waveform's device; T = 0 where the
         waveform is shorter than one frame.
+
+        Errors: `TypeError` for samples that are no floating-point numbers.
         """
 
     @abstractmethod
@@ -165,6 +167,25 @@ class FrontEnd(ABC):
     def normalise(self, log_mel: Tensor) -> Tensor:
         """(x − mean)/(spread · std)."""
         return (log_mel - self.mean) / (self.spread * self.std)
+
+    def check(self, waveform: Tensor) -> Tensor:
+        """`waveform` (samples), if it holds a frame: what is shorter would be silence that something else adds.
+
+        Errors: `AudioError`.
+        """
+        if self._too_short(waveform):
+            got = waveform.shape[-1] / SAMPLE_RATE
+            raise AudioError(f"is too short: expected {self.length:g} s, one frame, got {got:.3g} s")
+        return waveform
+
+    @staticmethod
+    def _floats(waveform: object) -> Tensor:
+        """`waveform` in float32. Errors: `TypeError` for anything but floating-point numbers."""
+        if not isinstance(waveform, Tensor):
+            raise TypeError(f"waveform: expected a tensor, got {type(waveform).__name__}")
+        if not waveform.is_floating_point():
+            raise TypeError(f"waveform: expected floating-point samples, full scale ±1, got {waveform.dtype}")
+        return waveform.float()
 
     def _too_short(self, waveform: Tensor) -> bool:
         return waveform.shape[-1] < round(self.length * SAMPLE_RATE)
@@ -189,6 +210,7 @@ class KaldiFbank(FrontEnd):
 
         Source: the front end of AST and EAT, `torchaudio.compliance.kaldi.fbank(htk_compat=True)`.
         """
+        waveform = self._floats(waveform)
         *batch, samples = waveform.shape
         length, hop = round(self.length * SAMPLE_RATE), round(self.hop * SAMPLE_RATE)
         if self._too_short(waveform):
@@ -244,6 +266,7 @@ class MelSpectrogram(FrontEnd):
 
         Source: M2D's front end (there by nnAudio), as `torchaudio.transforms.MelSpectrogram`.
         """
+        waveform = self._floats(waveform)
         if self._too_short(waveform):
             return waveform.new_zeros(*waveform.shape[:-1], self.mel_bins, 0)
         power: Tensor = _mel_transform(self, waveform.device)(waveform)

@@ -83,6 +83,11 @@ class ClipData(LightningDataModule):
         self.clips: list[Clip] = []
         self.loader: ClipLoader | None = None
 
+    @property
+    def frames(self) -> int:
+        """T of a crop."""
+        return int(self._options["frames"])
+
     def setup(self, stage: str | None = None) -> None:
         """Find the clips, and measure their statistics where they were asked for."""
         if self.clips:

@@ -135,7 +135,7 @@ class Crops(Dataset[Any]):
 
     def waveform(self, index: int, at: float) -> Tensor:
         """The piece `at` (`audio.load`) of a clip, (samples), padded with zeros. Errors: `AudioError`."""
-        piece = self.clips[index].load(self.samples / SAMPLE_RATE, at)[: self.samples]
+        piece = self.front_end.check(self.clips[index].load(self.samples / SAMPLE_RATE, at)[: self.samples])
         return torch.nn.functional.pad(piece, (0, self.samples - len(piece)))
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
@@ -239,8 +239,9 @@ class ClipLoader:
     def __init__(
         self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
     ) -> None:
-        if batch_size < 1 or workers < 0:
-            raise ValueError(f"expected batch_size ≥ 1 and workers ≥ 0, got {batch_size} and {workers}")
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.step = batch_size * world
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")

@@ -57,6 +57,13 @@ class Clip:
         except audio.AudioError:
             return 0.0
 
+    def check(self) -> None:
+        """Whether it is there and looks like sound: by its header where it is a file. Errors: `AudioError`."""
+        if self.span is None:
+            audio.duration(self.path)
+        else:
+            self.load(seconds=0.1)
+
     def load(self, seconds: float | None = None, at: float = 0.0) -> Tensor:
         """Its waveform, as `audio.load` gives it. Errors: `AudioError`."""
         if self.span is None:
@@ -103,7 +110,9 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
         clips = list(_shard(Path(text)))
     else:
         state = "it is another kind of file" if os.path.exists(text) else "there is no such file or folder"
-        raise SourceError(f"{text}: expected a folder, a sound file, a .csv manifest or .tar shards, but {state}")
+        raise SourceError(
+            f"{text or repr(text)}: expected a folder, a sound file, a .csv manifest or .tar shards, but {state}"
+        )
     if not clips:
         raise SourceError(f"{text}: holds no clips (files that end in {', '.join(sorted(SUFFIXES))})")
     if splits is not None:
@@ -182,7 +191,9 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
                 name = cells["file"]
                 if not name:
                     raise SourceError(f"{line}: the file column is empty")
-                where = os.path.normpath(name)
+                if "\0" in name:
+                    raise SourceError(f"{line}: the file's name {name!r} holds a null character")
+                where = os.path.abspath(folder / name)
                 if where in seen:
                     raise SourceError(f"{line}: {name} is listed already, in line {seen[where]}")
                 seen[where] = rows.line_num

@@ -6,8 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import MappingProxyType
 
+from aape_kernels import AaPE
+
 from .._lightning import Callback, LightningArgumentParser, LightningDataModule, ModelCheckpoint
 from ..evaluation.probe import interval
+from ..method.masks import MaskSampler
+from ..method.model import Predictor
 from ..saved.checkpoints import AtomicCheckpointIO
 from ..saved.pretrained import AudioEncoder
 from ..sound.data import ClipData
@@ -32,6 +36,7 @@ class Pretrain(Run):
     usual_data = ClipData
     of_the_trainer = MappingProxyType({"max_steps": 100_000})
     presets = PRESETS
+    parts = MappingProxyType({"model.masks.": MaskSampler, "model.predictor_": Predictor, "model.stem_options: ": AaPE})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The monitor's too."""

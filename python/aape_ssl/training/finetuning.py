@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,15 @@ from .._lightning import (
     ModelParallelStrategy,
     MulticlassAccuracy,
     MultilabelAveragePrecision,
+    rank_zero_warn,
 )
 from ..evaluation import probe
-from ..evaluation.embedding import first_window
+from ..evaluation.embedding import first_window, named
 from ..saved.pretrained import AudioEncoder, load
 from ..sound.loader import ClipLoader, Crops, for_trainer
 from ..sound.sources import Clip, find
-from .optimisation import decays, warmup_cosine
-from .steps import SteppingModule
+from .optimisation import check_rates, decays, warmup_cosine
+from .steps import SteppingModule, check_frames
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
@@ -79,14 +81,22 @@ class LabelledClips(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the manifest."""
         clips = find(self.data)
-        without = [clip.name for clip in clips if not clip.label]
-        if without:
-            raise ValueError(f"data: expected a label for each clip, {without[0]} has none")
+        probe.check_labels(clips, self.data)
         self.labels = tuple(sorted({label for clip in clips for label in self.labels_of(clip)}))
         if len(self.labels) < 2:
             raise ValueError(f"data: expected at least two labels, got {', '.join(self.labels)}")
         (parts,) = probe.folds_of(clips, [self.held_out])
         self.train, self.valid, self.test = ([clips[index] for index in part] for part in parts)
+        tested = [*self.valid, *self.test]
+        of = [[label for clip in part for label in self.labels_of(clip)] for part in (self.train, tested)]
+        probe.warn_of_unseen(*of)
+        several = next((clip for clip in clips if ";" in clip.label), None)
+        if several and not self.multi_label:
+            rank_zero_warn(
+                f"labels: {several.name} has {several.label!r} as one label; multi_label takes it for several"
+            )
+        for clip in tested:  # not at the end of a training
+            named(clip, Clip.check)
 
     def labels_of(self, clip: Clip) -> list[str]:
         """One label, or several for multi-label clips."""
@@ -136,9 +146,11 @@ class LabelledClips(LightningDataModule):
         )
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the workers."""
+        """End the workers, and list the training clips that could not be decoded."""
         if self.loader:
             self.loader.close()
+            if report := self.loader.report():
+                print(report, file=sys.stderr)
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -185,6 +197,7 @@ class FinetuningModule(SteppingModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        check_rates(lr, betas, weight_decay)
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay}")
         for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing)):
@@ -208,6 +221,7 @@ class FinetuningModule(SteppingModule):
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(f"strategy: expected one that shards nothing, such as ddp, got {self.trainer.strategy}")
         pretrained, data = load(self.checkpoint), self.clips
+        check_frames(data, pretrained.encoder.patch_size[1])
         config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
         self.model = AudioEncoder(**config)
         self.model.encoder.load_state_dict(pretrained.encoder.state_dict())

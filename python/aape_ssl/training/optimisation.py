@@ -7,7 +7,19 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-__all__ = ["decays", "warmup_cosine"]
+__all__ = ["check_rates", "decays", "warmup_cosine"]
+
+
+def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+    """AdamW takes a negative decay of weights, which makes them grow.
+
+    Errors: `ValueError` naming the argument.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:

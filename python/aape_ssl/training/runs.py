@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,6 +102,8 @@ class Run(LightningCLI):
     names: ClassVar[Mapping[str, str]] = {"--data": "--data.data"}
     """Options under the names that the other commands have for them."""
     usage: ClassVar[str] = ""
+    parts: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    """Of the model, whose options are its; by what comes before their names."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What a run has beside model, data and trainer."""
@@ -125,6 +128,7 @@ class Run(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With this package's callbacks, loggers and checkpoints; those of the configuration come on top."""
         out = self.config.out
+        self._check(out)
         self.last = LastCheckpoint(out, self.config.checkpoint_every)
         callbacks = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         given = dict(self.config_init.trainer) | kwargs
@@ -134,6 +138,19 @@ class Run(LightningCLI):
         given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last, StopOnSignals(self.last)]
         given["default_root_dir"] = out
         return self._instantiate_trainer(given, callbacks)
+
+    def _check(self, out: Path) -> None:
+        """What lightning would take, for something else or until it fails."""
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out: expected a folder, {out} is a file")
+        for name in ("checkpoint_every", "monitor_every"):
+            if getattr(self.config, name, 1) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {getattr(self.config, name)}")
+        trainer = self.config_init.trainer
+        for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+            value = trainer[name]
+            if value is not None and not value >= least:
+                raise ValueError(f"--trainer.{name}: expected at least {least}, got {value}")
 
     @abstractmethod
     def own_callbacks(self) -> list[Callback]:
@@ -170,6 +187,8 @@ class Run(LightningCLI):
         self.trainer.fit(
             self.model, datamodule=self.datamodule, ckpt_path=str(path) if path.exists() else None, weights_only=True
         )
+        if not self.trainer.global_step:
+            raise ValueError("--trainer: expected limits that leave something to train on, no step was made")
         minutes = (time.monotonic() - start) / 60
         if self.trainer.is_global_zero:
             rows = {"optimiser steps": f"{self.trainer.global_step}", "minutes": f"{minutes:.1f}"}
@@ -200,6 +219,12 @@ def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
 def _one_line(error: Exception) -> str:
     first, *rest = (" ".join(line.split()) for line in str(error).splitlines())
     return " ".join([first, "; ".join(rest)]).strip()
+
+
+def _of_the_trainer(message: str) -> str:
+    """lightning's complaints, "`max_steps` must be …", with the option first."""
+    match = re.match(r"`(?:Trainer\()?(\w+)[`=]|You selected an invalid (strategy)", message)
+    return f"{match[1] or match[2]}: {message}" if match else message
 
 
 def main(run: type[Run], argv: Sequence[str]) -> int:
@@ -240,8 +265,9 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
         if cli is not None:
             cli.leave_nothing()
-        groups = {"model.": run.module_type, "data.": run.usual_data or run.data_type, "trainer.": Trainer}
-        complaint = as_typed(in_options(_one_line(error), groups), run.names)
+        groups: dict[str, Callable[..., Any]] = {"model.": run.module_type, "data.": run.usual_data or run.data_type}
+        groups |= {"trainer.": Trainer, **run.parts}
+        complaint = as_typed(in_options(_of_the_trainer(_one_line(error)), groups), run.names)
         print(f"aape-ssl: {complaint}{kept}", file=sys.stderr)
         return 2
     except RuntimeError as error:
