@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,10 @@ settings.load_profile("aape")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers wait for each other's OpenMP threads, where there are as many as processors
+
+# A shell's background job ignores it, and so would every process that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = int(os.environ.get("AAPE_TEST_SEED", random.SystemRandom().randrange(2**31)))
 

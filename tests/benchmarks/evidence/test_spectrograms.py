@@ -28,7 +28,7 @@ def clips(tmp_path):
     """Longer than what is looked at, about as long, as long to the sample, of three patches, shorter than a frame."""
     rng = np.random.default_rng(0)
     found = []
-    for samples in (30000, 10500, 10240, 7000, 300):
+    for samples in (30000, 10500, 10240, 7000, 400):
         path = tmp_path / f"{samples}.wav"
         soundfile.write(path, 0.3 * rng.standard_normal(samples) + 0.1, 16000, subtype="FLOAT")
         found.append(Clip(path.name, path))
@@ -60,13 +60,13 @@ def test_content_moves_and_nothing_of_the_beginning_is_lost(clips, tmp_path):
     rows = np.arange(5)
     still, own = kept.at(rows, np.zeros(5, int))
     assert still.shape == (5, 1, 128, FRAMES)
-    np.testing.assert_allclose(own, [1, 1, 1, 7000 / 160 / FRAMES, 300 / 160 / FRAMES])
+    np.testing.assert_allclose(own, [1, 1, 1, 7000 / 160 / FRAMES, 400 / 160 / FRAMES])
     moved, further = kept.at(rows, np.array([1, 3, 9, 15, 15]))
     for row, shift in enumerate((1, 3, 9, 15, 15)):
         assert torch.equal(moved[row, ..., shift:], still[row, ..., : FRAMES - shift])
         silence = moved[row, ..., : max(0, shift - 2)]  # two frames before the clip reach into it
         assert bool((silence == AUDIOSET128.normalise(torch.tensor(AUDIOSET128.floor))).all())
-    np.testing.assert_allclose(further[3:], [(7000 / 160 + 15) / FRAMES, (300 / 160 + 15) / FRAMES])
+    np.testing.assert_allclose(further[3:], [(7000 / 160 + 15) / FRAMES, (400 / 160 + 15) / FRAMES])
     assert float(further.max()) == 1
 
 
@@ -110,7 +110,7 @@ def test_made_once_for_each_content(clips, tmp_path, monkeypatch):
     again = Spectrograms.of(clips[3:], AUDIOSET128, FRAMES, cache=cache)
     assert len(loaded) == 2
     np.testing.assert_array_equal(again.log_mels, first.log_mels)
-    np.testing.assert_array_equal(again.lengths, [7000 / 160, 300 / 160])
+    np.testing.assert_array_equal(again.lengths, [7000 / 160, 400 / 160])
     assert again.about == first.about
     # whatever the values depend on has its own
     Spectrograms.of(clips[3:], FRONT_ENDS["m2d80"], FRAMES, cache=cache)
