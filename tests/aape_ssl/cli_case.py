@@ -76,6 +76,16 @@ class DieInStep(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalBeforeTheStart(Callback):
+    """While the trainer sets things up."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def setup(self, trainer, pl_module, stage):
+        os.kill(os.getpid(), self.number)
+
+
 class DieByTheClock(Callback):
     """SIGKILL so many seconds after a step began, wherever the run, slowed down, is by then."""
 

@@ -73,6 +73,19 @@ def test_a_signal_ends_it_with_a_checkpoint(number, clips, tmp_path):
     assert len([line for line in words.splitlines() if line.startswith("aape-ssl:")]) == 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_it_and_leaves_nothing(number, clips, tmp_path, capfd):
+    before = signal.getsignal(number)
+    callback = f"[{{class_path: cli_case.SignalBeforeTheStart, init_args: {{number: {int(number)}}}}}]"
+    with pytest.raises(SystemExit) as end:
+        cli_case.pretrain(clips, tmp_path / "run", trainer__callbacks=callback)
+    assert end.value.code == 128 + number
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("aape-ssl")]
+    assert said == [f"aape-ssl: {number.name}: ended before the first step"]
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) is before
+
+
 def test_an_interrupt_while_libraries_are_imported_says_one_line():
     code = (
         "import signal, os, aape_ssl.cli as cli\n"

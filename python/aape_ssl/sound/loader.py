@@ -134,7 +134,10 @@ class Crops(Dataset[Any]):
         return len(self.clips)
 
     def waveform(self, index: int, at: float) -> Tensor:
-        """The piece `at` (`audio.load`) of a clip, (samples), padded with zeros. Errors: `AudioError`."""
+        """The piece `at` (`audio.load`) of a clip, (samples), padded with zeros.
+
+        Errors: `AudioError`, also for a clip that is shorter than a frame.
+        """
         piece = self.front_end.check(self.clips[index].load(self.samples / SAMPLE_RATE, at)[: self.samples])
         return torch.nn.functional.pad(piece, (0, self.samples - len(piece)))
 

@@ -57,7 +57,7 @@ REFUSED = (CheckpointError, MisconfigurationException, NonFiniteError, TooManyFa
 
 class StopOnSignals(Callback):
     """SIGTERM, which SLURM and others send before they kill, and the first SIGINT end a training after its step, with a
-    checkpoint; the second SIGINT ends it at once.
+    checkpoint; the second SIGINT ends it at once. Before the first step there is nothing to keep: they end it at once.
 
     Args:
         last: writes the checkpoint.
@@ -67,10 +67,22 @@ class StopOnSignals(Callback):
         super().__init__()
         self.last, self._before = last, dict[signal.Signals, Any]()
 
+    def arm(self) -> None:
+        """From before the trainer sets anything up."""
+        self._handle(self._leave)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Instead of the trainer's, of which SIGTERM's ends a run without a checkpoint."""
+        self._handle(self._ask)
+
+    def _handle(self, handler: Callable[[int, Any], None]) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGTERM, signal.SIGINT)}
+            now = {name: signal.signal(name, handler) for name in (signal.SIGTERM, signal.SIGINT)}
+            self._before = self._before or now
+
+    def _leave(self, number: int, frame: Any) -> None:
+        os.write(2, f"aape-ssl: {signal.Signals(number).name}: ended before the first step\n".encode())
+        raise SystemExit(128 + number)
 
     def _ask(self, number: int, frame: Any) -> None:
         self.last.stop(number)
@@ -79,7 +91,7 @@ class StopOnSignals(Callback):
         # not print: what it interrupts may be printing
         os.write(2, f"aape-ssl: {signal.Signals(number).name}: ends after this step\n".encode())
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def disarm(self) -> None:
         """As they were."""
         for name, handler in self._before.items():
             signal.signal(name, handler)
@@ -135,7 +147,8 @@ class Run(LightningCLI):
         if given["logger"] is None:
             given["logger"] = [CSVLogger(out, "csv"), TensorBoardLogger(out, "tensorboard")]
         given["plugins"] = [AtomicCheckpointIO(), *_listed(given["plugins"])]
-        given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last, StopOnSignals(self.last)]
+        self.signals = StopOnSignals(self.last)
+        given["callbacks"] = [*_listed(given["callbacks"]), *self.own_callbacks(), self.last, self.signals]
         given["default_root_dir"] = out
         return self._instantiate_trainer(given, callbacks)
 
@@ -184,9 +197,16 @@ class Run(LightningCLI):
         if path.exists():
             check_resumable(path)
         start = time.monotonic()
-        self.trainer.fit(
-            self.model, datamodule=self.datamodule, ckpt_path=str(path) if path.exists() else None, weights_only=True
-        )
+        self.signals.arm()
+        try:
+            self.trainer.fit(
+                self.model,
+                datamodule=self.datamodule,
+                ckpt_path=str(path) if path.exists() else None,
+                weights_only=True,
+            )
+        finally:
+            self.signals.disarm()
         if not self.trainer.global_step:
             raise ValueError("--trainer: expected limits that leave something to train on, no step was made")
         minutes = (time.monotonic() - start) / 60
@@ -260,6 +280,10 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
             said = f"stopped at optimiser step {cli.trainer.global_step}; {cli.last.path} is written"
             print(f"aape-ssl: {said}; the same command with --resume=true goes on", file=sys.stderr)
         return 128 + (error.signal or signal.SIGTERM)
+    except SystemExit:
+        if cli is not None:
+            cli.leave_nothing()
+        raise
     except REFUSED as error:
         stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
