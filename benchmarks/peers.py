@@ -142,6 +142,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, operand: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        weight, bias = weight.to(operand.dtype), bias.to(operand.dtype)
         ctx.save_for_backward(operand, weight)
         ctx.patch = operand.shape[1] - features.shape[1]
         return F.linear(operand, weight, bias)
@@ -156,6 +157,7 @@ def product_stem(problem: Problem, compile_: Compiler) -> Work:
     """What no stem that adds features can do without: PyTorch's products of an operand [patch | features] that is there
     already, forward and for the gradients of the weights, the bias and the features."""
     operand, weight = problem.operand()
+    operand = operand.to(problem.cotangent.dtype)  # as autocast has it
     patch = problem.parameters["proj.weight"][0].numel()
     wrt = {
         "features": operand[:, patch:].clone().requires_grad_(),
