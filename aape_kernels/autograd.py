@@ -73,6 +73,10 @@ def _below(op: Callable[..., Any], *arguments: Any) -> Any:
         return op(*arguments)
 
 
+# What nodes of the graph are called, with "Backward" behind it: in `grad_fn`, messages and profiles.
+NODES = {"sblu": "SBLU", "embed": "Embed"}
+
+
 def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
     """The Functions of op `name` and of its backward.
 
@@ -130,8 +134,10 @@ def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
             gradients = backward_op(grad, *ctx.saved_tensors, *options, need[:tensors], backend)
             return *_present(gradients, need), *[None] * len(ctx.options)
 
-    # what names a node of the graph, in messages and in profiles
-    Forward.__name__, Backward.__name__ = (f"{name}_", f"{name}_backward_")
+    for function, title in ((Forward, NODES[name]), (Backward, f"{NODES[name]}Backward")):
+        node = function._backward_cls
+        function.__name__ = function.__qualname__ = title
+        node.__name__ = node.__qualname__ = f"{title}Backward"
     return Forward, Backward
 
 

@@ -157,3 +157,16 @@ def test_the_environment_is_read_at_every_call(monkeypatch):
     for value in ("", "auto"):
         monkeypatch.setenv("AAPE_BACKEND", value)
         assert choose("auto", CALL) is BACKENDS["cpu"].run
+
+
+@pytest.mark.skipif(not cpu.NATIVE_BUILT, reason="the native module was not built")
+def test_nodes_of_the_graph_say_whose_they_are():
+    """In `grad_fn`, in messages and in profiles: of the stem, of the filters, and of their backwards."""
+    inputs = [value.requires_grad_() for value in SQUARE.inputs(torch.float32)[0]]
+    y, stem = sblu(*inputs, **SQUARE.options, backend="cpu"), AaPE(embed_dim=8, backend="cpu")
+    tokens = stem(torch.randn(1, 1, 16, 32))
+    (again,) = torch.autograd.grad(tokens.sum(), stem.proj.weight, create_graph=True)
+    names = {"SBLUBackward": y, "EmbedBackward": tokens, "EmbedBackwardBackward": again}
+    for name, value in names.items():
+        assert value.grad_fn.name() == name
+        assert f"{name} object" in repr(value.grad_fn)
