@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from aape_kernels.backends.triton import configurations, launch
 from aape_kernels.geometry import PatchGrid
+from aape_kernels.weights import Weights
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -159,8 +160,8 @@ def calls(
         batch, channels, mel_bins, frames)  # fmt: skip
     state = empty(batch, n_f, n_t, states, of=torch.float32)
     weight = empty(states, channels, patch[0])
-    stem = (
-        x, empty(dim, channels, *patch), empty(dim), empty(64, channels, *patch), empty(64), empty(2 * states, 64),
+    weights = Weights(
+        empty(dim, channels, *patch), empty(dim), empty(64, channels, *patch), empty(64), empty(2 * states, 64),
         empty(2 * states), weight, empty(dim, planes, states),
     )  # fmt: skip
     quadrature = kernel == "quadrature"
@@ -170,8 +171,8 @@ def calls(
         if not stem_only:
             y = launch.sblu(x, state, state, weight, grid, quadrature)
             launch.sblu_backward(y, x, state, state, weight, grid, quadrature, [True] * 4)
-        tokens, r, hidden = launch.embed(*stem, *options)
-        launch.embed_backward(tokens, *stem, r, hidden, *options, list(need))
+        tokens, r, hidden = launch.embed(x, weights, *options)
+        launch.embed_backward(tokens, x, weights, r, hidden, *options, list(need))
 
     return call
 
