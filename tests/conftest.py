@@ -50,6 +50,7 @@ def pytest_report_header() -> str:
 OF_ONE_WORKER = frozenset({"cubins", "installed", "programs", "site"})
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     there = torch.cuda.is_available()
     for item in items:

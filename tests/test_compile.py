@@ -52,8 +52,13 @@ def test_fullgraph_forward_and_backward(options):
     check(compiled, stem, torch.randn(2, 1, 64, 80))
 
 
-# inductor itself calls the deprecated torch.jit.script
+# The reference's graph takes a minute of C++ compiling; inductor itself calls the deprecated torch.jit.script.
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "_fresh_compiler",
+    [pytest.param("reference", marks=pytest.mark.exhaustive), pytest.param("cpu", marks=NEEDS_NATIVE)],
+    indirect=True,
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 def test_inductor_forward_and_backward():
     stem = AaPE(embed_dim=16, num_states=4, encoder_dim=8)

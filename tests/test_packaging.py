@@ -43,12 +43,17 @@ def build(kind: str, source: Path, out: Path, **environment: str) -> subprocess.
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> str:
-    """A C++ compiler that does not optimise, for builds of which nothing runs."""
-    path = tmp_path_factory.mktemp("quick") / "c++"
-    path.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-    path.chmod(0o755)
-    return str(path)
+def quick(tmp_path_factory) -> dict[str, str]:
+    """An environment with compilers that do not optimise, for builds of which no kernel runs."""
+    folder = tmp_path_factory.mktemp("quick")
+
+    def compiler(tool: str, flags: str) -> str:
+        path = folder / tool
+        path.write_text(f'#!/bin/sh\nexec {shutil.which(tool)} "$@" {flags}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return {"CXX": compiler("c++", "-O0"), "CUDACXX": compiler("nvcc", "-Xcicc -O0 -Xptxas -O0")}
 
 
 def in_troubleshooting(line: str) -> bool:
@@ -216,8 +221,8 @@ def test_a_broken_compiler_leaves_it_out_or_is_an_error(tree, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc was found")
-def test_cuda_kernels_for_the_architectures_named(tree, tmp_path):
-    done = build("wheel", tree, tmp_path, AAPE_CUDA="require", AAPE_CUDA_ARCHS="86,90-real")
+def test_cuda_kernels_for_the_architectures_named(tree, quick, tmp_path):
+    done = build("wheel", tree, tmp_path, AAPE_CUDA="require", AAPE_CUDA_ARCHS="86,90-real", **quick)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -237,7 +242,7 @@ def test_cuda_kernels_for_the_architectures_named(tree, tmp_path):
 
 
 def test_without_nvcc_the_cuda_kernels_are_left_out_with_one_line(tree, quick, tmp_path):
-    nowhere = {"CUDACXX": str(tmp_path / "nvcc"), "CXX": quick}
+    nowhere = quick | {"CUDACXX": str(tmp_path / "nvcc")}
     done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="auto", **nowhere)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "the CUDA kernels" in line]
@@ -255,7 +260,7 @@ def test_a_broken_nvcc_leaves_the_cuda_kernels_out(tree, quick, tmp_path):
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="auto", CUDACXX=str(broken), CXX=quick)
+    done = build("wheel", tree, tmp_path / "out", AAPE_CUDA="auto", **quick | {"CUDACXX": str(broken)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"the CUDA kernels are left out: cmake failed with {broken}, see its" in done.stdout + done.stderr
     (wheel,) = (tmp_path / "out").glob("*.whl")

@@ -21,7 +21,7 @@ def logged(out: Path, version: int) -> dict[int, dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_killed_and_resumed_is_never_interrupted(clips, tmp_path, accumulate):
     """Three batches an epoch: a checkpoint after the second of them, killed some steps later in another epoch."""
     options = {"trainer__accumulate_grad_batches": accumulate, "data__statistics": "data"}

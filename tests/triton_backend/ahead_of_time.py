@@ -1,6 +1,6 @@
 """Compiles every launch that the Triton backend makes for a target that need not be here, and reports what it takes.
 
-    python ahead_of_time.py sm_90
+    python ahead_of_time.py sm_90 --all-sizes
 
 The launches are recorded from the backend's own functions, and their signatures are Triton's own: what is compiled is
 what would run. Prints one JSON object a launch. Not to be run under TRITON_INTERPRET.
@@ -184,8 +184,8 @@ def features(dtype: torch.dtype, states: int, planes: int, only: str = "") -> Ca
     return calls(dtype, states=states, planes=planes, need=need, stem_only=True)
 
 
-def every_launch(target: str) -> Iterator[Launch]:
-    """The default sizes in float32 and bfloat16, for each size class of the table; more of them for sm_90.
+def every_launch(target: str, all_sizes: bool) -> Iterator[Launch]:
+    """The default sizes in float32 and bfloat16, for each size class of the table; or other sizes, too.
 
     Of other features and numbers of states, the kernels that standardise over them.
     """
@@ -216,12 +216,12 @@ def every_launch(target: str) -> Iterator[Launch]:
     for size in ("small", "large"):
         # no batch of that size is needed: the table's limit moves instead
         with mock.patch.object(configurations, "SMALL", 0 if size == "large" else 2**31):
-            for call in usual + (more if target == "sm_90" else []):
+            for call in usual + (more if all_sizes else []):
                 for one in record(call, target):
                     if one.key not in seen:
                         seen.add(one.key)
                         yield one
-            for call in standardising + (more_standardising if target == "sm_90" else []):
+            for call in standardising + (more_standardising if all_sizes else []):
                 for one in record(call, target):
                     if one.key not in seen and one.kernel.__name__ in STANDARDISING:
                         seen.add(one.key)
@@ -231,11 +231,12 @@ def every_launch(target: str) -> Iterator[Launch]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
-    target = parser.parse_args().target
+    parser.add_argument("--all-sizes", action="store_true", help="other dtypes, kernels, layouts and geometries, too")
+    given = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
-    for one in every_launch(target):
-        print(json.dumps({"launch": str(one), **asdict(compile_for(one, target))}), flush=True)
+    for one in every_launch(given.target, given.all_sizes):
+        print(json.dumps({"launch": str(one), **asdict(compile_for(one, given.target))}), flush=True)
     return 0
 
 
