@@ -1,0 +1,202 @@
+"""Memory as a kernel sees it: tensors of the host, and shared memory whose every access is checked."""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+
+import numpy as np
+from ptx_values import WARP, Array, Fault
+
+
+class Global:
+    """The bytes of the tensors that were handed out, at their addresses on the host; all else is out of bounds."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.views: list[dict[type, Array]] = []
+
+    def add(self, start: int, end: int) -> None:
+        """Tensors may overlap: what they cover together is one range."""
+        if end <= start:
+            return
+        first, last = bisect.bisect_left(self.ends, start), bisect.bisect_right(self.starts, end)
+        if first < last:
+            start, end = min(start, self.starts[first]), max(end, self.ends[last - 1])
+        self.starts[first:last], self.ends[first:last], self.views[first:last] = [start], [end], [{}]
+
+    def view(self, number: int, dtype: type) -> tuple[Array, int]:
+        """A range as elements, and the address of the first: at or up to 15 bytes before its start."""
+        origin = self.starts[number] & ~15
+        views = self.views[number]
+        if dtype not in views:
+            count = (self.ends[number] - origin) // np.dtype(dtype).itemsize
+            raw = (ctypes.c_uint8 * (count * np.dtype(dtype).itemsize)).from_address(origin)
+            views[dtype] = np.frombuffer(raw, dtype)
+        return views[dtype], origin
+
+    def places(self, address: Array, dtype: type, count: int, what: str) -> list[tuple[Array, Array, Array | slice]]:
+        """(elements, index of the first of `count`, which of the addresses) for every range that is accessed."""
+        size = np.dtype(dtype).itemsize
+        if np.any(address & (size * count - 1)):
+            raise Fault(f"misaligned: {what}")
+        low, high = int(np.min(address)), int(np.max(address)) + size * count
+        number = bisect.bisect_right(self.starts, low) - 1
+        if number >= 0 and high <= self.ends[number]:
+            elements, origin = self.view(number, dtype)
+            return [(elements, (address - origin) >> (size.bit_length() - 1), slice(None))]
+        if np.ndim(address) == 0 or not self.starts:
+            raise Fault(f"outside of every tensor: {what}")
+        numbers = np.searchsorted(self.starts, address, side="right") - 1
+        if numbers.min() < 0 or np.any(address + size * count > np.asarray(self.ends)[numbers]):
+            raise Fault(f"outside of every tensor: {what}")
+        found = []
+        for number in np.unique(numbers):
+            which = numbers == number
+            elements, origin = self.view(int(number), dtype)
+            found.append((elements, (address[which] - origin) >> (size.bit_length() - 1), which))
+        return found
+
+    def load(self, address: Array, dtype: type, count: int, what: str) -> list[Array]:
+        places = self.places(address, dtype, count, what)
+        if len(places) == 1:
+            ((elements, at, _),) = places
+            return [elements.take(at + k) for k in range(count)]
+        out = [np.empty(address.shape, dtype) for _ in range(count)]
+        for elements, at, which in places:
+            for k, each in enumerate(out):
+                each[which] = elements.take(at + k)
+        return out
+
+    def store(self, address: Array, values: list[Array], what: str) -> None:
+        for elements, at, which in self.places(address, values[0].dtype.type, len(values), what):
+            for k, value in enumerate(values):
+                elements[at + k] = value[which] if value.ndim else value
+
+
+class Races:
+    """Of accesses to shared memory between barriers: no thread may touch what another one writes.
+
+    Accesses are kept until a barrier, of the block or of the warp, and then compared by thread. What is left after that
+    of a warp is compared by warp, up to the block's.
+    """
+
+    def __init__(self, words: int, log_granule: int) -> None:
+        self.shift = log_granule
+        self.pending: list[tuple[Array, int, Array, bool, str]] = []
+        self.last = np.zeros(words, np.int32)  # who wrote it in this turn
+        self.turn = 0
+        # warps that have written and read since the block's barrier: 0 none, −1 several, else one's number + 1
+        self.writer, self.reader = np.zeros(words, np.int32), np.zeros(words, np.int32)
+        self.by_warp = False
+
+    def add(self, place: Array, size: int, threads: Array, write: bool, what: str) -> None:
+        self.pending.append((place, size, threads, write, what))
+
+    def words(self, place: Array, size: int) -> Array:
+        first = place >> self.shift
+        count = max(1, size >> self.shift)
+        return first if count == 1 else first[:, None] + np.arange(count)
+
+    def compare(self) -> None:
+        """By thread; the turn is over."""
+        self.turn += 1
+        turn = self.turn << 16
+        accesses = [(self.words(place, size), threads, write, what) for place, size, threads, write, what in self.pending]
+        self.pending = []
+        for write in (True, False):
+            for words, threads, writes, what in accesses:
+                own = (threads + turn).astype(np.int32).reshape(-1, *[1] * (words.ndim - 1))
+                if write and writes:
+                    self.last[words] = own
+                    continue
+                last = self.last[words]
+                if np.any((last >= turn) & (last != own) if not writes else last != own):
+                    raise Fault(f"a race between threads: {what}")
+        if self.by_warp:
+            for each in accesses:
+                self.keep(*each)
+
+    def keep(self, words: Array, threads: Array, writes: bool, what: str) -> None:
+        own = (threads // WARP + 1).astype(np.int32).reshape(-1, *[1] * (words.ndim - 1))
+        writer, reader = self.writer[words], self.reader[words]
+        if np.any((writer != 0) & (writer != own)) or (writes and np.any((reader != 0) & (reader != own))):
+            raise Fault(f"a race between warps: {what}")
+        (self.writer if writes else self.reader)[words] = own
+        if not writes:
+            self.reader[words[np.broadcast_to((reader != 0) & (reader != own), words.shape)]] = -1
+
+    def warp_barrier(self, threads: Array) -> None:
+        self.by_warp = True
+        waiting = []
+        active = np.zeros(int(max(threads.max(), *(each[2].max() for each in self.pending), 0)) // WARP + 1, bool)
+        active[threads // WARP] = True
+        mine = []
+        for place, size, of, write, what in self.pending:
+            now = active[of // WARP]
+            if now.all():
+                mine.append((place, size, of, write, what))
+            else:
+                mine.append((place[now], size, of[now], write, what))
+                waiting.append((place[~now], size, of[~now], write, what))
+        self.pending = mine
+        self.compare()
+        self.pending = waiting
+
+    def block_barrier(self) -> None:
+        self.compare()
+        if self.by_warp:
+            self.writer[:] = self.reader[:] = 0
+
+
+WRITTEN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Shared:
+    """Of several blocks, one behind the other; `offset` has the beginning of every thread's."""
+
+    def __init__(self, blocks: int, size: int, offset: Array, granule: int) -> None:
+        self.size, self.offset = size, offset
+        self.pitch = -(-size // 16) * 16
+        self.granule = granule
+        self.bytes = np.full(max(16, blocks * self.pitch), 0xFF, np.uint8)
+        self.written = np.zeros(len(self.bytes) // 2, np.uint8)
+        self.races = Races(len(self.bytes) // granule, granule.bit_length() - 1)
+
+    def place(self, address: Array, size: int, threads: Array, what: str) -> Array:
+        address = np.broadcast_to(address, threads.shape)
+        if np.any(address & (size - 1)):
+            raise Fault(f"misaligned: {what}")
+        if address.min() < 0 or address.max() + size > self.size:
+            raise Fault(f"outside of shared memory: {what}")
+        return address + self.offset[threads]
+
+    def load(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
+        size = np.dtype(dtype).itemsize
+        place = self.place(address, size * count, threads, what)
+        flags = self.written.view(WRITTEN[size * count // 2])
+        if np.any(flags.take(place // (size * count)) != flags.dtype.type(0x0101010101010101 & ((1 << 4 * size * count) - 1))):
+            raise Fault(f"shared memory that nobody has written: {what}")
+        self.races.add(place, size * count, threads, False, what)
+        elements, at = self.bytes.view(dtype), place // size
+        return [elements.take(at + k) for k in range(count)]
+
+    def store(self, address: Array, values: list[Array], threads: Array, what: str) -> None:
+        size, count = values[0].dtype.itemsize, len(values)
+        place = self.place(address, size * count, threads, what)
+        flags = self.written.view(WRITTEN[size * count // 2])
+        flags[place // (size * count)] = flags.dtype.type(0x0101010101010101 & ((1 << 4 * size * count) - 1))
+        self.races.add(place, size * count, threads, True, what)
+        elements, at = self.bytes.view(values[0].dtype), place // size
+        for k, value in enumerate(values):
+            elements[at + k] = value
+
+    def load_matrices(self, address: Array, transposed: bool, threads: Array, what: str) -> list[Array]:
+        """ldmatrix: lane 8m + r names row r, of 16 bytes, of matrix m; a register for each of the four."""
+        words = self.load(address, np.int32, 4, threads, what)
+        rows = np.stack(words, 1).reshape(-1, 4, 8, 4)  # warp, matrix, row, word
+        if transposed:
+            halves = np.ascontiguousarray(rows).view(np.uint16)
+            rows = np.ascontiguousarray(halves.transpose(0, 1, 3, 2)).view(np.int32)
+        return [rows[:, matrix].reshape(-1) for matrix in range(4)]
