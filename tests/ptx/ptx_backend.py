@@ -20,7 +20,7 @@ import pybind11
 import pytest
 from ptx_machine import Observer, Program, run
 from ptx_memory import Global
-from ptx_text import kernels_of
+from ptx_text import ENTRY, kernel_of
 from torch import Tensor
 
 from aape_kernels.backends import cuda
@@ -68,20 +68,22 @@ def instance(kernel: str, launcher: str) -> str:
     return short(f"{base}<{', '.join(values.get(each.strip(), given) for each in parameters[:-1].split(','))}>")
 
 
-def named(text: str) -> dict[str, Program]:
-    """The kernels of a file of PTX by their short names."""
-    kernels = kernels_of(text)
-    found = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
-    programs = {}
-    for name, kernel in zip(found.splitlines(), kernels.values(), strict=True):
-        head = name[: name.index(">(") + 1] if ">(" in name else name[: name.index("(")]
-        programs[short(head)] = Program(kernel)
-    return programs
+@functools.cache
+def entries_of(source: str) -> dict[str, str]:
+    """The kernels' text by short names."""
+    texts = {entry["name"]: entry[0] for entry in ENTRY.finditer(ptx_of(source))}
+    found = subprocess.run(["c++filt"], input="\n".join(texts), capture_output=True, text=True, check=True).stdout
+    names = (name[: name.index(">(") + 1] if ">(" in name else name[: name.index("(")] for name in found.splitlines())
+    return dict(zip(map(short, names), texts.values(), strict=True))
+
+
+def text_of(kernel: str) -> str:
+    return entries_of(SOURCE[kernel.partition("<")[0]])[kernel]
 
 
 @functools.cache
-def programs_of(source: str) -> dict[str, Program]:
-    return named(ptx_of(source))
+def program_of(text: str) -> Program:
+    return Program(kernel_of(text))
 
 
 def build_recorder(into: Path) -> ModuleType:
@@ -89,7 +91,16 @@ def build_recorder(into: Path) -> ModuleType:
     here, target = Path(__file__).parent, into / "recorded_launches.so"
     folders = (here, here.parent / "emulator", pybind11.get_include(), sysconfig.get_path("include"))
     includes = [f"-I{folder}" for folder in folders]
-    command = [str(emulated.compiler()), "-std=c++17", "-O0", "-w", "-fPIC", "-fvisibility=hidden", "-shared", *includes]
+    command = [
+        str(emulated.compiler()),
+        "-std=c++17",
+        "-O0",
+        "-w",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-shared",
+        *includes,
+    ]
     subprocess.run([*command, str(here / "recorded.cpp"), "-o", str(target)], check=True)
     spec = importlib.util.spec_from_file_location("recorded_launches", target)
     assert spec is not None
@@ -107,17 +118,13 @@ class Launch:
     shared: int
     parameters: bytes
 
-    @property
-    def source(self) -> str:
-        return SOURCE[self.kernel.partition("<")[0]]
-
 
 class Interpreter:
     """The module of the backend: every call's launches are run from PTX, and kept in `launches`.
 
     Args:
         recorder: the module that records them.
-        changed: programs to take instead of nvcc's, by short name.
+        changed: text to take instead of nvcc's, by short name.
         observer: who is told what a launch executes.
         chosen: the blocks of a launch to run, None for all of them.
     """
@@ -126,7 +133,7 @@ class Interpreter:
         self.recorder = recorder
         self.memory = Global()
         self.launches: list[Launch] = []
-        self.changed: dict[str, Program] = {}
+        self.changed: dict[str, str] = {}
         self.observer: Callable[[Launch], Observer | None] = lambda launch: None
         self.chosen: Callable[[Launch], Sequence[int] | None] = lambda launch: None
 
@@ -154,9 +161,9 @@ class Interpreter:
         return function if name in ("tile_tokens", "set_multiprocessors") else call
 
     def run(self, launch: Launch, memory: Global) -> None:
-        program = self.changed.get(launch.kernel) or programs_of(launch.source)[launch.kernel]
+        text = self.changed.get(launch.kernel) or text_of(launch.kernel)
         run(
-            program, launch.parameters, launch.grid, launch.block, launch.shared, memory,
+            program_of(text), launch.parameters, launch.grid, launch.block, launch.shared, memory,
             self.observer(launch), self.chosen(launch),
         )  # fmt: skip
 

@@ -53,14 +53,14 @@ class Machine:
 
     def __init__(
         self, program: Program, parameters: bytes, indices: Sequence[tuple[int, int, int]], grid: Sequence[int],
-        size: int, shared: int, memory: Global, observer: Observer | None,
+        size: int, shared: int, memory: Global, observer: Observer | None, first: int = 0,
     ) -> None:  # fmt: skip
         if size % WARP:
             raise Fault(f"{size} threads are not whole warps")
         if len(parameters) != program.kernel.parameter_bytes:
             raise Fault(f"parameters of {len(parameters)} bytes, expected {program.kernel.parameter_bytes}")
         self.program, self.size, self.parameters, self.memory = program, size, parameters, memory
-        self.observer, self.shared_size = observer, shared
+        self.observer, self.first = observer, first
         self.all = np.arange(size * len(indices))
         number = self.all // size
         self.special = {"tid.x": (self.all % size).astype(np.int32), "tid.y": np.int32(0), "tid.z": np.int32(0)}
@@ -98,14 +98,14 @@ class Machine:
     def load_global(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
         if self.observer:
             self.observer.globally(address, np.dtype(dtype).itemsize * count, threads, what)
-        return self.memory.load(address, dtype, count, what)
+        return self.memory.load(address, dtype, count, threads, what)
 
     def store_global(self, address: Array, values: list[Array], threads: Array, what: str) -> None:
         if self.observer:
             self.observer.globally(address, values[0].dtype.itemsize * len(values), threads, what)
         if not np.ndim(address) and len(threads) > 1:
             raise Fault(f"several threads store in the same place: {what}")
-        self.memory.store(address, values, what)
+        self.memory.store(address, values, threads, what)
 
     def load_shared(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
         if self.observer:
@@ -167,7 +167,11 @@ class Machine:
             else:
                 self.meet(ready, block.target, threads[jumps])
                 self.meet(ready, block.following, threads[~jumps])
+        self.ordered()
+
+    def ordered(self) -> None:
         self.shared.races.block_barrier()
+        self.memory.races.barrier(self.size, self.first)
 
     @staticmethod
     def unconditional(block: Block) -> int | None:
@@ -187,7 +191,7 @@ class Machine:
             count = np.bincount(threads // self.size, minlength=len(self.all) // self.size)
             if np.any((count != 0) & (count != self.size)):
                 raise Fault("a barrier that not every thread reaches")
-        self.shared.races.block_barrier()
+        self.ordered()
 
 
 def run(
@@ -202,4 +206,5 @@ def run(
     with np.errstate(all="ignore"):
         for first in range(0, len(indices), step):
             some = indices[first : first + step]
-            Machine(program, parameters, some, grid, size, shared, memory, observer).run()
+            Machine(program, parameters, some, grid, size, shared, memory, observer, first).run()
+    memory.races.end()

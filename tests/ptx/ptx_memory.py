@@ -1,4 +1,4 @@
-"""Memory as a kernel sees it: tensors of the host, and shared memory whose every access is checked."""
+"""Memory as a kernel sees it, every access checked: tensors of the host, and shared memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import bisect
 import ctypes
 
 import numpy as np
-from ptx_values import WARP, Array, Fault
+from ptx_races import GlobalRaces, Races
+from ptx_values import Array, Fault
 
 
 class Global:
@@ -16,6 +17,7 @@ class Global:
         self.starts: list[int] = []
         self.ends: list[int] = []
         self.views: list[dict[type, Array]] = []
+        self.races = GlobalRaces()
 
     def add(self, start: int, end: int) -> None:
         """Tensors may overlap: what they cover together is one range."""
@@ -58,8 +60,9 @@ class Global:
             found.append((elements, (address[which] - origin) >> (size.bit_length() - 1), which))
         return found
 
-    def load(self, address: Array, dtype: type, count: int, what: str) -> list[Array]:
+    def load(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
         places = self.places(address, dtype, count, what)
+        self.races.add(address, np.dtype(dtype).itemsize * count, threads, False, what)
         if len(places) == 1:
             ((elements, at, _),) = places
             return [elements.take(at + k) for k in range(count)]
@@ -69,85 +72,12 @@ class Global:
                 each[which] = elements.take(at + k)
         return out
 
-    def store(self, address: Array, values: list[Array], what: str) -> None:
-        for elements, at, which in self.places(address, values[0].dtype.type, len(values), what):
+    def store(self, address: Array, values: list[Array], threads: Array, what: str) -> None:
+        places = self.places(address, values[0].dtype.type, len(values), what)
+        self.races.add(address, values[0].dtype.itemsize * len(values), threads, True, what)
+        for elements, at, which in places:
             for k, value in enumerate(values):
                 elements[at + k] = value[which] if value.ndim else value
-
-
-class Races:
-    """Of accesses to shared memory between barriers: no thread may touch what another one writes.
-
-    Accesses are kept until a barrier, of the block or of the warp, and then compared by thread. What is left after that
-    of a warp is compared by warp, up to the block's.
-    """
-
-    def __init__(self, words: int, log_granule: int) -> None:
-        self.shift = log_granule
-        self.pending: list[tuple[Array, int, Array, bool, str]] = []
-        self.last = np.zeros(words, np.int32)  # who wrote it in this turn
-        self.turn = 0
-        # warps that have written and read since the block's barrier: 0 none, −1 several, else one's number + 1
-        self.writer, self.reader = np.zeros(words, np.int32), np.zeros(words, np.int32)
-        self.by_warp = False
-
-    def add(self, place: Array, size: int, threads: Array, write: bool, what: str) -> None:
-        self.pending.append((place, size, threads, write, what))
-
-    def words(self, place: Array, size: int) -> Array:
-        first = place >> self.shift
-        count = max(1, size >> self.shift)
-        return first if count == 1 else first[:, None] + np.arange(count)
-
-    def compare(self) -> None:
-        """By thread; the turn is over."""
-        self.turn += 1
-        turn = self.turn << 16
-        accesses = [(self.words(place, size), threads, write, what) for place, size, threads, write, what in self.pending]
-        self.pending = []
-        for write in (True, False):
-            for words, threads, writes, what in accesses:
-                own = (threads + turn).astype(np.int32).reshape(-1, *[1] * (words.ndim - 1))
-                if write and writes:
-                    self.last[words] = own
-                    continue
-                last = self.last[words]
-                if np.any((last >= turn) & (last != own) if not writes else last != own):
-                    raise Fault(f"a race between threads: {what}")
-        if self.by_warp:
-            for each in accesses:
-                self.keep(*each)
-
-    def keep(self, words: Array, threads: Array, writes: bool, what: str) -> None:
-        own = (threads // WARP + 1).astype(np.int32).reshape(-1, *[1] * (words.ndim - 1))
-        writer, reader = self.writer[words], self.reader[words]
-        if np.any((writer != 0) & (writer != own)) or (writes and np.any((reader != 0) & (reader != own))):
-            raise Fault(f"a race between warps: {what}")
-        (self.writer if writes else self.reader)[words] = own
-        if not writes:
-            self.reader[words[np.broadcast_to((reader != 0) & (reader != own), words.shape)]] = -1
-
-    def warp_barrier(self, threads: Array) -> None:
-        self.by_warp = True
-        waiting = []
-        active = np.zeros(int(max(threads.max(), *(each[2].max() for each in self.pending), 0)) // WARP + 1, bool)
-        active[threads // WARP] = True
-        mine = []
-        for place, size, of, write, what in self.pending:
-            now = active[of // WARP]
-            if now.all():
-                mine.append((place, size, of, write, what))
-            else:
-                mine.append((place[now], size, of[now], write, what))
-                waiting.append((place[~now], size, of[~now], write, what))
-        self.pending = mine
-        self.compare()
-        self.pending = waiting
-
-    def block_barrier(self) -> None:
-        self.compare()
-        if self.by_warp:
-            self.writer[:] = self.reader[:] = 0
 
 
 WRITTEN = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -176,7 +106,9 @@ class Shared:
         size = np.dtype(dtype).itemsize
         place = self.place(address, size * count, threads, what)
         flags = self.written.view(WRITTEN[size * count // 2])
-        if np.any(flags.take(place // (size * count)) != flags.dtype.type(0x0101010101010101 & ((1 << 4 * size * count) - 1))):
+        if np.any(
+            flags.take(place // (size * count)) != flags.dtype.type(0x0101010101010101 & ((1 << 4 * size * count) - 1))
+        ):
             raise Fault(f"shared memory that nobody has written: {what}")
         self.races.add(place, size * count, threads, False, what)
         elements, at = self.bytes.view(dtype), place // size

@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
-ENTRY = re.compile(r"\.visible \.entry (?P<name>\w+)\(\s*(?P<parameters>.*?)\)(?P<limits>[^{]*)\{(?P<body>.*?)^\}", re.S | re.M)
+ENTRY = re.compile(
+    r"\.visible \.entry (?P<name>\w+)\(\s*(?P<parameters>.*?)\)(?P<limits>[^{]*)\{(?P<body>.*?)^\}", re.S | re.M
+)
 PARAMETER = re.compile(r"\.param \.align \d+ \.b8 (?P<name>\w+)\[(?P<size>\d+)\]")
 REGISTERS = re.compile(r"\.reg \.(?P<type>\w+)\s+(?P<prefix>%\w+)<\d+>")
 STATEMENT = re.compile(r"(?:@(?P<negated>!?)(?P<guard>%\w+)\s+)?(?P<opcode>[a-z][\w.:]*)\s*(?P<operands>.*)", re.S)
@@ -196,16 +198,14 @@ def find_loops(blocks: list[Block]) -> None:
                         blocks[each].in_loop = around
 
 
-def kernels_of(text: str) -> dict[str, Kernel]:
-    """The kernels of a file of PTX, by their mangled names."""
-    found = {}
-    for entry in ENTRY.finditer(text):
-        parameter = PARAMETER.fullmatch(entry["parameters"].strip())
-        if parameter is None:
-            raise UnknownInstruction(f"parameters of {entry['name']}: expected one struct")
-        types = {each["prefix"]: each["type"] for each in REGISTERS.finditer(entry["body"])}
-        kernel = Kernel(entry["name"], parameter["name"], int(parameter["size"]), types, blocks_of(statements(entry["body"])))
-        find_live(kernel.blocks)
-        find_loops(kernel.blocks)
-        found[kernel.name] = kernel
-    return found
+def kernel_of(text: str) -> Kernel:
+    """One entry of a file of PTX."""
+    entry = ENTRY.fullmatch(text)
+    parameter = PARAMETER.fullmatch(entry["parameters"].strip()) if entry else None
+    if entry is None or parameter is None:
+        raise UnknownInstruction("expected one entry, with one struct as its parameters")
+    types = {each["prefix"]: each["type"] for each in REGISTERS.finditer(entry["body"])}
+    blocks = blocks_of(statements(entry["body"]))
+    find_live(blocks)
+    find_loops(blocks)
+    return Kernel(entry["name"], parameter["name"], int(parameter["size"]), types, blocks)

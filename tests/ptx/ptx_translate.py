@@ -14,7 +14,14 @@ import ptx_values
 from ptx_text import Block, Instruction, Kernel, UnknownInstruction
 from ptx_values import VALUE_TYPES
 
-OWN = {"pred": "pred", "b16": "u16", "b32": "s32", "b64": "s64", "f32": "f32", "f64": "f64"}  # what registers are kept as
+OWN = {
+    "pred": "pred",
+    "b16": "u16",
+    "b32": "s32",
+    "b64": "s64",
+    "f32": "f32",
+    "f64": "f64",
+}  # what registers are kept as
 SPECIAL = re.compile(r"%(tid|ctaid|ntid|nctaid)\.([xyz])")
 COMPARE = {
     "eq": "{0} == {1}", "ne": "{0} != {1}", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}",
@@ -348,9 +355,7 @@ def convert(t: Translation, i: Instruction, how: str | None, to: str, kind: str)
         t.assign(i.operands[0], f"np.{'rint' if how == 'rni' else 'floor'}({value})", kind)
     elif how == "rzi" and kind.startswith("f") and not to.startswith("f"):
         t.assign(i.operands[0], f"values.to_integer({value}, {name})", to)
-    elif (how == "rn" and to.startswith("f")) or (how is None and not (to + kind).count("f")):
-        t.assign(i.operands[0], f"{value}.astype({name})", to)
-    elif (how, to, kind) == (None, "f64", "f32"):
+    elif (how == "rn" and to.startswith("f")) or (how is None and not (to + kind).count("f")) or (how, to, kind) == (None, "f64", "f32"):
         t.assign(i.operands[0], f"{value}.astype({name})", to)
     else:
         raise UnknownInstruction(str(i))
@@ -416,7 +421,9 @@ def transpose(t: Translation, i: Instruction) -> None:
 @rule(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32")
 def product(t: Translation, i: Instruction) -> None:
     t.lines.append(f"m.whole_warps(t, 31, -1, {t.what(i)})")
-    a, b, c = (", ".join(t.source(each, k) for each in t.vector(v)) for v, k in zip(i.operands[1:], ("s32", "s32", "f32")))
+    a, b, c = (
+        ", ".join(t.source(each, k) for each in t.vector(v)) for v, k in zip(i.operands[1:], ("s32", "s32", "f32"))
+    )
     left, right = t.variable(f"values.left_factor(t, {a})"), t.variable(f"values.right_factor(t, {b})")
     out = f"w{len(t.lines)}"
     t.lines.append(f"{out} = values.multiply(t, {left}, {right}, {c})")

@@ -44,7 +44,9 @@ def to_bfloat16(value: Array) -> Array:
     """To nearest, ties to even; NaN is 0x7FFF."""
     value = np.asarray(value, np.float32)
     bits = value.view(np.uint32)
-    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
+    rounded = ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(
+        np.uint16
+    )
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
 
 
