@@ -1,4 +1,4 @@
-"""The recorder of launches, built once; tests that ask for it are one worker's, so that PTX is compiled once as well."""
+"""The recorder of launches, built once; its tests are one worker's, so that PTX is compiled once as well."""
 
 from types import ModuleType
 

@@ -48,7 +48,7 @@ def ptx_of(source: str, architecture: int = 90) -> str:
 
 
 def short(name: str) -> str:
-    """A kernel's name with template arguments as c++filt and as GCC's __PRETTY_FUNCTION__ write it, the same for both."""
+    """A kernel's name with template arguments, the same whether c++filt or GCC's __PRETTY_FUNCTION__ wrote it."""
     name = name.replace("__nv_bfloat16", "BFloat16").replace("__half", "Float16").replace("aape::", "")
     name = name.replace("(bool)1", "true").replace("(bool)0", "false").replace("long int", "long").replace("cuda::", "")
     return re.sub(r"^void |[ &()]", "", re.sub(r"\((?:int|long)\)(?=\d)", "", name))
@@ -117,6 +117,7 @@ class Launch:
     block: int
     shared: int
     parameters: bytes
+    size: int  # bytes of the tensors that it may touch
 
 
 class Interpreter:
@@ -138,7 +139,7 @@ class Interpreter:
         self.chosen: Callable[[Launch], Sequence[int] | None] = lambda launch: None
 
     def hand_out(self, tensor: Tensor | None) -> Any:
-        """What `view` of backends/native.py makes of a tensor; its elements are what kernels may touch until the call."""
+        """What `view` of backends/native.py makes of a tensor, whose elements the next call's kernels may touch."""
         if tensor is not None and tensor.numel():
             last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
@@ -152,7 +153,7 @@ class Interpreter:
             memory, self.memory = self.memory, Global()
             result = function(*arguments)
             for kernel, launcher, grid, block, shared, parameters in self.recorder.take():
-                launch = Launch(instance(kernel, launcher), grid, block[0], shared, parameters)
+                launch = Launch(instance(kernel, launcher), grid, block[0], shared, parameters, memory.size)
                 self.launches.append(launch)
                 self.run(launch, memory)
             return result

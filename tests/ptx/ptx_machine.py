@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 from ptx_memory import Global, Shared
+from ptx_rules import translate
 from ptx_text import Block, Kernel
-from ptx_translate import translate
-from ptx_values import VALUE_TYPES, WARP, Array, Fault
+from ptx_values import VALUE_TYPES, WARP, Array, KernelError
 
 PARAMETERS = 1 << 60  # their address
 AT_ONCE = 4096  # threads
@@ -56,9 +56,9 @@ class Machine:
         size: int, shared: int, memory: Global, observer: Observer | None, first: int = 0,
     ) -> None:  # fmt: skip
         if size % WARP:
-            raise Fault(f"{size} threads are not whole warps")
+            raise KernelError(f"{size} threads are not whole warps")
         if len(parameters) != program.kernel.parameter_bytes:
-            raise Fault(f"parameters of {len(parameters)} bytes, expected {program.kernel.parameter_bytes}")
+            raise KernelError(f"parameters of {len(parameters)} bytes, expected {program.kernel.parameter_bytes}")
         self.program, self.size, self.parameters, self.memory = program, size, parameters, memory
         self.observer, self.first = observer, first
         self.all = np.arange(size * len(indices))
@@ -89,7 +89,7 @@ class Machine:
     def load_parameter(self, address: Array, dtype: type, count: int) -> list[Array]:
         offset, size = address - PARAMETERS, np.dtype(dtype).itemsize
         if np.any(offset < 0) or np.any(offset + size * count > len(self.parameters)) or np.any(offset % size):
-            raise Fault("outside of the parameters")
+            raise KernelError("outside of the parameters")
         if np.ndim(offset) == 0:
             return self.parameter(int(offset), dtype, count)
         whole = np.frombuffer(self.parameters[: len(self.parameters) // size * size], dtype)
@@ -104,7 +104,7 @@ class Machine:
         if self.observer:
             self.observer.globally(address, values[0].dtype.itemsize * len(values), threads, what)
         if not np.ndim(address) and len(threads) > 1:
-            raise Fault(f"several threads store in the same place: {what}")
+            raise KernelError(f"several threads store in the same place: {what}")
         self.memory.store(address, values, threads, what)
 
     def load_shared(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
@@ -124,12 +124,12 @@ class Machine:
 
     def whole_warps(self, threads: Array, clamp: int, mask: int, what: str) -> None:
         if clamp != WARP - 1 or mask != -1:
-            raise Fault(f"of a part of a warp: {what}")
+            raise KernelError(f"of a part of a warp: {what}")
         if threads is self.all:
             return
         warps = threads.reshape(-1, WARP) if len(threads) % WARP == 0 else None
         if warps is None or np.any(warps[:, 0] % WARP) or np.any(warps[:, -1] - warps[:, 0] != WARP - 1):
-            raise Fault(f"lanes that do not take part: {what}")
+            raise KernelError(f"lanes that do not take part: {what}")
 
     def warp_barrier(self, threads: Array, what: str) -> None:
         self.whole_warps(threads, WARP - 1, -1, what)
@@ -138,7 +138,7 @@ class Machine:
     @staticmethod
     def uniform(value: Array) -> int:
         if np.ndim(value):
-            raise Fault("a shuffle by a distance that threads do not agree on")
+            raise KernelError("a shuffle by a distance that threads do not agree on")
         return int(value)
 
     # Who is where
@@ -190,7 +190,7 @@ class Machine:
         for threads in waiting.values():
             count = np.bincount(threads // self.size, minlength=len(self.all) // self.size)
             if np.any((count != 0) & (count != self.size)):
-                raise Fault("a barrier that not every thread reaches")
+                raise KernelError("a barrier that not every thread reaches")
         self.ordered()
 
 

@@ -7,7 +7,7 @@ import ctypes
 
 import numpy as np
 from ptx_races import GlobalRaces, Races
-from ptx_values import Array, Fault
+from ptx_values import Array, KernelError
 
 
 class Global:
@@ -28,6 +28,10 @@ class Global:
             start, end = min(start, self.starts[first]), max(end, self.ends[last - 1])
         self.starts[first:last], self.ends[first:last], self.views[first:last] = [start], [end], [{}]
 
+    @property
+    def size(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
     def view(self, number: int, dtype: type) -> tuple[Array, int]:
         """A range as elements, and the address of the first: at or up to 15 bytes before its start."""
         origin = self.starts[number] & ~15
@@ -42,17 +46,17 @@ class Global:
         """(elements, index of the first of `count`, which of the addresses) for every range that is accessed."""
         size = np.dtype(dtype).itemsize
         if np.any(address & (size * count - 1)):
-            raise Fault(f"misaligned: {what}")
+            raise KernelError(f"misaligned: {what}")
         low, high = int(np.min(address)), int(np.max(address)) + size * count
         number = bisect.bisect_right(self.starts, low) - 1
         if number >= 0 and high <= self.ends[number]:
             elements, origin = self.view(number, dtype)
             return [(elements, (address - origin) >> (size.bit_length() - 1), slice(None))]
         if np.ndim(address) == 0 or not self.starts:
-            raise Fault(f"outside of every tensor: {what}")
+            raise KernelError(f"outside of every tensor: {what}")
         numbers = np.searchsorted(self.starts, address, side="right") - 1
         if numbers.min() < 0 or np.any(address + size * count > np.asarray(self.ends)[numbers]):
-            raise Fault(f"outside of every tensor: {what}")
+            raise KernelError(f"outside of every tensor: {what}")
         found = []
         for number in np.unique(numbers):
             which = numbers == number
@@ -97,9 +101,9 @@ class Shared:
     def place(self, address: Array, size: int, threads: Array, what: str) -> Array:
         address = np.broadcast_to(address, threads.shape)
         if np.any(address & (size - 1)):
-            raise Fault(f"misaligned: {what}")
+            raise KernelError(f"misaligned: {what}")
         if address.min() < 0 or address.max() + size > self.size:
-            raise Fault(f"outside of shared memory: {what}")
+            raise KernelError(f"outside of shared memory: {what}")
         return address + self.offset[threads]
 
     def load(self, address: Array, dtype: type, count: int, threads: Array, what: str) -> list[Array]:
@@ -109,7 +113,7 @@ class Shared:
         if np.any(
             flags.take(place // (size * count)) != flags.dtype.type(0x0101010101010101 & ((1 << 4 * size * count) - 1))
         ):
-            raise Fault(f"shared memory that nobody has written: {what}")
+            raise KernelError(f"shared memory that nobody has written: {what}")
         self.races.add(place, size * count, threads, False, what)
         elements, at = self.bytes.view(dtype), place // size
         return [elements.take(at + k) for k in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from ptx_values import WARP, Array, Fault
+from ptx_values import WARP, Array, KernelError
 
 GRANULE = 2  # bytes: of the smallest numbers in global memory
 
@@ -35,7 +35,7 @@ class GlobalRaces:
         order = np.argsort(places, kind="stable")
         places, threads = places[order], threads[order]
         if np.any((places[1:] == places[:-1]) & (threads[1:] != threads[:-1])):
-            raise Fault(f"a race in global memory: {', '.join(each[4] for each in accesses if each[3])}")
+            raise KernelError(f"a race in global memory: {', '.join(each[4] for each in accesses if each[3])}")
         self.written.append((places, threads // size + first))
         low, high = places[0] * GRANULE, places[-1] * GRANULE
         for address, width, of, write, what in accesses:
@@ -44,7 +44,7 @@ class GlobalRaces:
             read, by = self.places(address, width, of)
             at = np.minimum(np.searchsorted(places, read), len(places) - 1)
             if np.any((places[at] == read) & (threads[at] != by)):
-                raise Fault(f"a race in global memory: {what}")
+                raise KernelError(f"a race in global memory: {what}")
 
     def end(self) -> None:
         """No place may have been written by two blocks."""
@@ -53,7 +53,7 @@ class GlobalRaces:
             order = np.argsort(places, kind="stable")
             places, blocks = places[order], blocks[order]
             if np.any((places[1:] == places[:-1]) & (blocks[1:] != blocks[:-1])):
-                raise Fault("a race between blocks, in global memory")
+                raise KernelError("a race between blocks, in global memory")
         self.written = []
 
 
@@ -97,7 +97,7 @@ class Races:
                     continue
                 last = self.last[words]
                 if np.any((last >= turn) & (last != own) if not writes else last != own):
-                    raise Fault(f"a race between threads: {what}")
+                    raise KernelError(f"a race between threads: {what}")
         if self.by_warp:
             for each in accesses:
                 self.keep(*each)
@@ -106,7 +106,7 @@ class Races:
         own = (threads // WARP + 1).astype(np.int32).reshape(-1, *[1] * (words.ndim - 1))
         writer, reader = self.writer[words], self.reader[words]
         if np.any((writer != 0) & (writer != own)) or (writes and np.any((reader != 0) & (reader != own))):
-            raise Fault(f"a race between warps: {what}")
+            raise KernelError(f"a race between warps: {what}")
         (self.writer if writes else self.reader)[words] = own
         if not writes:
             self.reader[words[np.broadcast_to((reader != 0) & (reader != own), words.shape)]] = -1

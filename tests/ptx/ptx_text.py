@@ -18,7 +18,7 @@ REGISTER = re.compile(r"(?<![\w.])%[a-z]+\d+\b")
 ENDS = ("bra", "bar.sync", "ret")
 
 
-class UnknownInstruction(Exception):
+class UnknownInstructionError(Exception):
     """PTX that the interpreter does not know, by name."""
 
 
@@ -107,7 +107,7 @@ def statements(body: str) -> list[Instruction | str]:
             continue
         matched = STATEMENT.fullmatch(text)
         if matched is None:
-            raise UnknownInstruction(text)
+            raise UnknownInstructionError(text)
         found.append(
             Instruction(matched["opcode"], operands_of(matched["operands"]), matched["guard"], bool(matched["negated"]))
         )
@@ -203,7 +203,7 @@ def kernel_of(text: str) -> Kernel:
     entry = ENTRY.fullmatch(text)
     parameter = PARAMETER.fullmatch(entry["parameters"].strip()) if entry else None
     if entry is None or parameter is None:
-        raise UnknownInstruction("expected one entry, with one struct as its parameters")
+        raise UnknownInstructionError("expected one entry, with one struct as its parameters")
     types = {each["prefix"]: each["type"] for each in REGISTERS.finditer(entry["body"])}
     blocks = blocks_of(statements(entry["body"]))
     find_live(blocks)

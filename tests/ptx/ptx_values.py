@@ -13,7 +13,7 @@ VALUE_TYPES = {
 Array = np.ndarray
 
 
-class Fault(Exception):
+class KernelError(Exception):
     """Something that a kernel must not do."""
 
 
@@ -106,14 +106,14 @@ def to_integer(value: Array, to: type) -> Array:
 def divide(a: Array, b: Array) -> Array:
     """Of integers, towards zero."""
     if not np.all(b):
-        raise Fault("an integer divided by zero")
+        raise KernelError("an integer divided by zero")
     quotient = np.abs(a) // np.abs(b)
     return quotient if np.asarray(a).dtype.kind == "u" else np.where((a < 0) != (b < 0), -quotient, quotient)
 
 
 def remainder(a: Array, b: Array) -> Array:
     if not np.all(b):
-        raise Fault("an integer divided by zero")
+        raise KernelError("an integer divided by zero")
     return np.fmod(a, b)
 
 
@@ -144,7 +144,7 @@ def permute_bytes(a: Array, b: Array, selector: int) -> Array:
     for place in range(4):
         choice = selector >> 4 * place & 15
         if choice > 7:
-            raise Fault(f"prmt of a sign, selector {selector:#x}")
+            raise KernelError(f"prmt of a sign, selector {selector:#x}")
         byte = (both >> np.uint64(8 * choice)).astype(np.uint32) & np.uint32(0xFF)
         out = out | byte << np.uint32(8 * place)
     return out.view(np.int32)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import Case
 from ptx_backend import NVCC, text_of
-from ptx_text import UnknownInstruction
-from ptx_values import Fault
+from ptx_text import UnknownInstructionError
+from ptx_values import KernelError
 from test_sblu import run as run_sblu
 
 from aape_kernels import AaPE
@@ -63,7 +63,7 @@ def replaced(kernel: str, pattern: str | re.Pattern[str], by: str, number: int) 
 def test_a_missing_barrier_is_caught(interpreter, kernel, number):
     assert len(BARRIER.findall(text_of(kernel))) == BARRIERS[kernel]
     interpreter.changed[kernel] = replaced(kernel, BARRIER, "", number)
-    with pytest.raises(Fault, match="a race"):
+    with pytest.raises(KernelError, match="a race"):
         step(kernel)
 
 
@@ -96,12 +96,12 @@ def test_a_broken_kernel_is_caught(interpreter, kernel, pattern, by, words):
         tid = "mov.u32 %r1, %tid.x;\n"
         text = text.replace("@LANE bra END", f"{tid}{lane} $END").rstrip()[:-1] + "$END:\n\tret;\n}"
     interpreter.changed[kernel] = text
-    with pytest.raises(Fault, match=words):
+    with pytest.raises(KernelError, match=words):
         step(kernel)
 
 
 @needs_nvcc
 def test_an_unknown_instruction_is_named(interpreter):
     interpreter.changed[FORWARD] = replaced(FORWARD, r"fma\.rn\.f32", "fma.rz.f32", 0)
-    with pytest.raises(UnknownInstruction, match=r"fma\.rz\.f32 %f"):
+    with pytest.raises(UnknownInstructionError, match=r"fma\.rz\.f32 %f"):
         step(FORWARD)

@@ -1,5 +1,7 @@
-"""nvcc's PTX of the CUDA kernels against the reference, through the backend that a user names: golden cases, whole stems
-and odd geometries, with every access to memory checked."""
+"""nvcc's PTX of the CUDA kernels through the backend that a user names, with every access to memory checked.
+
+Golden cases, whole stems and odd geometries, forward and every gradient, at the bounds of every backend.
+"""
 
 import pytest
 import torch
