@@ -26,6 +26,10 @@ class Chip:
     def issue_time(self, instructions: float) -> float:
         return instructions / (self.multiprocessors * self.schedulers * self.clock)
 
+    def shared_time(self, wavefronts: float) -> float:
+        """One a cycle and multiprocessor."""
+        return wavefronts / (self.multiprocessors * self.clock)
+
     def memory_time(self, size: float) -> float:
         return size / self.bandwidth
 

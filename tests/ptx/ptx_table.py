@@ -83,8 +83,9 @@ class Row:
         counts = self.counts
         warps = [f"{self.issued / 1e6:.2f}", f"{self.each:.2f}", f"{self.divisions:.2f}"]
         memory = [f"{counts.conflicts:.2f}", f"{counts.loads_used:.0%}", f"{counts.stores_used:.0%}"]
-        times = [f"{H100.issue_time(self.issued) * 1e6:.1f}", f"{H100.memory_time(self.size) * 1e6:.1f}"]
-        return [self.call, f"`{self.kernel.partition('<')[0]}`", *warps, *memory, *times]
+        wavefronts = counts.wavefronts * self.scale
+        times = [H100.issue_time(self.issued), H100.shared_time(wavefronts), H100.memory_time(self.size)]
+        return [self.call, f"`{self.kernel.partition('<')[0]}`", *warps, *memory, *(f"{1e6 * t:.1f}" for t in times)]
 
 
 def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row]:
@@ -117,7 +118,7 @@ def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row
 
 
 HEADS = ("call", "kernel", "10⁶ warp instructions", "a token and state", "divisions a token", "wavefronts / fewest",
-         "sectors used, loads", "stores", "issued in µs", "memory in µs")  # fmt: skip
+         "sectors used, loads", "stores", "issued in µs", "shared", "memory")  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:

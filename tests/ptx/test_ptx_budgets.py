@@ -119,3 +119,4 @@ def test_predicted_times():
     """4 schedulers of 132 multiprocessors issue 927 instructions a nanosecond; 3.35 bytes a picosecond."""
     assert H100.issue_time(1e9) == pytest.approx(1.0791e-3, rel=1e-3)
     assert H100.memory_time(3.35e9) == pytest.approx(1e-3)
+    assert H100.shared_time(132 * 1755) == pytest.approx(1e-6)

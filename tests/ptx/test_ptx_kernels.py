@@ -3,10 +3,16 @@
 Golden cases, whole stems and odd geometries, forward and every gradient, at the bounds of every backend.
 """
 
+import functools
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, golden, golden_stem
-from checks import compare, far_apart, poisoned_memory, same_bits
+from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, cases, golden, golden_stem
+from checks import check_strides, compare, far_apart, poisoned_memory, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bound, relative_error
 from ptx_backend import NVCC, SOURCE
 from test_sblu import check as check_sblu
 from test_sblu import check_golden
@@ -128,6 +134,85 @@ def test_64_bit_offsets_give_the_same_bits():
     (x, *rest), cotangent = SQUARE.inputs(torch.float32)
     want, got = (run_sblu(SQUARE.options, (value, *rest), cotangent) for value in (x, *far_apart(x)))
     assert same_bits(got, want)
+
+
+def shifted(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers from one element behind an aligned address on, in lines of an odd length."""
+    big = torch.randn(*value.shape[:-1], value.shape[-1] + 3, dtype=value.dtype)
+    return big[..., 1 : value.shape[-1] + 1].copy_(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_addresses_that_are_not_aligned(dtype):
+    case = Case(2, 1, 8, (16, 16), (16, 16), 16, (2, 9), (0, 0), "quadrature")
+    inputs, cotangent = case.inputs(dtype)
+    want = run_sblu(case.options, inputs, cotangent)
+    got = run_sblu(case.options, [shifted(value) for value in inputs], shifted(cotangent))
+    assert same_bits(got, want)
+    stem = AaPE(embed_dim=8).to(dtype)
+    x = torch.randn(2, 1, 32, 80).to(dtype)
+    with torch.no_grad():
+        assert relative_error(stem(shifted(x)), stem(x)) <= bound(dtype, whole_stem=True)
+        for parameter in stem.parameters():
+            parameter.data = shifted(parameter.data)
+    check_stem(stem, shifted(x), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
+def test_strided_and_expanded(case):
+    inputs, cotangent = case.inputs(torch.float32)
+    check_strides(functools.partial(run_sblu, case.options), inputs, cotangent, output=1e-6, gradient=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_any_geometry():
+    seen = []
+
+    @settings(max_examples=100)
+    @given(case=cases(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+    def every(case, dtype):
+        grid = (max(2, case.grid[0]), max(2, case.grid[1]))  # one number alone may be a sum that cancels
+        seen.append(case)
+        check_sblu(replace(case, batch=2, grid=grid, states=case.states + 4), dtype)
+
+    every()
+    assert len(seen) >= 100
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("features", PLANES)
+def test_any_geometry_on_tensor_cores(interpreter, features):
+    seen = []
+
+    @settings(max_examples=30)
+    @given(case=cases())
+    def every(case):
+        seen.append(case)
+        hidden, window = 3 + 5 * len(seen) % 60, 2 * (case.window // 2 + 1)
+        patch = (case.patch[0], 2 * case.patch[1])
+        sizes = {
+            "in_chans": case.channels,
+            "num_states": 4 + len(seen) % 29,
+            "encoder_dim": hidden,
+            "features": features,
+        }
+        stem = AaPE(
+            patch_size=patch, stride=case.stride, window=window, embed_dim=8, decay=(0.1, 2.0), band=(0.1, 3.0), **sizes
+        )
+        torch.nn.init.normal_(stem.fusion.weight, std=0.1)
+        stem.proj.bfloat16()
+        x = torch.randn(2, case.channels, case.size[0] + patch[0], case.size[1] + 3 * patch[1])
+        check_stem(stem, x.bfloat16(), torch.bfloat16)
+
+    every()
+    assert len(seen) >= 30
+    assert {"warp_stem_kernel", "warp_stem_backward_kernel"} <= {
+        each.kernel.partition("<")[0] for each in interpreter.launches
+    }
 
 
 @pytest.mark.slow
