@@ -47,7 +47,7 @@ def pytest_report_header() -> str:
 
 
 # Fixtures that take long, which every worker of pytest-xdist would make for itself: their tests are one worker's.
-OF_ONE_WORKER = frozenset({"cubins", "installed", "programs", "site"})
+OF_ONE_WORKER = frozenset({"cubins", "installed", "programs", "recorder", "site"})
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

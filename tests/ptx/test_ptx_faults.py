@@ -1,0 +1,107 @@
+"""That the interpreter can say no: PTX with one thing wrong in it is caught, and told by what is wrong."""
+
+import re
+
+import pytest
+import torch
+from cases import Case
+from ptx_backend import NVCC, text_of
+from ptx_text import UnknownInstructionError
+from ptx_values import KernelError
+from test_sblu import run as run_sblu
+
+from aape_kernels import AaPE
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc was found")
+USUAL = "<Path<int,true>,float,float,int>"
+SIZES = "<Sizes<16,32,16,true>>"
+BARRIERS = {  # and how many
+    f"sblu_forward_kernel{USUAL}": 3,
+    f"sblu_backward_states_kernel{USUAL}": 3,
+    f"sblu_backward_weight_kernel{USUAL}": 5,
+    f"sblu_backward_windows_kernel{USUAL}": 4,
+    f"stem_kernel{USUAL}": 10,
+    f"warp_stem_kernel{SIZES}": 3,
+    f"warp_stem_backward_kernel{SIZES}": 4,
+    "gradients_kernel": 2,
+}
+# of the logits: the projection's own come before anyone reads them
+REDUNDANT = {(f"stem_kernel{USUAL}", 6)}
+BARRIER = re.compile(r"bar\.(?:warp\.)?sync\s+-?\d+;")
+
+
+def step(kernel: str) -> None:
+    """Launch that kernel, with several tiles for a block and several blocks of rows."""
+    if kernel.startswith("sblu"):
+        case = Case(2, 2, 40, (20, 16), (20, 8), 16, (2, 40), (0, 0), "quadrature")
+        run_sblu(case.options, *case.inputs(torch.float32))
+        return
+    if kernel.startswith("stem"):
+        stem = AaPE(patch_size=(10, 4), in_chans=2, embed_dim=6, num_states=40, encoder_dim=40, features="complex")
+        x = torch.randn(1, 2, 20, 64)
+    else:
+        stem, x = AaPE(embed_dim=8).bfloat16(), torch.randn(1, 1, 32, 16 * 300).bfloat16()
+    if kernel == "gradients_kernel":  # a sum of many elements for one block
+        for parameter in stem.parameters():
+            parameter.requires_grad_(parameter is stem.sblu.weight)
+    stem(x).sum().backward()
+
+
+def replaced(kernel: str, pattern: str | re.Pattern[str], by: str, number: int) -> str:
+    """Its text with one occurrence changed."""
+    text = text_of(kernel)
+    found = list(re.finditer(pattern, text))[number]
+    return text[: found.start()] + found.expand(by) + text[found.end() :]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "number"),
+    [(kernel, n) for kernel, count in BARRIERS.items() for n in range(count) if (kernel, n) not in REDUNDANT],
+)
+def test_a_missing_barrier_is_caught(interpreter, kernel, number):
+    assert len(BARRIER.findall(text_of(kernel))) == BARRIERS[kernel]
+    interpreter.changed[kernel] = replaced(kernel, BARRIER, "", number)
+    with pytest.raises(KernelError, match="a race"):
+        step(kernel)
+
+
+FORWARD, ON_TENSOR_CORES = f"sblu_forward_kernel{USUAL}", f"warp_stem_kernel{SIZES}"
+BROKEN = {
+    "an access of 16 bytes at 4": (FORWARD, r"(ld\.shared\.v4\.f32\s.*\[%r\d+)\]", r"\1+4]", "misaligned"),
+    "a row behind the tile's": (FORWARD, r"(ld\.shared\.f32\s.*\[%r\d+)\]", r"\1+131072]", "outside of shared memory"),
+    "before shared memory": (FORWARD, r"(st\.shared\.f32\s+\[%r\d+)(?:\+\d+)?\]", r"\1+-1048576]", "outside of shared"),
+    "a store left out": (FORWARD, r"st\.shared\.v4\.f32[^;]*;", "", "that nobody has written"),
+    "a store behind a tensor": (
+        FORWARD,
+        r"(st\.global\.f32\s+\[%rd\d+)(?:\+\d+)?\]",
+        r"\1+1073741824]",
+        "every tensor",
+    ),
+    "a load behind a tensor": (FORWARD, r"(ld\.global\.v4\.f32\s.*\[%rd\d+)\]", r"\1+1073741824]", "every tensor"),
+    "all in one place": (FORWARD, r"(mov\.u32\s+%r\d+, )%ctaid\.x", r"\g<1>0", "a race in global memory"),
+    "a lane too few": (ON_TENSOR_CORES, r"(?=mma\.sync)", "@LANE bra END;\n", "lanes that do not take part"),
+    "half a warp's shuffle": (ON_TENSOR_CORES, r"(shfl\.sync.*, )(%r\d+);", r"\g<1>65535;", "a part of a warp"),
+}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "pattern", "by", "words"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_kernel_is_caught(interpreter, kernel, pattern, by, words):
+    text = replaced(kernel, pattern, by, 0)
+    if "@LANE" in text:  # lane 0 of every warp leaves
+        lane = "and.b32 %r1, %r1, 31;\nsetp.eq.s32 %p1, %r1, 0;\n@%p1 bra"
+        tid = "mov.u32 %r1, %tid.x;\n"
+        text = text.replace("@LANE bra END", f"{tid}{lane} $END").rstrip()[:-1] + "$END:\n\tret;\n}"
+    interpreter.changed[kernel] = text
+    with pytest.raises(KernelError, match=words):
+        step(kernel)
+
+
+@needs_nvcc
+def test_an_unknown_instruction_is_named(interpreter):
+    interpreter.changed[FORWARD] = replaced(FORWARD, r"fma\.rn\.f32", "fma.rz.f32", 0)
+    with pytest.raises(UnknownInstructionError, match=r"fma\.rz\.f32 %f"):
+        step(FORWARD)
