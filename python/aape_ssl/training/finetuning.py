@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from .._lightning import (
     FSDPStrategy,
-    LightningDataModule,
     ModelParallelStrategy,
     MulticlassAccuracy,
     MultilabelAveragePrecision,
@@ -23,7 +21,8 @@ from .._lightning import (
 from ..evaluation import probe
 from ..evaluation.embedding import first_window, named
 from ..saved.pretrained import AudioEncoder, load
-from ..sound.loader import ClipLoader, Crops, for_trainer
+from ..sound.data import CropsData
+from ..sound.loader import ClipLoader
 from ..sound.sources import Clip, find
 from .optimisation import check_rates, decays, warmup_cosine
 from .steps import SteppingModule, check_frames
@@ -31,7 +30,7 @@ from .steps import SteppingModule, check_frames
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
 
-class LabelledClips(LightningDataModule):
+class LabelledClips(CropsData):
     """Labelled clips of a manifest: random crops to train on, the beginning of each clip to validate and test on.
 
     The manifest's columns are `file`, `label` and `split` (train, valid, test) or `fold`; of folds `test` is held out
@@ -68,14 +67,18 @@ class LabelledClips(LightningDataModule):
         resize_crop: float = 1.0,
         max_failed: float = 0.05,
     ) -> None:
-        super().__init__()
         encoder = load(checkpoint)
-        self.front_end, self.frames = encoder.front_end, encoder.frames if frames is None else frames
+        super().__init__(
+            encoder.front_end,
+            batch_size,
+            workers,
+            frames=encoder.frames if frames is None else frames,
+            seed=seed,
+            resize_crop=resize_crop,
+            max_failed=max_failed,
+        )
         self.data, self.held_out, self.multi_label = data, test, multi_label
-        self.batch_size, self.workers = batch_size, workers
-        self._options: dict[str, Any] = {"seed": seed, "resize_crop": resize_crop, "max_failed": max_failed}
         self.labels: tuple[str, ...] = ()
-        self.loader: ClipLoader | None = None
         self._place: Mapping[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -120,12 +123,11 @@ class LabelledClips(LightningDataModule):
 
     def train_dataloader(self) -> ClipLoader:
         """Random crops {"log_mel": (B, 1, F, T), "index": (B)}, as in pre-training; this process's share of them."""
-        crops = Crops(self.train, self.front_end, self.frames, **self._options)
-        self.loader = for_trainer(crops, self.batch_size, self.workers, self.trainer, self.loader)
+        loader = self.crops_of(self.train)
         if self._place is not None:
-            self.loader.load_state_dict(self._place)
+            loader.load_state_dict(self._place)
             self._place = None
-        return self.loader
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's place: of a checkpoint at an epoch's end Lightning restores none."""
@@ -144,13 +146,6 @@ class LabelledClips(LightningDataModule):
         return torch.utils.data.DataLoader(
             _Windows(clips, self), self.batch_size, num_workers=self.workers, persistent_workers=self.workers > 0
         )
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers, and list the training clips that could not be decoded."""
-        if self.loader:
-            self.loader.close()
-            if report := self.loader.report():
-                print(report, file=sys.stderr)
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
