@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._messages import at_least
 from ..sound.audio import SAMPLE_RATE, AudioError, FrontEnd
 from ..sound.sources import Clip
 
@@ -229,8 +230,7 @@ def embed_files(
     Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
     """
     out = Path(out)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     if level not in ("clip", "frame"):
         raise ValueError(f"level: expected clip or frame, got {level!r}")
     if out.suffix not in (".npz", ".parquet"):

@@ -143,8 +143,7 @@ def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
 
     solver.step(objective)
     objective()
-    assert weight.grad is not None and bias.grad is not None  # noqa: PT018
-    left = max(float(weight.grad.abs().max()), float(bias.grad.abs().max()))
+    left = max(float(parameter.grad.abs().max()) for parameter in (weight, bias) if parameter.grad is not None)
     if left > TOLERANCE:
         raise ValueError(
             f"features: logistic regression with C = {strength:g} does not converge: a derivative of {left:.2g} is left"

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._messages import one_line
 from ..libraries import import_kaldi
 
 __all__ = [
@@ -52,26 +53,20 @@ def _open(file: str | os.PathLike[str] | BinaryIO) -> Any:
             raise AudioError("is a directory, not a sound file")
         if os.path.getsize(file) == 0:
             raise AudioError("is empty (0 bytes)")
+        try:
+            os.fsencode(file).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise AudioError("its name is not UTF-8") from error
         file = os.fspath(file)
-        if not _is_utf8(file):
-            raise AudioError("its name is not UTF-8")
     try:
         return soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless formats such as .raw
-        raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
+        raise _unreadable(error) from error
 
 
-def _is_utf8(name: str | bytes) -> bool:
-    try:
-        os.fsencode(name).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "error_string", error)).split())
-    return text.rstrip(".")
+def _unreadable(error: Exception) -> AudioError:
+    why = one_line(getattr(error, "error_string", error)).rstrip(".")
+    return AudioError(f"cannot be read as sound ({why})")
 
 
 def duration(path: str | os.PathLike[str]) -> float:
@@ -106,7 +101,7 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
                 sound.seek(round(at * (sound.frames - frames)))
             samples = sound.read(frames, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError, MemoryError) as error:
-            raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
+            raise _unreadable(error) from error
     if len(samples) == 0:
         raise AudioError("holds no samples")
     waveform = torch.from_numpy(samples.mean(axis=1))

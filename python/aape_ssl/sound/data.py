@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .._lightning import LightningDataModule
+from .._messages import one_of
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
 from .loader import ClipLoader, Crops, features
 from .sources import Clip, SourceError, find
@@ -101,8 +102,7 @@ class ClipData(CropsData):
         on_device: bool = False,
         max_failed: float = 0.05,
     ) -> None:
-        if front_end not in FRONT_ENDS:
-            raise ValueError(f"front_end: expected one of {', '.join(FRONT_ENDS)}, got {front_end!r}")
+        one_of(FRONT_ENDS, front_end=front_end)
         if isinstance(statistics, str) and statistics not in ("preset", "data"):
             raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
         of = FRONT_ENDS[front_end]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .._messages import at_least
 from . import audio
 from .audio import SAMPLE_RATE, FrontEnd
 from .sources import Clip
@@ -242,9 +243,8 @@ class ClipLoader:
     def __init__(
         self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        at_least(1, batch_size=batch_size)
+        at_least(0, workers=workers)
         self.step = batch_size * world
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")

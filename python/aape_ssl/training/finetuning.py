@@ -25,7 +25,7 @@ from ..sound.data import CropsData
 from ..sound.loader import ClipLoader
 from ..sound.sources import Clip, find
 from .optimisation import check_rates, decays, warmup_cosine
-from .steps import SteppingModule, check_frames
+from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
@@ -216,7 +216,7 @@ class FinetuningModule(SteppingModule):
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(f"strategy: expected one that shards nothing, such as ddp, got {self.trainer.strategy}")
         pretrained, data = load(self.checkpoint), self.clips
-        check_frames(data, pretrained.encoder.patch_size[1])
+        pretrained.encoder.check_frames(data.frames)
         config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
         self.model = AudioEncoder(**config)
         self.model.encoder.load_state_dict(pretrained.encoder.state_dict())

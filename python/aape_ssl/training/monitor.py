@@ -15,6 +15,7 @@ from torch import Tensor
 from aape_kernels import AaPE
 
 from .._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
+from .._messages import at_least
 from ..method import diagnostics
 from ..method.masks import Masks
 from ..method.objective import Pretraining
@@ -50,8 +51,7 @@ class Monitor(Callback):
 
     def __init__(self, every_n_steps: int = 100, folder: Path | None = None) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
+        at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps, self.folder = every_n_steps, folder
         self.last: dict[str, float] = {}
         self._values: dict[str, float] | None = None  # of a step that is due

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .._lightning import rank_zero_warn
+from .._messages import at_least
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
 from ..saved.checkpoints import made_with
 from .optimisation import check_rates, decays, warmup_cosine
 from .sharding import ShardedStrategy, check_strategy, shard, total_norm
-from .steps import NonFiniteError, SteppingModule, check_frames
+from .steps import NonFiniteError, SteppingModule
 
 __all__ = ["NonFiniteError", "PretrainingModule"]
 
@@ -100,8 +101,7 @@ class PretrainingModule(SteppingModule):
             ema_steps=ema_steps,
         )
         check_rates(lr, betas, weight_decay)
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps: expected at least 0, got {warmup_steps}")
+        at_least(0, warmup_steps=warmup_steps)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, betas, weight_decay, warmup_steps
         self.compiled = compile
         self._micro_batches: list[tuple[Terms, Tensor]] = []
@@ -113,7 +113,9 @@ class PretrainingModule(SteppingModule):
         """
         strategy = self.trainer.strategy
         check_strategy(strategy)
-        check_frames(getattr(self.trainer, "datamodule", None), self.objective.student.patch_size[1])
+        frames = getattr(getattr(self.trainer, "datamodule", None), "frames", None)
+        if frames is not None:
+            self.objective.student.check_frames(frames)
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision: expected weights in float32 (bf16-mixed, 16-mixed or 32-true), as steps of the teacher's "

@@ -9,23 +9,13 @@ from torch import Tensor
 
 from .._lightning import LightningModule
 
-__all__ = ["NonFiniteError", "SteppingModule", "check_frames"]
+__all__ = ["NonFiniteError", "SteppingModule"]
 
 OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then it is not the scale
 
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
-
-
-def check_frames(data: Any, patch: int) -> None:
-    """Whether the crops of a data module, which says their `frames`, hold a patch.
-
-    Errors: `ValueError` naming the argument.
-    """
-    frames = getattr(data, "frames", patch)
-    if frames < patch:
-        raise ValueError(f"frames: expected at least {patch}, those of a patch, got {frames}")
 
 
 class SteppingModule(LightningModule):
