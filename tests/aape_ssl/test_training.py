@@ -166,7 +166,7 @@ def test_it_learns(tmp_path, options):
     """The prediction of the masked tokens of twelve clips gets better than their mean, which is 1."""
     of_trainer = {name: options.pop(name) for name in ["precision"] if name in options}
     module = ssl_case.module(**options, warmup_steps=20)
-    trainer = ssl_case.trainer(tmp_path, steps=300, every=300, **of_trainer)
+    trainer = ssl_case.trainer(tmp_path, steps=220, every=220, **of_trainer)
     trainer.fit(module, ssl_case.Tensors())
     assert trainer.callback_metrics["train/regression"] < 0.9
 
