@@ -223,7 +223,7 @@ def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], o
             viewer.label,
             start + first * stem.stride[1] * front_end.hop,
         )
-        picture.save(figure, out / (f"{name}.png" if page == 1 else f"{name}-page{page}.png"))
+        figure.savefig(out / (f"{name}.png" if page == 1 else f"{name}-page{page}.png"))
 
     tokens = responses.energy.shape[0] * responses.energy.shape[1]
     speeds = "  ".join(f"{rate:>14,.0f}" for rate in rates)

@@ -216,17 +216,11 @@ def embed_files(
     along frequency); "clip" has a row a clip, the mean of these, without `time`. Columns of padding only are left out.
 
     Args:
-        encoder: (B, 1, F, frames), normalised -> tokens and grid.
-        clips: what to embed (`sources.find`).
-        front_end, frames: as in training.
-        out: a `.npz`, whose arrays are these columns, or a `.parquet`, for which pyarrow must be installed. Must not
-            exist.
+        encoder, clips, front_end, frames, batch_size, device: as for `embed`.
+        out: a new `.npz`, whose arrays are these columns, or `.parquet`, which needs pyarrow.
         level: "clip" or "frame".
-        batch_size, device: of the encoder's batches.
 
-    Returns:
-        name and reason of each clip that could not be decoded, and is left out.
-
+    Returns: name and reason of each clip that could not be decoded, and is left out.
     Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
     """
     out = Path(out)

@@ -193,6 +193,12 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: expected a checkpoint to resume from, it lacks {', '.join(missing)}")
 
 
+def _below(prefix: str, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of the module of that name, its parameters by their names in it."""
+    state = checkpoint.get("state_dict", {})
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for another checkpoint's.
 
@@ -201,9 +207,7 @@ def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(checkpoint.get("options", {}))
     stem, given = options.get("stem"), options.get("stem_options") or {}
-    prefix = "objective.student.stem."
-    state = checkpoint.get("state_dict", {})
-    shapes = {name.removeprefix(prefix): value.shape for name, value in state.items() if name.startswith(prefix)}
+    shapes = {name: value.shape for name, value in _below("objective.student.stem.", checkpoint).items()}
     if stem in ("aape", "aape-fixed", "conv+mlp") and "proj.weight" in shapes:
         for defaults in ({}, *EARLIER):
             with torch.device("meta"):
@@ -223,9 +227,7 @@ def read_pretraining(
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    options, prefix = made_with(checkpoint), f"objective.{part}."
-    state = checkpoint.get("state_dict", {})
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    options, weights = made_with(checkpoint), _below(f"objective.{part}.", checkpoint)
     needed = ("size", "stem", "patch_size", "stem_options")
     if not weights or any(name not in options for name in needed):
         raise CheckpointError(f"{path}: expected a checkpoint of pre-training with a {part}, got another one")

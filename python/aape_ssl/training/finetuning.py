@@ -24,7 +24,7 @@ from ..saved.pretrained import AudioEncoder, load
 from ..sound.data import CropsData
 from ..sound.loader import ClipLoader
 from ..sound.sources import Clip, find
-from .optimisation import check_rates, decays, warmup_cosine
+from .optimisation import adamw, check_rates, decays
 from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
@@ -278,10 +278,7 @@ class FinetuningModule(SteppingModule):
                 raise ValueError("max_epochs: expected a number of epochs, at whose end the learning rate is 0")
             # not `estimated_stepping_batches`: it sets the loader up before a resumed run has its place
             steps = trainer.max_epochs * -(-data.batches_per_epoch // trainer.accumulate_grad_batches)
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
-        warmup = round(self.warmup * steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(self._groups(), self.betas, round(self.warmup * steps), steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         assert self.model is not None

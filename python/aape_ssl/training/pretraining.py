@@ -16,7 +16,7 @@ from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
 from ..saved.checkpoints import made_with
-from .optimisation import check_rates, decays, warmup_cosine
+from .optimisation import adamw, check_rates, decays
 from .sharding import ShardedStrategy, check_strategy, shard, total_norm
 from .steps import NonFiniteError, SteppingModule
 
@@ -179,18 +179,9 @@ class PretrainingModule(SteppingModule):
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
                 groups[decays(name, parameter, exempt)].append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": self.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=self.lr,
-            betas=self.betas,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        decay = {True: self.weight_decay, False: 0.0}
+        parts = [{"params": groups[part], "weight_decay": decay[part], "lr": self.lr} for part in groups]
+        return adamw(parts, self.betas, self.warmup_steps, steps)
 
     # --- checkpoints ---
 
