@@ -17,7 +17,7 @@ BELOW = {
     "sound": {"method"},
     "method": set(),
 }
-SHARED = {"_lightning", "_arguments", "_messages", "libraries"}  # how libraries are used, and errors worded
+SHARED = {"_lightning", "_arguments", "_files", "_messages", "libraries"}  # how libraries are used, errors worded
 
 
 def imported(path):

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 import torch
 
 from .._arguments import as_lists, in_options, short
+from .._files import replacing
 from .._messages import one_line
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
@@ -191,10 +191,8 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists already")
     encoder = AudioEncoder.from_checkpoint(checkpoint, part)
-    part_of = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part_of, ignore_errors=True)
-    encoder.save_pretrained(part_of)
-    os.replace(part_of, out)
+    with replacing(out) as folder:
+        encoder.save_pretrained(folder)
     print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 
 

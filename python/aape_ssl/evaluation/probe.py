@@ -70,18 +70,13 @@ class LinearProbe:
 
 
 def fit_logistic(train: tuple[Floats, Ints], validation: tuple[Floats, Ints]) -> LinearProbe:
-    """Multinomial logistic regression on standardised features, its C chosen on validation.
-
-        ½‖w‖² + C · Σ cross-entropy
+    """Multinomial logistic regression of features (n, D) and classes (n), standardised, its C chosen on validation.
 
     One model a C of `STRENGTHS` is fitted on the training clips, standardised by their own mean and standard deviation;
     the C of the best accuracy on validation is taken, of equal ones the least; the probe is then fitted with it on
     training and validation clips together, standardised anew.
 
-    Args:
-        train, validation: features (n, D) float32 and classes (n) int64.
-
-    Errors: `ValueError` where the solver (L-BFGS) does not converge, or where there is only one class to learn.
+    Errors: `ValueError` where the solver does not converge, or where there is only one class to learn.
     """
     mean, scale = _moments(train[0])
     x, held = ((part[0] - mean) / scale for part in (train, validation))
@@ -157,25 +152,21 @@ def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
     Errors: `ValueError` for fewer than k training clips.
     """
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import normalize
 
     if len(train[0]) < k:
         raise ValueError(f"k: expected at most the {len(train[0])} training clips there are, got {k}")
-    # on unit rows the nearest by Euclid are the nearest by cosine; a row is a clip
-    model = KNeighborsClassifier(k, algorithm="brute").fit(normalize(train[0]), train[1])
-    classes: Ints = model.predict(normalize(features))
+    classes: Ints = KNeighborsClassifier(k, metric="cosine").fit(*train).predict(features)
     return classes
 
 
 def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[Round]:
-    """Train, validation and test indices of each round.
+    """Train, validation and test indices of each round; warns of groups with clips on more than one side.
 
     Where the splits are train, valid and test there is one; each may go by a usual name of it (`sources.ALIASES`), in
     any case. Otherwise each fold is tested once, the next one (of the last, the first) being validation and the others
-    training; `test` keeps the rounds of these test folds. Warns of groups with clips on more than one side.
+    training; `test` keeps the rounds of these test folds.
 
-    Errors: `ValueError` for splits that are not all of these three, fewer than three folds, a clip without one, or a
-    test fold that is not there.
+    Errors: `ValueError` for splits or folds that make no round, or a test fold that is not there.
     """
     given = sorted({clip.split for clip in clips})
     if "" in given:
@@ -216,10 +207,7 @@ def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
 
 
 def check_labels(clips: Sequence[Clip], source: str) -> None:
-    """Whether each clip has a label.
-
-    Errors: `ValueError` naming the argument data, which is of `source`, and the first clip that has none.
-    """
+    """Errors: `ValueError` naming the argument data, which is of `source`, and the first clip without a label."""
     without = [clip.name for clip in clips if not clip.label]
     if len(without) == len(clips):
         raise ValueError(f"data: expected clips with labels, as of a manifest's column `label`, {source} has none")
@@ -280,16 +268,10 @@ def evaluate(
     methods: Sequence[str] = ("linear", "knn"),
     test: Sequence[str] | None = None,
 ) -> list[Score]:
-    """One `Score` a method, "linear" (`fit_logistic`) or "knn", over the rounds of `folds_of`.
+    """One `Score` a method, "linear" (`fit_logistic`) or "knn", of features (clips, D) over the rounds of `folds_of`.
 
-    Args:
-        name: of what is scored.
-        features: (clips, D).
-        clips: with labels, splits and groups.
-        methods: which.
-        test: only the rounds that hold these folds out; all unless given.
-
-    Errors: `ValueError` for features that are not finite or not of these clips, another method, and as `folds_of`.
+    Errors: `ValueError` for features that are not finite or not of these clips, another method, a clip without a label,
+    and as `folds_of`.
     """
     if not set(methods) <= {"linear", "knn"}:
         raise ValueError(f"methods: expected linear or knn, got {', '.join(methods)}")

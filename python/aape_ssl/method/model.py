@@ -158,24 +158,22 @@ def make_stem(
     """
     one_of(get_args(StemName), stem=name)
     options = dict(options or {})
+    if name == "conv":
+        if options:
+            raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
+        return ConvStem(patch_size, 1, embed_dim)
     kinds: dict[str, type[nn.Module]] = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv+mlp": ConvMLPStem}
-    if name in kinds:
-        known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters) - {"patch_size"}
-        for option in options.keys() - known:
-            raise ValueError(f"stem_options: {name} has no option {option}{did_you_mean(option, known)}")
-    if name in ("aape", "aape-fixed"):
-        stem = (AaPE if name == "aape" else FixedAaPE)(patch_size=patch_size, embed_dim=embed_dim, **options)
-        if stem.window > stem.patch_size[1] or stem.stride != stem.patch_size:
-            raise ValueError(
-                f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
-                f"{stem.stride} and window {stem.window}"
-            )
-        return stem
-    if name == "conv+mlp":
-        return ConvMLPStem(patch_size, 1, embed_dim, **options)
-    if options:
-        raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
-    return ConvStem(patch_size, 1, embed_dim)
+    known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters)
+    known -= {"patch_size", "in_chans", "embed_dim"}
+    for option in options.keys() - known:
+        raise ValueError(f"stem_options: {name} has no option {option}{did_you_mean(option, known)}")
+    stem = kinds[name](patch_size=patch_size, in_chans=1, embed_dim=embed_dim, **options)
+    if isinstance(stem, AaPE) and (stem.window > stem.patch_size[1] or stem.stride != stem.patch_size):
+        raise ValueError(
+            f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
+            f"{stem.stride} and window {stem.window}"
+        )
+    return stem
 
 
 def gather_tokens(tokens: Tensor, numbers: Tensor) -> Tensor:

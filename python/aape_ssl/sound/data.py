@@ -84,7 +84,7 @@ class ClipData(CropsData):
         on_device: compute log-mels there for the whole batch; by default workers do.
         max_failed: training stops when more than this share of the clips cannot be decoded.
 
-    Errors: `ValueError` (`SourceError`) that names the argument or the file.
+    Errors: `ValueError` that names the argument or the file.
     """
 
     def __init__(

@@ -33,13 +33,10 @@ __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predi
 class LabelledClips(CropsData):
     """Labelled clips of a manifest: random crops to train on, the beginning of each clip to validate and test on.
 
-    The manifest's columns are `file`, `label` and `split` (train, valid, test) or `fold`; of folds `test` is held out
-    and the next one (of the last, the first) validates.
-
     Args:
         data: a `.csv` manifest with the columns file, label, split (train, valid, test) or fold, and group.
         checkpoint: whose front end prepares the clips.
-        test: the fold to hold out; "test" where the manifest has splits.
+        test: the fold to hold out, the next one (of the last, the first) validating; "test" for a manifest with splits.
         frames: T of a crop, and of what is validated on; as in pre-training unless given.
         multi_label: clips have several labels, separated by ";".
         batch_size: clips of one process in a batch.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from aape_kernels import AaPE
 
+from .._files import replacing
 from .._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
 from .._messages import at_least
 from ..method import diagnostics
@@ -104,8 +104,8 @@ class Monitor(Callback):
             figure = picture(x[0, 0], masks, student.patch_size, attention)
             if self.folder is not None and trainer.is_global_zero:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(self.folder / "monitor.part.png")
-                os.replace(self.folder / "monitor.part.png", self.folder / "monitor.png")
+                with replacing(self.folder / "monitor.png") as part:
+                    figure.savefig(part, format="png")
             for board in boards:
                 board.add_figure(TAG, figure, step, close=False)
         for logger in trainer.loggers:
