@@ -246,12 +246,6 @@ class FinetuningModule(SteppingModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
         return self.accumulated(loss, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss or gradient that is no number, before it reaches the weights."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.check_step(norm)
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Scores of one batch of clips."""
         logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]

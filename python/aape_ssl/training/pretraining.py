@@ -17,7 +17,7 @@ from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
 from ..saved.checkpoints import made_with
 from .optimisation import adamw, check_rates, decays
-from .sharding import ShardedStrategy, check_strategy, shard, total_norm
+from .sharding import ShardedStrategy, check_strategy, shard
 from .steps import NonFiniteError, SteppingModule
 
 __all__ = ["NonFiniteError", "PretrainingModule"]
@@ -141,11 +141,9 @@ class PretrainingModule(SteppingModule):
         return {"loss": loss, "terms": terms, "masks": masks}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss or gradient that is no number, before it reaches the weights."""
-        norm = total_norm(self.parameters())
-        self.check_step(norm)
-        group = optimizer.param_groups[0]
-        self.log_dict({"train/grad_norm": norm, "train/lr": group["lr"], "train/ema_decay": self.objective.decay})
+        """The teacher's decay is logged, too."""
+        super().on_before_optimizer_step(optimizer)
+        self.log("train/ema_decay", self.objective.decay)
 
     def what_is_not_finite(self, norm: Tensor) -> str:
         """The micro-batch and its clips, for a message."""
