@@ -8,30 +8,16 @@ from types import ModuleType
 from typing import Any
 
 # Where the modules were while all lay in one folder; scripts that name them go on to work.
-MOVED = {
-    "audio": "sound.audio",
-    "sources": "sound.sources",
-    "loader": "sound.loader",
-    "data": "sound.data",
-    "model": "method.model",
-    "masks": "method.masks",
-    "objective": "method.objective",
-    "diagnostics": "method.diagnostics",
-    "checkpoints": "saved.checkpoints",
-    "pretrained": "saved.pretrained",
-    "embedding": "evaluation.embedding",
-    "probe": "evaluation.probe",
-    "commands": "evaluation.commands",
-    "pretrain": "training.commands",
-    "finetune": "training.commands",
-    "finetuning": "training.finetuning",
-    "optimisation": "training.optimisation",
-    "sharding": "training.sharding",
-    "monitor": "training.monitor",
-    "runs": "training.runs",
-    "stems": "demo.stems",
-    "picture": "demo.picture",
+FOLDERS = {
+    "method": ("model", "masks", "objective", "diagnostics"),
+    "sound": ("audio", "sources", "loader", "data"),
+    "saved": ("checkpoints", "pretrained"),
+    "evaluation": ("embedding", "probe", "commands"),
+    "training": ("finetuning", "optimisation", "sharding", "monitor", "runs"),
+    "demo": ("stems", "picture"),
 }
+MOVED = {name: f"{folder}.{name}" for folder, names in FOLDERS.items() for name in names}
+MOVED |= {"pretrain": "training.commands", "finetune": "training.commands"}
 
 
 class _Moved(MetaPathFinder, Loader):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import shutil
@@ -14,6 +13,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from ._messages import did_you_mean, one_line
 
 __all__ = ["ShortErrors", "as_lists", "as_typed", "in_options", "named", "retouch", "short"]
 
@@ -69,7 +70,7 @@ class ShortErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and end."""
-        said = _explained(" ".join(str(message).split()), self._option_string_actions)
+        said = _explained(one_line(message), self._option_string_actions)
         print(f"aape-ssl: {as_typed(said, self.names)}", file=sys.stderr)
         print(f"aape-ssl: `aape-ssl {self.command} --help` lists the options", file=sys.stderr)
         raise SystemExit(2)
@@ -134,8 +135,7 @@ def _expected(message: str) -> str:
 def _unknown(argument: str, options: Collection[str]) -> str:
     name = argument.partition("=")[0]
     near = [option for option in options if option.endswith(f".{name.lstrip('-')}")]  # the last part of a longer name
-    near = near or difflib.get_close_matches(name, options, 1, 0.6)
-    return f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{name}: no such option{f'; did you mean {near[0]}?' if near else did_you_mean(name, options)}"
 
 
 def named(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:

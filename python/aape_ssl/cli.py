@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import sys
@@ -12,6 +11,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
+
+from ._messages import did_you_mean
 
 __all__ = ["main"]
 
@@ -67,8 +68,7 @@ class _Parser(argparse.ArgumentParser):
     def unknown(self, argument: str) -> NoReturn:
         """The same of an option that there is not."""
         name = argument.partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, 1, 0.6)
-        self.error(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+        self.error(f"{name}: no such option{did_you_mean(name, self._option_string_actions)}")
 
 
 def _parser() -> tuple[_Parser, _Parser]:
@@ -139,16 +139,11 @@ def _parser() -> tuple[_Parser, _Parser]:
 def _ssl(command: str, argv: Sequence[str]) -> int:
     if _lacks(command, SSL_NEEDS, "ssl"):
         return 2
-    if command == "pretrain":
-        from .training import runs
-        from .training.commands import Pretrain
+    if command in ("pretrain", "finetune"):
+        from .training import commands as trainings
+        from .training.runs import main as train
 
-        return runs.main(Pretrain, argv)
-    if command == "finetune":
-        from .training import runs
-        from .training.commands import Finetune
-
-        return runs.main(Finetune, argv)
+        return train(trainings.Pretrain if command == "pretrain" else trainings.Finetune, argv)
     from .evaluation import commands
 
     return commands.main(command, argv)

@@ -1,5 +1,6 @@
 """A tiny `aape-ssl pretrain` on real clips, for the tests, and callbacks that kill it."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -60,8 +61,23 @@ def start(data: Path, out: Path, **options) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
+def fork(data: Path, out: Path, **options) -> multiprocessing.Process:
+    """The same from this process, which has imported the libraries already."""
+
+    def process() -> None:
+        with open(said(out), "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest's are elsewhere
+        sys.exit(pretrain(data, out, **options))
+
+    forked = multiprocessing.get_context("fork").Process(target=process)
+    forked.start()
+    return forked
+
+
 def said(out: Path) -> Path:
-    """Where `start` puts what the run says."""
+    """Where `start` and `fork` put what the run says."""
     return out.with_suffix(".txt")
 
 

@@ -1,9 +1,8 @@
-"""A tiny pre-training on tensors, for the tests; as a script, one that kills itself with SIGKILL."""
+"""A tiny pre-training on tensors, for the tests, also in processes of its own, and one that kills itself."""
 
 import multiprocessing.connection
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +110,19 @@ def run(folder: Path, accumulate: int = 1, resume: bool = False, **options) -> d
     return last_checkpoint(folder)
 
 
+def in_a_process(function: Callable, *given) -> int:
+    """What a process ends with that does nothing but `function`: its exit status, or less than 0, a signal's number.
+
+    Forked, as the next ones: a new interpreter would import for seconds what is imported here.
+    """
+    process = multiprocessing.get_context("fork").Process(target=function, args=given)
+    process.start()
+    process.join(120)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
 def in_processes(folder: Path, function: Callable, *given, **options) -> list:
     """What `function` returns in each of two processes of one group; none of them is left behind.
 
@@ -177,7 +189,7 @@ def die_at(moment: str) -> None:
         checkpoints.os.replace = counting("os.replace", os.replace)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    die_at(sys.argv[3])
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+def killed(folder: Path, accumulate: int, moment: str) -> None:
+    """Runs until it dies."""
+    die_at(moment)
+    run(folder, accumulate)

@@ -55,10 +55,12 @@ def answer(tmp_path, monkeypatch, capsys):
     return ask
 
 
+# as small as it gets: a mistake may be found when the model is there already
+PRETRAIN = ["pretrain", "--data", CLIPS, "--model.size=[16,1,2]", "--model.predictor_heads=2"]
 MISTAKES = {
     "misspelt": (["pretrain", "--dta", "x"], "--dta: no such option; did you mean --data?"),
     "misspelt, of the trainer": (
-        ["pretrain", "--data", CLIPS, "--trainer.max_step=3"],
+        [*PRETRAIN, "--trainer.max_step=3"],
         "--trainer.max_step: no such option; did you mean --trainer.max_steps?",
     ),
     "the last part of a name": (["pretrain", "--batch_size=3"], "--batch_size: no such option; did you mean"),
@@ -76,87 +78,87 @@ MISTAKES = {
         "none: expected a checkpoint or an exported folder",
     ),
     "a word for a number": (
-        ["pretrain", "--data", CLIPS, "--model.lr=fast"],
+        [*PRETRAIN, "--model.lr=fast"],
         "--model.lr: expected float, got fast",
     ),
     "a word for a dict": (
-        ["pretrain", "--data", CLIPS, "--model.stem_options={num_state:16}"],
+        [*PRETRAIN, "--model.stem_options={num_state:16}"],
         "--model.stem_options: expected dict, got {num_state:16}",
     ),
     "an option of no stem": (
-        ["pretrain", "--data", CLIPS, "--model.stem_options={num_state: 16}"],
+        [*PRETRAIN, "--model.stem_options={num_state: 16}"],
         "--model.stem_options: aape has no option num_state; did you mean num_states?",
     ),
     "none of the choices": (
-        ["pretrain", "--data", CLIPS, "--model.stem=cnn"],
+        [*PRETRAIN, "--model.stem=cnn"],
         "--model.stem: expected aape, aape-fixed, conv, conv+mlp, got cnn",
     ),
     "a method": (
         ["probe", "--checkpoint=x", "--data=x.csv", "--methods=svm"],
         "--methods: expected linear, knn, got svm",
     ),
-    "half of a pair": (["pretrain", "--data", CLIPS, "--model.ema=0.9"], "--model.ema: expected tuple, got 0.9"),
+    "half of a pair": ([*PRETRAIN, "--model.ema=0.9"], "--model.ema: expected tuple, got 0.9"),
     "no class": (["pretrain", "--data=ClipDat"], "--data: there is no such file, folder or class, got ClipDat"),
     "no configuration": (
         ["pretrain", "--config", CLIPS / "LICENSE.md", "--data", CLIPS],
         "--config: expected a file of options",
     ),
     "what a data module says": (
-        ["pretrain", "--data", CLIPS, "--data.front_end=mel"],
+        [*PRETRAIN, "--data.front_end=mel"],
         "--data.front_end: expected one of audioset128, m2d80, got 'mel'",
     ),
     "what the stem says": (
-        ["pretrain", "--data", CLIPS, "--model.stem_options={window: 3}"],
+        [*PRETRAIN, "--model.stem_options={window: 3}"],
         "--model.stem_options: window: expected a positive even number of frames",
     ),
     "what the masks say": (
-        ["pretrain", "--data", CLIPS, "--model.masks.ratio=2"],
+        [*PRETRAIN, "--model.masks.ratio=2"],
         "--model.masks.ratio: expected a share between 0 and 1",
     ),
     "what the predictor says": (
-        ["pretrain", "--data", CLIPS, "--model.predictor_dim=7"],
+        [*PRETRAIN, "--model.predictor_dim=7"],
         "--model.predictor_dim: expected a multiple of 4",
     ),
     "growing weights": (
-        ["pretrain", "--data", CLIPS, "--model.weight_decay=-1"],
+        [*PRETRAIN, "--model.weight_decay=-1"],
         "--model.weight_decay: expected a number of at least 0, got -1.0",
     ),
-    "warm-up": (["pretrain", "--data", CLIPS, "--model.warmup_steps=-1"], "--model.warmup_steps: expected at least 0"),
-    "no vector": (["pretrain", "--data", CLIPS, "--model.projection_dim=0"], "--model.projection_dim: expected at"),
+    "warm-up": ([*PRETRAIN, "--model.warmup_steps=-1"], "--model.warmup_steps: expected at least 0"),
+    "no vector": ([*PRETRAIN, "--model.projection_dim=0"], "--model.projection_dim: expected at"),
     "less than a patch": (
-        ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--data.frames=3"],
+        [*PRETRAIN, "--data.batch_size=2", "--data.frames=3"],
         "--data.frames: expected at least 16, those of a patch, got 3",
     ),
-    "no batch": (["pretrain", "--data", CLIPS, "--data.batch_size=0"], "--data.batch_size: expected at least 1, got 0"),
-    "no workers": (["pretrain", "--data", CLIPS, "--data.workers=-1"], "--data.workers: expected at least 0, got -1"),
+    "no batch": ([*PRETRAIN, "--data.batch_size=0"], "--data.batch_size: expected at least 1, got 0"),
+    "no workers": ([*PRETRAIN, "--data.workers=-1"], "--data.workers: expected at least 0, got -1"),
     "no accumulation": (
-        ["pretrain", "--data", CLIPS, "--trainer.accumulate_grad_batches=0"],
+        [*PRETRAIN, "--trainer.accumulate_grad_batches=0"],
         "--trainer.accumulate_grad_batches: expected at least 1, got 0",
     ),
     "no clipping": (
-        ["pretrain", "--data", CLIPS, "--trainer.gradient_clip_val=-1"],
+        [*PRETRAIN, "--trainer.gradient_clip_val=-1"],
         "--trainer.gradient_clip_val: expected at least 0, got -1",
     ),
-    "no strategy": (["pretrain", "--data", CLIPS, "--trainer.strategy=none"], "--trainer.strategy: "),
-    "never": (["pretrain", "--data", CLIPS, "--checkpoint_every=0"], "--checkpoint_every: expected at least 1, got 0"),
-    "nothing to see": (["pretrain", "--data", CLIPS, "--monitor_every=0"], "--monitor_every: expected at least 1"),
+    "no strategy": ([*PRETRAIN, "--trainer.strategy=none"], "--trainer.strategy: "),
+    "never": ([*PRETRAIN, "--checkpoint_every=0"], "--checkpoint_every: expected at least 1, got 0"),
+    "nothing to see": ([*PRETRAIN, "--monitor_every=0"], "--monitor_every: expected at least 1"),
     "a file for a folder": (
-        ["pretrain", "--data", CLIPS, "--out", CLIPS / "LICENSE.md"],
+        [*PRETRAIN, "--out", CLIPS / "LICENSE.md"],
         f"--out: expected a folder, {CLIPS / 'LICENSE.md'} is a file",
     ),
     "no step": (
-        ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--trainer.limit_train_batches=0", "--model.size=tiny"],
+        [*PRETRAIN, "--data.batch_size=2", "--trainer.limit_train_batches=0"],
         "--trainer: expected limits that leave something to train on",
     ),
     "steps": (
-        ["pretrain", "--data", CLIPS, "--data.batch_size=2", "--trainer.max_steps=-5"],
+        [*PRETRAIN, "--data.batch_size=2", "--trainer.max_steps=-5"],
         "--trainer.max_steps: `max_steps` must be a non-negative integer or -1",
     ),
     "more than there is": (
         ["pretrain", "--preset=laptop", "--data", CLIPS],
         "--data.batch_size: expected at most the 6 clips there are, got 32 in all",
     ),
-    "width": (["pretrain", "--data", CLIPS, "--data.batch_size=2", "--model.size=[130,2,4]"], "--model.size: expected"),
+    "width": ([*PRETRAIN, "--data.batch_size=2", "--model.size=[130,2,4]"], "--model.size: expected"),
     "of the demo": (["demo", "x.wav", "--checkpont=x"], "--checkpont: no such option; did you mean --checkpoint?"),
     "of the demo, a number": (["demo", "x.wav", "--seconds=0"], "--seconds: expected a positive number of seconds"),
     "the demo's data": (["demo", "--data=nowhere.wav"], "nowhere.wav: no such file"),

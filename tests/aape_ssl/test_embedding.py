@@ -214,6 +214,17 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
         embed_files(never, [Clip("x", tmp_path / "x.wav")], AUDIOSET128, 64, tmp_path / "a.npz")
 
 
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(file, **table):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("aape_ssl.evaluation.embedding.np.savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed_files(patches, CLIPS[:1], AUDIOSET128, 64, tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_was_recorded_again_is_embedded_again(tmp_path):
     def write(seed):
         samples = np.random.default_rng(seed).standard_normal(16000) * 0.1

@@ -17,7 +17,7 @@ BELOW = {
     "sound": {"method"},
     "method": set(),
 }
-SHARED = {"_lightning", "_arguments", "libraries"}  # other people's libraries, as they are to be imported and used
+SHARED = {"_lightning", "_arguments", "_files", "_messages", "libraries"}  # how libraries are used, errors worded
 
 
 def imported(path):

@@ -1,12 +1,11 @@
 """The objective against a slow, obvious implementation; the teacher; two processes against one."""
 
 import math
-from pathlib import Path
 
 import pytest
+import ssl_case
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from aape_ssl.method.masks import Masks, MaskSampler
@@ -192,8 +191,6 @@ def test_the_schedule_is_in_the_state_dict():
 
 # --- several processes ---
 
-PROCESSES = 2
-
 
 def _loss_and_gradients(model: nn.Module, given: tuple) -> tuple[torch.Tensor, list[torch.Tensor]]:
     terms = model(*given)
@@ -201,26 +198,19 @@ def _loss_and_gradients(model: nn.Module, given: tuple) -> tuple[torch.Tensor, l
     return terms.loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    model, (x, masks, index) = torch.load(Path(folder) / "case.pt", weights_only=False)
-    mine = [tensor.chunk(PROCESSES)[rank] for tensor in (x, *masks, index)]
+def _of_a_half(model: nn.Module, x: torch.Tensor, masks: Masks, index: torch.Tensor) -> tuple:
+    mine = [tensor.chunk(2)[dist.get_rank()] for tensor in (x, *masks, index)]
     loss, gradients = _loss_and_gradients(
         nn.parallel.DistributedDataParallel(model), (mine[0], Masks(*mine[1:3]), mine[3])
     )
     dist.all_reduce(loss)
-    if rank == 0:
-        torch.save((loss / PROCESSES, gradients), Path(folder) / "result.pt")
-    dist.destroy_process_group()
+    return loss / 2, gradients
 
 
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
     """Loss and every gradient, to 1e-5; a loss without the other rank's negatives is far off."""
     model, given = pretraining(contrastive_weight=1.0), batch(4)
-    torch.save((model, given), tmp_path / "case.pt")
-    mp.spawn(_process, args=(str(tmp_path),), nprocs=PROCESSES)
-    loss, gradients = torch.load(tmp_path / "result.pt")
+    (loss, gradients), _ = ssl_case.in_processes(tmp_path / "processes", _of_a_half, model, *given)
     expected_loss, expected = _loss_and_gradients(model, given)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     for got, gradient in zip(gradients, expected, strict=True):

@@ -1,6 +1,7 @@
 """`aape-ssl pretrain` on real clips, killed and resumed: the same bits as never interrupted, with any workers."""
 
 import csv
+import os
 import random
 import signal
 import subprocess
@@ -60,12 +61,13 @@ def test_killed_and_resumed_is_never_interrupted(clips, tmp_path, accumulate):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_a_checkpoint(number, clips, tmp_path):
     out = tmp_path / "cut"
-    run = cli_case.start(clips, out, trainer__max_steps=10_000, checkpoint_every=5)
+    run = cli_case.fork(clips, out, trainer__max_steps=10_000, checkpoint_every=5)
     deadline = time.monotonic() + 120
     while not (out / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    run.send_signal(number)
-    assert run.wait(60) == 128 + number
+    os.kill(run.pid, number)
+    run.join(60)
+    assert run.exitcode == 128 + number
     words = cli_case.said(out).read_text()
     step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
     assert f"stopped at optimiser step {step}; {out / 'last.ckpt'} is written" in words

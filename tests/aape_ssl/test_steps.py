@@ -1,5 +1,6 @@
 """Optimiser steps: means over what was accumulated, overflows of the loss's scale, epochs and their ends."""
 
+import importlib
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from ssl_case import Tensors, module, trainer
 
+import aape_ssl
+import aape_ssl.training.pretraining
+from aape_ssl import demo, training
 from aape_ssl._lightning import Callback, LightningModule, Trainer
 from aape_ssl.saved.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from aape_ssl.sound.data import ClipData
@@ -175,14 +179,24 @@ def test_resumed_at_an_epochs_end_its_validation_is_not_lost(dies_at, tmp_path):
     assert sorted(set(resumed.validated)) == ([1, 2] if dies_at < 6 else [2])
 
 
-def test_modules_are_found_under_the_names_that_they_had():
+@pytest.mark.parametrize("name", aape_ssl.MOVED)
+def test_modules_are_found_under_the_names_that_they_had(name):
+    now = importlib.import_module(f"aape_ssl.{aape_ssl.MOVED[name]}")
+    assert importlib.import_module(f"aape_ssl.{name}") is now
+    assert now.__spec__.name == now.__name__ == f"aape_ssl.{aape_ssl.MOVED[name]}"
+
+
+def test_what_packages_held_as_modules_is_found():
+    assert training.PretrainingModule is training.pretraining.PretrainingModule
+    assert demo.bundled_clips()
+
+
+def test_an_old_name_is_all_that_a_new_interpreter_needs():
     code = (
-        "import aape_ssl.finetuning, aape_ssl.sources\n"
-        "from aape_ssl import audio, loader, embedding\n"
-        "from aape_ssl.demo import bundled_clips\n"
-        "from aape_ssl.training import PretrainingModule\n"
+        "import aape_ssl.sources\n"
+        "from aape_ssl import audio, loader\n"
         "from aape_ssl.sound import sources\n"
         "assert aape_ssl.sources is sources and sources.__spec__.name == 'aape_ssl.sound.sources'\n"
-        "assert audio.load and bundled_clips()"
+        "assert audio.load"
     )
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import glob
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
 from aape_kernels.plot import hear
 
+from .._messages import one_line
 from ..sound import audio, sources
 from . import picture, stems
 
 __all__ = ["bundled_clips", "run", "tokens_per_second"]
 
 FRONT_END = audio.AUDIOSET128
-BUDGET = 0.4  # seconds of timing a clip; within it 3 to 50 rounds
+BUDGET = 0.4  # seconds of timing a clip, over all backends
 BUSY = 0.7  # processors in use of late, above which rates are not to be trusted; starting Python counts for some 0.2
 
 
@@ -64,39 +64,26 @@ def bundled_clips() -> list[Path]:
 def tokens_per_second(stem: AaPE, x: Tensor, backends: Sequence[str]) -> list[float]:
     """Tokens a second of AaPE on each backend, then of the plain Conv2d stem, for one clip at a time.
 
-    The Conv2d stem is AaPE's own `proj`; both deliver contiguous (B, N, D) tokens. Medians over 3 to 50
-    rounds of one pass each, as many as fit in `BUDGET`, after one pass each to warm up.
+    The Conv2d stem is AaPE's own `proj`; both deliver contiguous (B, N, D) tokens. By the medians of torch's timer,
+    with the threads that torch has.
     """
-
-    def aape(backend: str) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            stem.backend = backend
-            tokens: Tensor = stem(x)
-            return tokens
-
-        return call
 
     def conv2d() -> Tensor:
         tokens: Tensor = stem.proj(x).flatten(2).transpose(1, 2).contiguous()
         return tokens
 
-    def seconds(call: Callable[[], Tensor]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    def rate(call: Callable[[], Tensor]) -> float:
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return count / timer.blocked_autorange(min_run_time=BUDGET / (len(backends) + 1)).median
 
-    calls = [*map(aape, backends), conv2d]
-    chosen, count = stem.backend, conv2d().shape[1]
+    chosen, count, rates = stem.backend, conv2d().shape[1], []
     try:
-        for call in calls:
-            call()
-        rounds: list[list[float]] = []
-        start = time.perf_counter()
-        while len(rounds) < 3 or (len(rounds) < 50 and time.perf_counter() - start < BUDGET):
-            rounds.append([seconds(call) for call in calls])
+        for backend in backends:
+            stem.backend = backend
+            rates.append(rate(lambda: stem(x)))
     finally:
         stem.backend = chosen
-    return [count / statistics.median(times) for times in zip(*rounds, strict=True)]
+    return [*rates, rate(conv2d)]
 
 
 def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: float, start: float = 0.0) -> int:
@@ -236,7 +223,7 @@ def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], o
             viewer.label,
             start + first * stem.stride[1] * front_end.hop,
         )
-        picture.save(figure, out / (f"{name}.png" if page == 1 else f"{name}-page{page}.png"))
+        figure.savefig(out / (f"{name}.png" if page == 1 else f"{name}-page{page}.png"))
 
     tokens = responses.energy.shape[0] * responses.energy.shape[1]
     speeds = "  ".join(f"{rate:>14,.0f}" for rate in rates)
@@ -288,7 +275,7 @@ def _unique_names(files: Sequence[str]) -> list[str]:
 def _printable(text: str) -> str:
     """`text` with what the terminal's encoding lacks escaped; file names may hold anything."""
     encoding = sys.stdout.encoding or "utf-8"
-    return " ".join(text.encode(encoding, "backslashreplace").decode(encoding).split())
+    return one_line(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _complain(message: str) -> None:

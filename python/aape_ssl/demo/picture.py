@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from aape_kernels.plot import draw as draw_strongest
 from ..sound.audio import FrontEnd
 from .stems import kernels, strongest_frequency
 
-__all__ = ["DPI", "HEIGHT", "PATCHES", "distinct_states", "draw", "drawable", "save", "shortened", "width_inches"]
+__all__ = ["DPI", "HEIGHT", "PATCHES", "distinct_states", "draw", "drawable", "shortened", "width_inches"]
 
 DPI = 120
 HEIGHT = 9.0  # inches
@@ -76,11 +75,6 @@ def draw(
     _energy_over_frequency(figure.add_axes((left, 0.075, panel, 0.25)), responses, band, alias_prone, scale)
     _kernels(figure, (left + panel + gap, 0.075, panel, 0.25), stem, responses, hop, scale)
     return figure
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a picture as PNG. Errors: `OSError` if `path` cannot be written."""
-    figure.savefig(path, format="png")
 
 
 def shortened(text: str, length: int = 48) -> str:

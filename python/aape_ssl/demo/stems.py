@@ -13,6 +13,7 @@ from torch import Tensor
 from aape_kernels import AaPE, sblu
 from aape_kernels.plot import Heard
 
+from .._messages import one_line
 from ..method.model import PLANES
 from ..sound.audio import FrontEnd
 
@@ -108,8 +109,7 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
     except CheckpointError:
         raise
     except (ValueError, TypeError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"its stem's tensors do not fit together ({reason})") from error
+        raise CheckpointError(f"its stem's tensors do not fit together ({one_line(error)[:300]})") from error
     if not all(bool(parameter.isfinite().all()) for parameter in stem.parameters()):
         raise CheckpointError("its stem holds weights that are not finite")
     return stem.eval(), prefix
@@ -134,8 +134,8 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{expected}, got one that cannot be read ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {one_line(error)[:120]}"
+        raise CheckpointError(f"{expected}, got one that cannot be read ({reason})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{expected}, got one that holds a {type(content).__name__}")
     return content

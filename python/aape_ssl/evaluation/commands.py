@@ -6,7 +6,6 @@ import csv
 import hashlib
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Literal
 import torch
 
 from .._arguments import as_lists, in_options, short
+from .._files import replacing
+from .._messages import one_line
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
 from ..sound.audio import AudioError
@@ -35,10 +36,11 @@ def _device(name: str | None) -> str:
 
 def _frames(given: int | None, encoder: AudioEncoder, clips: Sequence[Clip]) -> int:
     """As in pre-training unless given; up to the longest clip, as what is beyond it would be silence."""
-    if given is not None and given < encoder.encoder.patch_size[1]:
-        raise ValueError(f"frames: expected at least {encoder.encoder.patch_size[1]}, those of a patch, got {given}")
-    if given is None or given <= encoder.frames:
-        return encoder.frames if given is None else given
+    if given is None:
+        return encoder.frames
+    encoder.encoder.check_frames(given)
+    if given <= encoder.frames:
+        return given
     hop, (_, patch) = encoder.front_end.hop, encoder.encoder.patch_size
     most = max(math.ceil(clip.seconds() / hop) for clip in clips)
     if given >= most + patch:
@@ -189,10 +191,8 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists already")
     encoder = AudioEncoder.from_checkpoint(checkpoint, part)
-    part_of = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part_of, ignore_errors=True)
-    encoder.save_pretrained(part_of)
-    os.replace(part_of, out)
+    with replacing(out) as folder:
+        encoder.save_pretrained(folder)
     print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 
 
@@ -207,6 +207,5 @@ def main(command: str, argv: Sequence[str]) -> int:
     try:
         return auto_cli(COMMANDS[command], args=arguments, as_positional=False, parser_class=parser) or 0
     except (AudioError, CheckpointError, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        print(f"aape-ssl: {in_options(message, {'': COMMANDS[command]})}", file=sys.stderr)
+        print(f"aape-ssl: {in_options(one_line(error), {'': COMMANDS[command]})}", file=sys.stderr)
         return 2

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._files import replacing
+from .._messages import at_least
 from ..sound.audio import SAMPLE_RATE, AudioError, FrontEnd
 from ..sound.sources import Clip
 
@@ -105,8 +107,7 @@ def embed(
 
     Args:
         encoder: (B, 1, F, frames), normalised -> tokens and grid.
-        clips: what to embed.
-        front_end, frames: as in training.
+        clips, front_end, frames: what to embed, as in training.
         batch_size, device: of the encoder's batches.
         shift: delays each clip by so many frames of silence. Its content moves against the patch grid and nothing of
             its beginning is lost; `frames` frames are looked at all the same, so that what of the clip reaches beyond
@@ -159,13 +160,10 @@ def cache_folder() -> Path:
 
 
 def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, compute: Callable[[], Floats]) -> Floats:
-    """What `compute` gives, kept in an `.npz`; computed again where clips or `key` are not those it was kept for.
+    """What `compute` gives, (clips, features), kept in an `.npz`; computed again for other clips or another `key`.
 
-    Args:
-        path: the file, which says as `about` what `key` it was kept for.
-        clips: whose features they are: their names, in their order, and the size and time of their files.
-        key: whatever else they depend on: checkpoint, front end, frames.
-        compute: () -> (clips, features).
+    Clips are others by name, order, or the size and time of a file. `key`, which the file keeps as `about`, is whatever
+    else features depend on: checkpoint, front end, frames.
     """
     names = hashlib.sha256("\n".join([key, *map(_identity, clips)]).encode()).hexdigest()
     try:
@@ -177,7 +175,8 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
         pass
     features = compute()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(Path(path), lambda file: np.savez(file, of=names, about=key, features=features))
+    with replacing(path) as part, open(part, "wb") as new:
+        np.savez(new, of=names, about=key, features=features)
     return features
 
 
@@ -187,14 +186,6 @@ def _identity(clip: Clip) -> str:
     except OSError:  # `compute` will say so
         return clip.name
     return f"{clip.name} {clip.span} {found.st_size} {found.st_mtime_ns}"
-
-
-def _write(path: Path, write: Callable[[Any], None]) -> None:
-    """Beside its place and then moved there, so that no half of a file is ever found."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
 
 
 @torch.inference_mode()
@@ -215,22 +206,15 @@ def embed_files(
     along frequency); "clip" has a row a clip, the mean of these, without `time`. Columns of padding only are left out.
 
     Args:
-        encoder: (B, 1, F, frames), normalised -> tokens and grid.
-        clips: what to embed (`sources.find`).
-        front_end, frames: as in training.
-        out: a `.npz`, whose arrays are these columns, or a `.parquet`, for which pyarrow must be installed. Must not
-            exist.
+        encoder, clips, front_end, frames, batch_size, device: as for `embed`.
+        out: a new `.npz`, whose arrays are these columns, or `.parquet`, which needs pyarrow.
         level: "clip" or "frame".
-        batch_size, device: of the encoder's batches.
 
-    Returns:
-        name and reason of each clip that could not be decoded, and is left out.
-
+    Returns: name and reason of each clip that could not be decoded, and is left out.
     Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
     """
     out = Path(out)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    at_least(1, batch_size=batch_size)
     if level not in ("clip", "frame"):
         raise ValueError(f"level: expected clip or frame, got {level!r}")
     if out.suffix not in (".npz", ".parquet"):
@@ -266,7 +250,8 @@ def embed_files(
     table: dict[str, Any] = {"name": np.array(names), "embedding": np.concatenate(rows)}
     if level == "frame":
         table["time"] = np.concatenate(times)
-    _write(out, lambda file: _write_table(file, table, out.suffix))
+    with replacing(out) as part, open(part, "wb") as file:
+        _write_table(file, table, out.suffix)
     return failed
 
 

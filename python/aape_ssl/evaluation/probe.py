@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..sound.sources import ALIASES, Clip, split_name
 
@@ -70,18 +70,13 @@ class LinearProbe:
 
 
 def fit_logistic(train: tuple[Floats, Ints], validation: tuple[Floats, Ints]) -> LinearProbe:
-    """Multinomial logistic regression on standardised features, its C chosen on validation.
-
-        ½‖w‖² + C · Σ cross-entropy
+    """Multinomial logistic regression of features (n, D) and classes (n), standardised, its C chosen on validation.
 
     One model a C of `STRENGTHS` is fitted on the training clips, standardised by their own mean and standard deviation;
     the C of the best accuracy on validation is taken, of equal ones the least; the probe is then fitted with it on
     training and validation clips together, standardised anew.
 
-    Args:
-        train, validation: features (n, D) float32 and classes (n) int64.
-
-    Errors: `ValueError` where the solver (L-BFGS) does not converge, or where there is only one class to learn.
+    Errors: `ValueError` where the solver does not converge, or where there is only one class to learn.
     """
     mean, scale = _moments(train[0])
     x, held = ((part[0] - mean) / scale for part in (train, validation))
@@ -115,58 +110,40 @@ class Weights:
 
 
 def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
-    """Until no derivative of the mean objective is above `TOLERANCE`.
+    """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy, until no derivative is above `TOLERANCE`.
 
-    To the minimum of scikit-learn's `LogisticRegression`, in a thirtieth of its time: that spends most of it on
-    converting features and on the bookkeeping of a step.
+    Torch's, as scikit-learn's `LogisticRegression` takes many times as long to the same minimum.
     """
     known, number = np.unique(classes, return_inverse=True)
     if len(known) < 2:
         raise ValueError(f"classes: expected at least two to tell apart, got {len(known)}")
-    whole, left = torch.zeros(x.shape[1] + 1, len(known)), np.inf
-    # float32 halves the time; where its rounding keeps the line search from a step, float64 goes on
-    for dtype in (torch.float32, torch.float64):
-        whole, left = _descend(torch.from_numpy(x).to(dtype), torch.from_numpy(number), strength, whole.to(dtype))
-        if left <= TOLERANCE:
-            found = whole.float().numpy()
-            return Weights(np.ascontiguousarray(found[:-1].T), found[-1], known)
-    raise ValueError(
-        f"features: logistic regression with C = {strength:g} does not converge: a derivative of {left:.2g} is left"
+    features, target = torch.from_numpy(x).double(), torch.from_numpy(number)
+    weight = torch.zeros(len(known), x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(len(known), dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=ITERATIONS,
+        max_eval=2 * ITERATIONS,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
     )
 
-
-def _descend(x: Tensor, classes: Tensor, strength: float, start: Tensor) -> tuple[Tensor, float]:
-    """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy from weights and bias (D + 1, classes): where it ends, and the largest
-    derivative there."""
-    count, rows = len(x), x.T.contiguous()
-    target = torch.nn.functional.one_hot(classes, start.shape[1]).to(x)
-    whole, gradient = start.clone(), torch.zeros_like(start)
-    weight, bias = whole.split([len(start) - 1, 1])
-
-    def objective() -> Tensor:
-        log_p = torch.log_softmax(torch.addmm(bias, x, weight), 1)
-        error = (log_p.exp() - target) / count
-        gradient[:-1] = weight / (strength * count)
-        gradient[:-1] += rows @ error
-        gradient[-1] = error.sum(0)
-        penalty = weight.double().square().sum() / (2 * strength * count)
-        loss: Tensor = penalty - (log_p.double() * target).sum() / count
+    def objective() -> torch.Tensor:
+        solver.zero_grad()
+        penalty = weight.square().sum() / (2 * strength * len(x))
+        loss = penalty + F.cross_entropy(F.linear(features, weight, bias), target)
+        loss.backward()
         return loss
 
-    parameter = torch.nn.Parameter(whole)  # of the same memory
-    parameter.grad = gradient
-    with torch.no_grad():
-        torch.optim.LBFGS(
-            [parameter],
-            max_iter=ITERATIONS,
-            max_eval=2 * ITERATIONS,
-            tolerance_grad=TOLERANCE,
-            # no step that float32 cannot tell from none
-            tolerance_change=1e-9 if x.dtype == torch.float32 else 0.0,
-            line_search_fn="strong_wolfe",
-        ).step(torch.no_grad()(objective))
-        objective()
-    return whole, float(gradient.abs().max())
+    solver.step(objective)
+    objective()
+    left = max(float(parameter.grad.abs().max()) for parameter in (weight, bias) if parameter.grad is not None)
+    if left > TOLERANCE:
+        raise ValueError(
+            f"features: logistic regression with C = {strength:g} does not converge: a derivative of {left:.2g} is left"
+        )
+    return Weights(weight.detach().float().numpy(), bias.detach().float().numpy(), known)
 
 
 def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
@@ -175,25 +152,21 @@ def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
     Errors: `ValueError` for fewer than k training clips.
     """
     from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.preprocessing import normalize
 
     if len(train[0]) < k:
         raise ValueError(f"k: expected at most the {len(train[0])} training clips there are, got {k}")
-    # on unit rows the nearest by Euclid are the nearest by cosine; a row is a clip
-    model = KNeighborsClassifier(k, algorithm="brute").fit(normalize(train[0]), train[1])
-    classes: Ints = model.predict(normalize(features))
+    classes: Ints = KNeighborsClassifier(k, metric="cosine").fit(*train).predict(features)
     return classes
 
 
 def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[Round]:
-    """Train, validation and test indices of each round.
+    """Train, validation and test indices of each round; warns of groups with clips on more than one side.
 
     Where the splits are train, valid and test there is one; each may go by a usual name of it (`sources.ALIASES`), in
     any case. Otherwise each fold is tested once, the next one (of the last, the first) being validation and the others
-    training; `test` keeps the rounds of these test folds. Warns of groups with clips on more than one side.
+    training; `test` keeps the rounds of these test folds.
 
-    Errors: `ValueError` for splits that are not all of these three, fewer than three folds, a clip without one, or a
-    test fold that is not there.
+    Errors: `ValueError` for splits or folds that make no round, or a test fold that is not there.
     """
     given = sorted({clip.split for clip in clips})
     if "" in given:
@@ -234,10 +207,7 @@ def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
 
 
 def check_labels(clips: Sequence[Clip], source: str) -> None:
-    """Whether each clip has a label.
-
-    Errors: `ValueError` naming the argument data, which is of `source`, and the first clip that has none.
-    """
+    """Errors: `ValueError` naming the argument data, which is of `source`, and the first clip without a label."""
     without = [clip.name for clip in clips if not clip.label]
     if len(without) == len(clips):
         raise ValueError(f"data: expected clips with labels, as of a manifest's column `label`, {source} has none")
@@ -298,16 +268,10 @@ def evaluate(
     methods: Sequence[str] = ("linear", "knn"),
     test: Sequence[str] | None = None,
 ) -> list[Score]:
-    """One `Score` a method, "linear" (`fit_logistic`) or "knn", over the rounds of `folds_of`.
+    """One `Score` a method, "linear" (`fit_logistic`) or "knn", of features (clips, D) over the rounds of `folds_of`.
 
-    Args:
-        name: of what is scored.
-        features: (clips, D).
-        clips: with labels, splits and groups.
-        methods: which.
-        test: only the rounds that hold these folds out; all unless given.
-
-    Errors: `ValueError` for features that are not finite or not of these clips, another method, and as `folds_of`.
+    Errors: `ValueError` for features that are not finite or not of these clips, another method, a clip without a label,
+    and as `folds_of`.
     """
     if not set(methods) <= {"linear", "knn"}:
         raise ValueError(f"methods: expected linear or knn, got {', '.join(methods)}")

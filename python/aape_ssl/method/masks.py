@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._messages import one_of
+
 __all__ = ["MaskSampler", "Masks"]
 
 Kind = Literal["random", "inverse_block"]
@@ -60,8 +62,7 @@ class MaskSampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind: expected one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        one_of(get_args(Kind), kind=self.kind)
         for name, least in (("num_masks", 1), ("block", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

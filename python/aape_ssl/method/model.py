@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aape_kernels import AaPE
+
+from .._messages import did_you_mean, one_of
 
 __all__ = [
     "PLANES",
@@ -124,8 +125,7 @@ class ConvMLPStem(ConvStem):
         features: str = "both",
     ) -> None:
         super().__init__(patch_size, in_chans, embed_dim)
-        if features not in PLANES:
-            raise ValueError(f"features: expected one of {', '.join(PLANES)}, got {features!r}")
+        one_of(PLANES, features=features)
         pixels, width = in_chans * math.prod(self.proj.kernel_size), PLANES[features] * num_states
         encoder = encoder_dim * (pixels + 1) + 2 * num_states * (encoder_dim + 1)
         projection = num_states * in_chans * self.proj.kernel_size[0]
@@ -156,29 +156,24 @@ def make_stem(
     pixels of their neighbours' patches (a window longer than the patch, a shorter stride), which would give masked
     pre-training's answer away, or not all pixels (a longer stride).
     """
+    one_of(get_args(StemName), stem=name)
     options = dict(options or {})
+    if name == "conv":
+        if options:
+            raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
+        return ConvStem(patch_size, 1, embed_dim)
     kinds: dict[str, type[nn.Module]] = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv+mlp": ConvMLPStem}
-    if name in kinds:
-        known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters) - {"patch_size"}
-        for option in options.keys() - known:
-            near = difflib.get_close_matches(option, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"stem_options: {name} has no option {option}{hint}")
-    if name in ("aape", "aape-fixed"):
-        stem = (AaPE if name == "aape" else FixedAaPE)(patch_size=patch_size, embed_dim=embed_dim, **options)
-        if stem.window > stem.patch_size[1] or stem.stride != stem.patch_size:
-            raise ValueError(
-                f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
-                f"{stem.stride} and window {stem.window}"
-            )
-        return stem
-    if name == "conv+mlp":
-        return ConvMLPStem(patch_size, 1, embed_dim, **options)
-    if name != "conv":
-        raise ValueError(f"stem: expected one of {', '.join(get_args(StemName))}, got {name!r}")
-    if options:
-        raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
-    return ConvStem(patch_size, 1, embed_dim)
+    known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters)
+    known -= {"patch_size", "in_chans", "embed_dim"}
+    for option in options.keys() - known:
+        raise ValueError(f"stem_options: {name} has no option {option}{did_you_mean(option, known)}")
+    stem = kinds[name](patch_size=patch_size, in_chans=1, embed_dim=embed_dim, **options)
+    if isinstance(stem, AaPE) and (stem.window > stem.patch_size[1] or stem.stride != stem.patch_size):
+        raise ValueError(
+            f"stem: expected tokens that see their own patch only, got patch_size {stem.patch_size} with stride "
+            f"{stem.stride} and window {stem.window}"
+        )
+    return stem
 
 
 def gather_tokens(tokens: Tensor, numbers: Tensor) -> Tensor:
@@ -234,6 +229,11 @@ class Encoder(nn.Module):
         if not (n_f and n_t):
             raise ValueError(f"x: expected at least one patch, {self.patch_size}, got {tuple(x.shape[2:])}")
         return n_f, n_t
+
+    def check_frames(self, frames: int) -> None:
+        """Whether a crop of so many frames holds a patch. Errors: `ValueError`."""
+        if frames < self.patch_size[1]:
+            raise ValueError(f"frames: expected at least {self.patch_size[1]}, those of a patch, got {frames}")
 
     def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
         """What the first layer gets: x (B, 1, F, T) -> (B, N, D), or (B·M, N_v, D) for `visible` (B, M, N_v)."""

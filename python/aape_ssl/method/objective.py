@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .._messages import at_least
 from .masks import Masks
 from .model import Encoder, Predictor, gather_tokens
 
@@ -154,9 +155,7 @@ class Pretraining(nn.Module):
         dim = encoder.size.dim
         if predictor.head.out_features != dim:
             raise ValueError(f"predictor: expected encoder_dim {dim}, the encoder's, got {predictor.head.out_features}")
-        for name, value in (("top_layers", top_layers), ("ema_steps", ema_steps), ("projection_dim", projection_dim)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        at_least(1, top_layers=top_layers, ema_steps=ema_steps, projection_dim=projection_dim)
         if not all(0 <= decay <= 1 for decay in ema):
             raise ValueError(f"ema: expected two decays in [0, 1], got {ema}")
         if temperature <= 0:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
+from .._messages import at_least, one_line
 from ..method.model import Encoder, make_stem
 
 __all__ = [
@@ -22,8 +23,8 @@ __all__ = [
     "check_resumable",
     "load_encoder",
     "made_with",
-    "one_line",
     "read_pretraining",
+    "why",
 ]
 
 Part = Literal["teacher", "student"]
@@ -77,9 +78,9 @@ class AtomicCheckpointIO(CheckpointIO):
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of a file's OSErrors
             temporary.unlink(missing_ok=True)
-            why = error.__context__ if isinstance(error.__context__, OSError) else error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = "; the one written before is kept, to resume from" if path.exists() else ""
-            raise CheckpointError(f"{path}: the checkpoint could not be written ({one_line(why)}){kept}") from error
+            raise CheckpointError(f"{path}: the checkpoint could not be written ({why(cause)}){kept}") from error
 
     def load_checkpoint(
         self,
@@ -94,13 +95,11 @@ class AtomicCheckpointIO(CheckpointIO):
             raise CheckpointError(f"{path}: no such checkpoint") from error
         except IsADirectoryError as error:
             raise CheckpointError(f"{path}: expected a checkpoint of pre-training, got a folder") from error
-        except (pickle.UnpicklingError, KeyError) as error:  # its text tells how to load what should not be loaded
-            why = "it is none, or holds other things than tensors and plain values"
-            raise CheckpointError(f"{path}: the checkpoint cannot be read ({why}); it is left as is") from error
         except Exception as error:  # readers of damaged files raise whatever they stumble over
-            raise CheckpointError(
-                f"{path}: the checkpoint cannot be read ({one_line(error)}); it is left as is"
-            ) from error
+            # torch's own text tells how to load what should not be loaded
+            other = isinstance(error, pickle.UnpicklingError | KeyError)
+            cause = "it is none, or holds other things than tensors and plain values" if other else why(error)
+            raise CheckpointError(f"{path}: the checkpoint cannot be read ({cause}); it is left as is") from error
         if not isinstance(checkpoint, dict):
             raise CheckpointError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
         return checkpoint
@@ -110,9 +109,9 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def one_line(error: BaseException) -> str:
+def why(error: BaseException) -> str:
     """Type and text of an error, for a message of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -140,8 +139,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, folder: str | os.PathLike[str], every_n_steps: int = 1000) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
+        at_least(1, every_n_steps=every_n_steps)
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
         self._saved, self._due = 0, False
         self._asked: int | None = None
@@ -195,6 +193,12 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{path}: expected a checkpoint to resume from, it lacks {', '.join(missing)}")
 
 
+def _below(prefix: str, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of the module of that name, its parameters by their names in it."""
+    state = checkpoint.get("state_dict", {})
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for another checkpoint's.
 
@@ -203,9 +207,7 @@ def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """
     options = dict(checkpoint.get("options", {}))
     stem, given = options.get("stem"), options.get("stem_options") or {}
-    prefix = "objective.student.stem."
-    state = checkpoint.get("state_dict", {})
-    shapes = {name.removeprefix(prefix): value.shape for name, value in state.items() if name.startswith(prefix)}
+    shapes = {name: value.shape for name, value in _below("objective.student.stem.", checkpoint).items()}
     if stem in ("aape", "aape-fixed", "conv+mlp") and "proj.weight" in shapes:
         for defaults in ({}, *EARLIER):
             with torch.device("meta"):
@@ -225,9 +227,7 @@ def read_pretraining(
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """
     checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-    options, prefix = made_with(checkpoint), f"objective.{part}."
-    state = checkpoint.get("state_dict", {})
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    options, weights = made_with(checkpoint), _below(f"objective.{part}.", checkpoint)
     needed = ("size", "stem", "patch_size", "stem_options")
     if not weights or any(name not in options for name in needed):
         raise CheckpointError(f"{path}: expected a checkpoint of pre-training with a {part}, got another one")

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from aape_kernels.hub import CARD, OrdinaryFiles, may_be_on_the_hub
 
+from .._messages import one_of
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
-from .checkpoints import CheckpointError, Part, one_line, read_pretraining
+from .checkpoints import CheckpointError, Part, read_pretraining, why
 
 __all__ = ["AudioEncoder", "load"]
 
@@ -70,8 +71,7 @@ class AudioEncoder(
         labels: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if front_end not in FRONT_ENDS:
-            raise ValueError(f"front_end: expected one of {', '.join(FRONT_ENDS)}, got {front_end!r}")
+        one_of(FRONT_ENDS, front_end=front_end)
         self.front_end: FrontEnd = FRONT_ENDS[front_end]
         if statistics is not None:
             mean, std = statistics
@@ -201,4 +201,4 @@ def load(path: str | os.PathLike[str]) -> AudioEncoder:
     try:
         return AudioEncoder.from_pretrained(path)
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise CheckpointError(f"{path}: cannot be loaded ({one_line(error)})") from error
+        raise CheckpointError(f"{path}: cannot be loaded ({why(error)})") from error

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._messages import one_line
 from ..libraries import import_kaldi
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 
 SAMPLE_RATE = 16_000  # Hz
 
-
 # times full scale; powers of what is louder leave float32
 LOUDEST = 1e12
 
@@ -53,26 +53,20 @@ def _open(file: str | os.PathLike[str] | BinaryIO) -> Any:
             raise AudioError("is a directory, not a sound file")
         if os.path.getsize(file) == 0:
             raise AudioError("is empty (0 bytes)")
+        try:
+            os.fsencode(file).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise AudioError("its name is not UTF-8") from error
         file = os.fspath(file)
-        if not _is_utf8(file):
-            raise AudioError("its name is not UTF-8")
     try:
         return soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: headerless formats such as .raw
-        raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
+        raise _unreadable(error) from error
 
 
-def _is_utf8(name: str | bytes) -> bool:
-    try:
-        os.fsencode(name).decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(getattr(error, "error_string", error)).split())
-    return text.rstrip(".")
+def _unreadable(error: Exception) -> AudioError:
+    why = one_line(getattr(error, "error_string", error)).rstrip(".")
+    return AudioError(f"cannot be read as sound ({why})")
 
 
 def duration(path: str | os.PathLike[str]) -> float:
@@ -107,7 +101,7 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
                 sound.seek(round(at * (sound.frames - frames)))
             samples = sound.read(frames, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError, MemoryError) as error:
-            raise AudioError(f"cannot be read as sound ({_one_line(error)})") from error
+            raise _unreadable(error) from error
     if len(samples) == 0:
         raise AudioError("holds no samples")
     waveform = torch.from_numpy(samples.mean(axis=1))
@@ -141,7 +135,6 @@ class FrontEnd(ABC):
     high: float = SAMPLE_RATE / 2
     spread: float = 1.0
 
-    @abstractmethod
     def log_mel(self, waveform: Tensor) -> Tensor:
         """ln of the power in the mel filters, not normalised.
 
@@ -150,14 +143,34 @@ class FrontEnd(ABC):
 
         Errors: `TypeError` for samples that are no floating-point numbers.
         """
+        if not isinstance(waveform, Tensor):
+            raise TypeError(f"waveform: expected a tensor, got {type(waveform).__name__}")
+        if not waveform.is_floating_point():
+            raise TypeError(f"waveform: expected floating-point samples, full scale ±1, got {waveform.dtype}")
+        if self._too_short(waveform):
+            return waveform.new_zeros(*waveform.shape[:-1], self.mel_bins, 0, dtype=torch.float32)
+        return self._log_mel(waveform.float()).contiguous()
+
+    @abstractmethod
+    def _log_mel(self, waveform: Tensor) -> Tensor:
+        """The same of float32 samples, one frame of them at least."""
 
     @abstractmethod
     def seconds(self, frames: int) -> float:
         """The shortest waveform, in seconds, that gives at least this many frames."""
 
-    @abstractmethod
     def centres(self) -> Tensor:
         """Centre frequency of each mel bin in Hz, (F) float64: evenly spaced in mel between `low` and `high`."""
+        low, high = (self._mel(torch.tensor(edge, dtype=torch.float64)) for edge in (self.low, self.high))
+        return self._hz(torch.linspace(float(low), float(high), self.mel_bins + 2, dtype=torch.float64)[1:-1])
+
+    @staticmethod
+    @abstractmethod
+    def _mel(hz: Tensor) -> Tensor: ...
+
+    @staticmethod
+    @abstractmethod
+    def _hz(mel: Tensor) -> Tensor: ...
 
     @property
     def floor(self) -> float:
@@ -178,15 +191,6 @@ class FrontEnd(ABC):
             raise AudioError(f"is too short: expected {self.length:g} s, one frame, got {got:.3g} s")
         return waveform
 
-    @staticmethod
-    def _floats(waveform: object) -> Tensor:
-        """`waveform` in float32. Errors: `TypeError` for anything but floating-point numbers."""
-        if not isinstance(waveform, Tensor):
-            raise TypeError(f"waveform: expected a tensor, got {type(waveform).__name__}")
-        if not waveform.is_floating_point():
-            raise TypeError(f"waveform: expected floating-point samples, full scale ±1, got {waveform.dtype}")
-        return waveform.float()
-
     def _too_short(self, waveform: Tensor) -> bool:
         return waveform.shape[-1] < round(self.length * SAMPLE_RATE)
 
@@ -195,26 +199,17 @@ class FrontEnd(ABC):
 class KaldiFbank(FrontEnd):
     """Kaldi's filter bank as AST and EAT use it; they normalise by twice the standard deviation.
 
-    T = ⌊(samples − 400)/160⌋ + 1.
+        waveform − its mean → Hann frames → |FFT|² → triangles on mel(f) = 1127 ln(1 + f/700) → ln max(·, 2⁻²³)
+
+    T = ⌊(samples − 400)/160⌋ + 1. Kaldi's pre-emphasis of 0.97 and its removal of each frame's mean apply; no dither,
+    so the result is deterministic. Source: `torchaudio.compliance.kaldi.fbank(htk_compat=True)`.
     """
 
     spread: float = 2.0
 
-    def log_mel(self, waveform: Tensor) -> Tensor:
-        """ln of the power in triangular mel filters, not normalised.
-
-            waveform − its mean → Hann frames → |FFT|² → triangles on mel(f) = 1127 ln(1 + f/700) → ln max(·, 2⁻²³)
-
-        waveform (..., samples) at 16 kHz -> (..., F, T) float32; T = 0 below one frame. Kaldi's pre-emphasis of 0.97
-        and its removal of each frame's mean apply; no dither, so the result is deterministic.
-
-        Source: the front end of AST and EAT, `torchaudio.compliance.kaldi.fbank(htk_compat=True)`.
-        """
-        waveform = self._floats(waveform)
+    def _log_mel(self, waveform: Tensor) -> Tensor:
         *batch, samples = waveform.shape
         length, hop = round(self.length * SAMPLE_RATE), round(self.hop * SAMPLE_RATE)
-        if self._too_short(waveform):
-            return waveform.new_zeros(*batch, self.mel_bins, 0)
         # Kaldi takes one waveform: clips are laid end to end, a whole number of hops each, and the frames that reach
         # from one clip into the next are dropped
         stride = -(-samples // hop) * hop
@@ -237,16 +232,18 @@ class KaldiFbank(FrontEnd):
         count = (samples - length) // hop + 1
         frames = torch.nn.functional.pad(frames, (0, 0, 0, len(clips) * (stride // hop) - len(frames)))
         frames = frames.view(*batch, stride // hop, self.mel_bins)[..., :count, :]
-        return frames.mT.contiguous()
+        return frames.mT
 
     def seconds(self, frames: int) -> float:
-        """The shortest waveform, in seconds, that gives at least this many frames."""
+        """From the first frame's start to the last one's end."""
         return (frames - 1) * self.hop + self.length
 
-    def centres(self) -> Tensor:
-        """Centre frequency of each mel bin in Hz, (F) float64: evenly spaced in mel between `low` and `high`."""
-        low, high = (1127 * math.log1p(edge / 700) for edge in (self.low, self.high))
-        mel = torch.linspace(low, high, self.mel_bins + 2, dtype=torch.float64)[1:-1]
+    @staticmethod
+    def _mel(hz: Tensor) -> Tensor:
+        return 1127 * torch.log1p(hz / 700)
+
+    @staticmethod
+    def _hz(mel: Tensor) -> Tensor:
         return 700 * torch.expm1(mel / 1127)
 
 
@@ -254,34 +251,26 @@ class KaldiFbank(FrontEnd):
 class MelSpectrogram(FrontEnd):
     """The mel spectrogram of M2D: frames centred on multiples of the hop, the waveform reflected at its ends.
 
-    T = ⌊samples/160⌋ + 1.
+        periodic Hann frames → |FFT|² → triangles on the Slaney mel scale, of area 1 Hz → ln(· + 2⁻²³)
+
+    T = ⌊samples/160⌋ + 1. Source: M2D (there by nnAudio), as `torchaudio.transforms.MelSpectrogram`.
     """
 
-    def log_mel(self, waveform: Tensor) -> Tensor:
-        """ln of the power in triangular mel filters of unit area, not normalised.
-
-            periodic Hann frames → |FFT|² → triangles on the Slaney mel scale, of area 1 Hz → ln(· + 2⁻²³)
-
-        waveform (..., samples) at 16 kHz -> (..., F, T) float32; T = 0 below one frame.
-
-        Source: M2D's front end (there by nnAudio), as `torchaudio.transforms.MelSpectrogram`.
-        """
-        waveform = self._floats(waveform)
-        if self._too_short(waveform):
-            return waveform.new_zeros(*waveform.shape[:-1], self.mel_bins, 0)
+    def _log_mel(self, waveform: Tensor) -> Tensor:
         power: Tensor = _mel_transform(self, waveform.device)(waveform)
-        return (power + torch.finfo(torch.float32).eps).log().contiguous()
+        return (power + torch.finfo(torch.float32).eps).log()
 
     def seconds(self, frames: int) -> float:
-        """The shortest waveform, in seconds, that gives at least this many frames."""
+        """Between the first and the last frame's centres, but one frame at least."""
         return max((frames - 1) * self.hop, self.length)
 
-    def centres(self) -> Tensor:
-        """Centre frequency of each mel bin in Hz, (F) float64: linear below 1 kHz, logarithmic above (Slaney)."""
-        linear, octave = 3 / 200, 27 / math.log(6.4)  # mel/Hz; mel per factor of e
-        low, high = (hz * linear if hz < 1000 else 15 + octave * math.log(hz / 1000) for hz in (self.low, self.high))
-        mel = torch.linspace(low, high, self.mel_bins + 2, dtype=torch.float64)[1:-1]
-        return torch.where(mel < 15, mel / linear, 1000 * torch.exp((mel - 15) / octave))
+    @staticmethod
+    def _mel(hz: Tensor) -> Tensor:
+        return torch.where(hz < 1000, 3 / 200 * hz, 15 + 27 * torch.log(hz / 1000) / math.log(6.4))
+
+    @staticmethod
+    def _hz(mel: Tensor) -> Tensor:
+        return torch.where(mel < 15, 200 / 3 * mel, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
 
 
 @lru_cache(maxsize=8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,22 +11,63 @@ import numpy as np
 from torch import Tensor
 
 from .._lightning import LightningDataModule
+from .._messages import one_of
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
-from .loader import ClipLoader, Crops, features, for_trainer
+from .loader import ClipLoader, Crops, features
 from .sources import Clip, SourceError, find
 
-__all__ = ["ClipData"]
+__all__ = ["ClipData", "CropsData"]
 
 MEASURED = 512  # clips; at 2 s each 17 minutes of sound
 
 
-class ClipData(LightningDataModule):
+class CropsData(LightningDataModule):
+    """Trains on `Crops` of clips, a share of them a process. When training ends, workers do, and the clips that could
+    not be decoded are listed on stderr.
+
+    Args:
+        front_end: log-mel and its statistics.
+        batch_size: clips of one process in a batch.
+        workers: loading processes; 0 loads in the training process.
+        crops: further arguments of `Crops`.
+    """
+
+    def __init__(self, front_end: FrontEnd, batch_size: int, workers: int, **crops: Any) -> None:
+        super().__init__()
+        self.front_end, self.batch_size, self.workers = front_end, batch_size, workers
+        self.frames: int = crops["frames"]
+        self.crops_options = crops
+        self.loader: ClipLoader | None = None
+
+    def crops_of(self, clips: Sequence[Clip]) -> ClipLoader:
+        """From the trainer's epoch on; instead of the loader before (`reload_dataloaders_every_n_epochs`)."""
+        trainer, before = self.trainer, self.loader
+        rank, world, epoch = (trainer.global_rank, trainer.world_size, trainer.current_epoch) if trainer else (0, 1, 0)
+        crops = Crops(clips, self.front_end, **self.crops_options)
+        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world, epoch=epoch)
+        if before:
+            before.close()
+            self.loader.failed |= before.failed
+        return self.loader
+
+    def report(self, most: int | None = 10) -> str:
+        """Which clips could not be decoded, one a line; "" if none."""
+        return self.loader.report(most=most) if self.loader else ""
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers, and list the clips that could not be decoded."""
+        if self.loader:
+            self.loader.close()
+        if report := self.report():
+            print(report, file=sys.stderr)
+
+
+class ClipData(CropsData):
     """Random log-mel crops of a set of clips, to pre-train on.
 
     A batch is {"log_mel": (B, 1, F, frames) float32, normalised, "index": (B) int64}; what it holds depends on seed,
     epoch and index only (`Crops`). Checkpoints hold the loader's place, by Lightning's protocol for stateful loaders,
-    and the statistics: a run that is resumed goes on with the same bits. Clips that could not be decoded are listed on
-    stderr when training ends.
+    and the statistics: a run that is resumed goes on with the same bits.
 
     Args:
         data: a folder, a `.csv` manifest, or `.tar` shards (`sources.find`).
@@ -43,7 +84,7 @@ class ClipData(LightningDataModule):
         on_device: compute log-mels there for the whole batch; by default workers do.
         max_failed: training stops when more than this share of the clips cannot be decoded.
 
-    Errors: `ValueError` (`SourceError`) that names the argument or the file.
+    Errors: `ValueError` that names the argument or the file.
     """
 
     def __init__(
@@ -61,32 +102,23 @@ class ClipData(LightningDataModule):
         on_device: bool = False,
         max_failed: float = 0.05,
     ) -> None:
-        super().__init__()
-        if front_end not in FRONT_ENDS:
-            raise ValueError(f"front_end: expected one of {', '.join(FRONT_ENDS)}, got {front_end!r}")
-        self.front_end: FrontEnd = FRONT_ENDS[front_end]
-        if isinstance(statistics, str):
-            if statistics not in ("preset", "data"):
-                raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
-        else:
-            self.front_end = _normalised_by(self.front_end, *statistics)
+        one_of(FRONT_ENDS, front_end=front_end)
+        if isinstance(statistics, str) and statistics not in ("preset", "data"):
+            raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
+        of = FRONT_ENDS[front_end]
+        super().__init__(
+            of if isinstance(statistics, str) else _normalised_by(of, *statistics),
+            batch_size,
+            workers,
+            frames=frames,
+            seed=seed,
+            mix=mix,
+            resize_crop=resize_crop,
+            waveforms=on_device,
+            max_failed=max_failed,
+        )
         self.front_end_name, self.data, self.statistics, self.splits = front_end, data, statistics, splits
-        self.batch_size, self.workers = batch_size, workers
-        self._options: dict[str, Any] = {
-            "frames": frames,
-            "seed": seed,
-            "mix": mix,
-            "resize_crop": resize_crop,
-            "waveforms": on_device,
-            "max_failed": max_failed,
-        }
         self.clips: list[Clip] = []
-        self.loader: ClipLoader | None = None
-
-    @property
-    def frames(self) -> int:
-        """T of a crop."""
-        return int(self._options["frames"])
 
     def setup(self, stage: str | None = None) -> None:
         """Find the clips, and measure their statistics where they were asked for."""
@@ -97,53 +129,38 @@ class ClipData(LightningDataModule):
             self.front_end = measure(self.front_end, self._sample())
 
     def _sample(self) -> Iterator[Tensor]:
-        crops = Crops(self.clips, self.front_end, **self._options)
-        rng = np.random.default_rng([self._options["seed"]])
+        rng = np.random.default_rng([self.crops_options["seed"]])
         failed: dict[str, str] = {}
-        for index in rng.permutation(len(crops))[:MEASURED].tolist():
+        for index in rng.permutation(len(self.clips))[:MEASURED].tolist():
             try:
                 # as long as it is: the zeros after a short clip are not the data's
-                yield self.clips[index].load(crops.front_end.seconds(crops.frames), rng.random())
+                yield self.clips[index].load(self.front_end.seconds(self.frames), rng.random())
             except AudioError as error:  # reported when training meets it
                 failed[self.clips[index].name] = str(error)
-        if len(failed) == min(len(crops), MEASURED):
+        if len(failed) == min(len(self.clips), MEASURED):
             name, why = next(iter(failed.items()))
             raise SourceError(f"{self.data}: none of {len(failed)} clips could be decoded: {name}: {why}")
 
     def train_dataloader(self) -> ClipLoader:
         """The loader, this process's share of it under a trainer with several."""
         self.setup()
-        crops = Crops(self.clips, self.front_end, **self._options)
-        self.loader = for_trainer(crops, self.batch_size, self.workers, self.trainer, self.loader)
-        return self.loader
+        return self.crops_of(self.clips)
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Waveforms to log-mels, where workers left that to the device."""
-        return features(batch, self.front_end, self._options["frames"]) if "waveform" in batch else batch
-
-    def report(self, most: int | None = 10) -> str:
-        """Which clips could not be decoded, one a line; "" if none."""
-        return self.loader.report(most=most) if self.loader else ""
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers, and list the clips that could not be decoded."""
-        if self.loader:
-            self.loader.close()
-        report = self.report()
-        if report:
-            print(report, file=sys.stderr)
+        return features(batch, self.front_end, self.frames) if "waveform" in batch else batch
 
     def state_dict(self) -> dict[str, Any]:
         """What the encoder's input is; the place is the loader's."""
         statistics = {"mean": self.front_end.mean, "std": self.front_end.std}
-        return {"front_end": self.front_end_name, "frames": self._options["frames"], **statistics}
+        return {"front_end": self.front_end_name, "frames": self.frames, **statistics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The statistics that the run began with.
 
         Errors: `ValueError` for another front end or length.
         """
-        for name, here in (("front_end", self.front_end_name), ("frames", self._options["frames"])):
+        for name, here in (("front_end", self.front_end_name), ("frames", self.frames)):
             if state[name] != here:
                 raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
         self.front_end = _normalised_by(self.front_end, state["mean"], state["std"])

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .._messages import at_least
 from . import audio
 from .audio import SAMPLE_RATE, FrontEnd
 from .sources import Clip
 
-__all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "for_trainer", "mix", "resize_crop"]
+__all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resize_crop"]
 
 ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag stands first
 Key = tuple[int, int]  # epoch, index
@@ -242,9 +243,8 @@ class ClipLoader:
     def __init__(
         self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        at_least(1, batch_size=batch_size)
+        at_least(0, workers=workers)
         self.step = batch_size * world
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")
@@ -322,19 +322,6 @@ class ClipLoader:
         clips = f"{len(self.data)} clips ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
         of_clips = {"clips": clips, "seed": self.data.seed, "clips a batch over all processes": self.step}
         return of_clips | {"mix": self.data.mix, "resize_crop": self.data.resize_crop}
-
-
-def for_trainer(data: Crops, batch_size: int, workers: int, trainer: Any, before: ClipLoader | None) -> ClipLoader:
-    """This process's share, from the trainer's epoch on; instead of the loader `before`, where that is replaced
-    (`reload_dataloaders_every_n_epochs`)."""
-    place = (
-        {"rank": trainer.global_rank, "world": trainer.world_size, "epoch": trainer.current_epoch} if trainer else {}
-    )
-    loader = ClipLoader(data, batch_size, workers=workers, **place)
-    if before:
-        before.close()
-        loader.failed |= before.failed
-    return loader
 
 
 def _as_is(batch: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .._files import replacing
 from . import audio
 
 __all__ = ["SUFFIXES", "Clip", "SourceError", "find", "read_manifest", "split_name", "write_manifest"]
@@ -225,11 +226,9 @@ def _split_column(line: str, columns: list[str]) -> str:
 def write_manifest(path: str | os.PathLike[str], clips: Collection[Clip], split: str = "fold") -> None:
     """`file,label,fold,group` for `read_manifest`, `file` being each clip's name.
 
-    Written beside its place and then moved there, so that no half of a manifest is ever found.
+    No half of a manifest is ever found.
     """
-    part = f"{os.fspath(path)}.part"
-    with open(part, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["file", "label", split, "group"])
         rows.writerows([clip.name, clip.label, clip.split, clip.group] for clip in clips)
-    os.replace(part, path)

@@ -81,14 +81,10 @@ class Finetune(Run):
     def summary(self) -> dict[str, str]:
         """Validation and test of the exported encoder."""
         module, data = self.model, self.datamodule
-        prefix = "model."
         best = self.best.best_model_score
         if best is None:
             raise ValueError(f"max_steps: no epoch ended in {self.trainer.global_step} steps, so nothing was validated")
-        state = AtomicCheckpointIO().load_checkpoint(self.best.best_model_path)["state_dict"]
-        module.model.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
+        module.load_state_dict(AtomicCheckpointIO().load_checkpoint(self.best.best_model_path)["state_dict"])
         folder = self.config.out / "model"
         module.model.save_pretrained(folder)
         # what is tested is what was written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from .._lightning import (
     FSDPStrategy,
-    LightningDataModule,
     ModelParallelStrategy,
     MulticlassAccuracy,
     MultilabelAveragePrecision,
@@ -23,24 +21,22 @@ from .._lightning import (
 from ..evaluation import probe
 from ..evaluation.embedding import first_window, named
 from ..saved.pretrained import AudioEncoder, load
-from ..sound.loader import ClipLoader, Crops, for_trainer
+from ..sound.data import CropsData
+from ..sound.loader import ClipLoader
 from ..sound.sources import Clip, find
-from .optimisation import check_rates, decays, warmup_cosine
-from .steps import SteppingModule, check_frames
+from .optimisation import adamw, check_rates, decays
+from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
 
 
-class LabelledClips(LightningDataModule):
+class LabelledClips(CropsData):
     """Labelled clips of a manifest: random crops to train on, the beginning of each clip to validate and test on.
-
-    The manifest's columns are `file`, `label` and `split` (train, valid, test) or `fold`; of folds `test` is held out
-    and the next one (of the last, the first) validates.
 
     Args:
         data: a `.csv` manifest with the columns file, label, split (train, valid, test) or fold, and group.
         checkpoint: whose front end prepares the clips.
-        test: the fold to hold out; "test" where the manifest has splits.
+        test: the fold to hold out, the next one (of the last, the first) validating; "test" for a manifest with splits.
         frames: T of a crop, and of what is validated on; as in pre-training unless given.
         multi_label: clips have several labels, separated by ";".
         batch_size: clips of one process in a batch.
@@ -68,14 +64,18 @@ class LabelledClips(LightningDataModule):
         resize_crop: float = 1.0,
         max_failed: float = 0.05,
     ) -> None:
-        super().__init__()
         encoder = load(checkpoint)
-        self.front_end, self.frames = encoder.front_end, encoder.frames if frames is None else frames
+        super().__init__(
+            encoder.front_end,
+            batch_size,
+            workers,
+            frames=encoder.frames if frames is None else frames,
+            seed=seed,
+            resize_crop=resize_crop,
+            max_failed=max_failed,
+        )
         self.data, self.held_out, self.multi_label = data, test, multi_label
-        self.batch_size, self.workers = batch_size, workers
-        self._options: dict[str, Any] = {"seed": seed, "resize_crop": resize_crop, "max_failed": max_failed}
         self.labels: tuple[str, ...] = ()
-        self.loader: ClipLoader | None = None
         self._place: Mapping[str, Any] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -120,12 +120,11 @@ class LabelledClips(LightningDataModule):
 
     def train_dataloader(self) -> ClipLoader:
         """Random crops {"log_mel": (B, 1, F, T), "index": (B)}, as in pre-training; this process's share of them."""
-        crops = Crops(self.train, self.front_end, self.frames, **self._options)
-        self.loader = for_trainer(crops, self.batch_size, self.workers, self.trainer, self.loader)
+        loader = self.crops_of(self.train)
         if self._place is not None:
-            self.loader.load_state_dict(self._place)
+            loader.load_state_dict(self._place)
             self._place = None
-        return self.loader
+        return loader
 
     def state_dict(self) -> dict[str, Any]:
         """The loader's place: of a checkpoint at an epoch's end Lightning restores none."""
@@ -144,13 +143,6 @@ class LabelledClips(LightningDataModule):
         return torch.utils.data.DataLoader(
             _Windows(clips, self), self.batch_size, num_workers=self.workers, persistent_workers=self.workers > 0
         )
-
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers, and list the training clips that could not be decoded."""
-        if self.loader:
-            self.loader.close()
-            if report := self.loader.report():
-                print(report, file=sys.stderr)
 
 
 class _Windows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -221,7 +213,7 @@ class FinetuningModule(SteppingModule):
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(f"strategy: expected one that shards nothing, such as ddp, got {self.trainer.strategy}")
         pretrained, data = load(self.checkpoint), self.clips
-        check_frames(data, pretrained.encoder.patch_size[1])
+        pretrained.encoder.check_frames(data.frames)
         config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
         self.model = AudioEncoder(**config)
         self.model.encoder.load_state_dict(pretrained.encoder.state_dict())
@@ -254,12 +246,6 @@ class FinetuningModule(SteppingModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(logits), sync_dist=True)
         return self.accumulated(loss, batch_idx)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss or gradient that is no number, before it reaches the weights."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        self.check_step(norm)
-        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
-
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Scores of one batch of clips."""
         logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]
@@ -283,10 +269,7 @@ class FinetuningModule(SteppingModule):
                 raise ValueError("max_epochs: expected a number of epochs, at whose end the learning rate is 0")
             # not `estimated_stepping_batches`: it sets the loader up before a resumed run has its place
             steps = trainer.max_epochs * -(-data.batches_per_epoch // trainer.accumulate_grad_batches)
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.lr, betas=self.betas)
-        warmup = round(self.warmup * steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return adamw(self._groups(), self.betas, round(self.warmup * steps), steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         assert self.model is not None

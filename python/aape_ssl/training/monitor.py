@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from aape_kernels import AaPE
 
+from .._files import replacing
 from .._lightning import Callback, LightningModule, TensorBoardLogger, Trainer, rank_zero_warn
+from .._messages import at_least
 from ..method import diagnostics
 from ..method.masks import Masks
 from ..method.objective import Pretraining
@@ -50,8 +51,7 @@ class Monitor(Callback):
 
     def __init__(self, every_n_steps: int = 100, folder: Path | None = None) -> None:
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
+        at_least(1, every_n_steps=every_n_steps)
         self.every_n_steps, self.folder = every_n_steps, folder
         self.last: dict[str, float] = {}
         self._values: dict[str, float] | None = None  # of a step that is due
@@ -104,8 +104,8 @@ class Monitor(Callback):
             figure = picture(x[0, 0], masks, student.patch_size, attention)
             if self.folder is not None and trainer.is_global_zero:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(self.folder / "monitor.part.png")
-                os.replace(self.folder / "monitor.part.png", self.folder / "monitor.png")
+                with replacing(self.folder / "monitor.png") as part:
+                    figure.savefig(part, format="png")
             for board in boards:
                 board.add_figure(TAG, figure, step, close=False)
         for logger in trainer.loggers:

@@ -1,13 +1,15 @@
-"""What pre-training and fine-tuning share: the schedule, and which parameters weight decay leaves alone."""
+"""What pre-training and fine-tuning share: AdamW, its schedule, and which parameters weight decay leaves alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["check_rates", "decays", "warmup_cosine"]
+__all__ = ["adamw", "check_rates", "decays", "warmup_cosine"]
 
 
 def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -30,6 +32,13 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1)))
+
+
+def adamw(groups: list[dict[str, Any]], betas: tuple[float, float], warmup: int, steps: int) -> dict[str, Any]:
+    """AdamW of groups that have `lr` and `weight_decay`, and `warmup_cosine` every step, as Lightning takes them."""
+    optimizer = torch.optim.AdamW(groups, betas=betas)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def decays(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:

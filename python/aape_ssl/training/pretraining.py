@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .._lightning import rank_zero_warn
+from .._messages import at_least
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
 from ..saved.checkpoints import made_with
-from .optimisation import check_rates, decays, warmup_cosine
-from .sharding import ShardedStrategy, check_strategy, shard, total_norm
-from .steps import NonFiniteError, SteppingModule, check_frames
+from .optimisation import adamw, check_rates, decays
+from .sharding import ShardedStrategy, check_strategy, shard
+from .steps import NonFiniteError, SteppingModule
 
 __all__ = ["NonFiniteError", "PretrainingModule"]
 
@@ -100,8 +101,7 @@ class PretrainingModule(SteppingModule):
             ema_steps=ema_steps,
         )
         check_rates(lr, betas, weight_decay)
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps: expected at least 0, got {warmup_steps}")
+        at_least(0, warmup_steps=warmup_steps)
         self.lr, self.betas, self.weight_decay, self.warmup_steps = lr, betas, weight_decay, warmup_steps
         self.compiled = compile
         self._micro_batches: list[tuple[Terms, Tensor]] = []
@@ -113,7 +113,9 @@ class PretrainingModule(SteppingModule):
         """
         strategy = self.trainer.strategy
         check_strategy(strategy)
-        check_frames(getattr(self.trainer, "datamodule", None), self.objective.student.patch_size[1])
+        frames = getattr(getattr(self.trainer, "datamodule", None), "frames", None)
+        if frames is not None:
+            self.objective.student.check_frames(frames)
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"precision: expected weights in float32 (bf16-mixed, 16-mixed or 32-true), as steps of the teacher's "
@@ -139,11 +141,9 @@ class PretrainingModule(SteppingModule):
         return {"loss": loss, "terms": terms, "masks": masks}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss or gradient that is no number, before it reaches the weights."""
-        norm = total_norm(self.parameters())
-        self.check_step(norm)
-        group = optimizer.param_groups[0]
-        self.log_dict({"train/grad_norm": norm, "train/lr": group["lr"], "train/ema_decay": self.objective.decay})
+        """The teacher's decay is logged, too."""
+        super().on_before_optimizer_step(optimizer)
+        self.log("train/ema_decay", self.objective.decay)
 
     def what_is_not_finite(self, norm: Tensor) -> str:
         """The micro-batch and its clips, for a message."""
@@ -177,18 +177,9 @@ class PretrainingModule(SteppingModule):
         for name, parameter in self.objective.named_parameters():
             if parameter.requires_grad:
                 groups[decays(name, parameter, exempt)].append(parameter)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": self.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=self.lr,
-            betas=self.betas,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.warmup_steps, steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        decay = {True: self.weight_decay, False: 0.0}
+        parts = [{"params": groups[part], "weight_decay": decay[part], "lr": self.lr} for part in groups]
+        return adamw(parts, self.betas, self.warmup_steps, steps)
 
     # --- checkpoints ---
 

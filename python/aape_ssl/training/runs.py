@@ -27,6 +27,7 @@ from .._lightning import (
     TensorBoardLogger,
     Trainer,
 )
+from .._messages import at_least, one_of
 from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, StoppedError, check_resumable
 from ..sound.loader import TooManyFailedError
 from .steps import NonFiniteError
@@ -156,14 +157,12 @@ class Run(LightningCLI):
         """What lightning would take, for something else or until it fails."""
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: expected a folder, {out} is a file")
-        for name in ("checkpoint_every", "monitor_every"):
-            if getattr(self.config, name, 1) < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {getattr(self.config, name)}")
+        every = {name: getattr(self.config, name, 1) for name in ("checkpoint_every", "monitor_every")}
+        at_least(1, **{f"--{name}": value for name, value in every.items()})
         trainer = self.config_init.trainer
-        for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
-            value = trainer[name]
-            if value is not None and not value >= least:
-                raise ValueError(f"--trainer.{name}: expected at least {least}, got {value}")
+        at_least(1, **{"--trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"]})
+        if trainer["gradient_clip_val"] is not None:
+            at_least(0, **{"--trainer.gradient_clip_val": trainer["gradient_clip_val"]})
 
     @abstractmethod
     def own_callbacks(self) -> list[Callback]:
@@ -229,8 +228,7 @@ def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
         name, given, value = argument.partition("=")
         if name == "--preset":
             preset = value if given else "".join(arguments[i + 1 : i + 2])
-            if preset not in presets:
-                raise ValueError(f"--preset: expected one of {', '.join(presets)}, got {preset!r}")
+            one_of(presets, **{"--preset": preset})
             del arguments[i : i + (1 if given else 2)]
             return ["--config", str(presets[preset]), *arguments]
     return arguments

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,22 +28,15 @@ class ShardedStrategy(ModelParallelStrategy):
     optimiser's state, and a layer's whole parameters only while it runs. Its checkpoints are those of a single process:
     one file through the trainer's `CheckpointIO`, from which either goes on, with as many processes as wanted.
 
-    Args:
-        process_group_backend: "nccl" or "gloo"; by the device unless given.
-        timeout: of a collective; torch's, 30 minutes, unless given.
+    Takes Lightning's other arguments, such as `process_group_backend` and `timeout`.
 
     Source: ours. Lightning's saves a folder of shards unless told otherwise, and numbers the optimiser's parameters
     by the model where a single process does by the optimiser.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
-        super().__init__(
-            data_parallel_size=1,  # until `setup_environment` knows
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timeout or dist.constants.default_pg_timeout,
-        )
+    def __init__(self, **options: Any) -> None:
+        # one process, until `setup_environment` knows
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, save_distributed_checkpoint=False, **options)
 
     def setup_environment(self) -> None:
         """As Lightning's, over all processes of all nodes."""

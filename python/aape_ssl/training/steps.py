@@ -8,24 +8,15 @@ import torch
 from torch import Tensor
 
 from .._lightning import LightningModule
+from .sharding import total_norm
 
-__all__ = ["NonFiniteError", "SteppingModule", "check_frames"]
+__all__ = ["NonFiniteError", "SteppingModule"]
 
 OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then it is not the scale
 
 
 class NonFiniteError(FloatingPointError):
     """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
-
-
-def check_frames(data: Any, patch: int) -> None:
-    """Whether the crops of a data module, which says their `frames`, hold a patch.
-
-    Errors: `ValueError` naming the argument.
-    """
-    frames = getattr(data, "frames", patch)
-    if frames < patch:
-        raise ValueError(f"frames: expected at least {patch}, those of a patch, got {frames}")
 
 
 class SteppingModule(LightningModule):
@@ -54,13 +45,11 @@ class SteppingModule(LightningModule):
         self._share = each / max(1, count)
         return loss * self._share if count < each else loss
 
-    def check_step(self, norm: Tensor) -> None:
-        """Mend the mean where fewer micro-batches came than were foreseen, and see whether everything is a number.
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop at a loss or gradient that is no number, before it reaches the weights, and log the gradient's norm.
 
-        With a gradient scaler (`16-mixed`) an overflow is its way of finding the scale: that step is left out.
-
-        Args:
-            norm: of the gradient.
+        With a gradient scaler (`16-mixed`) an overflow is its way of finding the scale: that step is left out. Where
+        fewer micro-batches came than were foreseen, their mean is mended.
 
         Errors: `NonFiniteError`, on all processes or on none.
         """
@@ -69,6 +58,7 @@ class SteppingModule(LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(missing)
+        norm = total_norm(self.parameters())
         finite = bool(torch.stack([norm, *self._losses]).isfinite().all())  # one synchronisation a step
         # all processes stop, or those that are left wait for the others
         self.skipped = not self.trainer.strategy.reduce_boolean_decision(finite)
@@ -76,6 +66,7 @@ class SteppingModule(LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if self.skipped and not (scaled and self._overflows < OVERFLOWS):
             raise NonFiniteError(self.what_is_not_finite(norm))
+        self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
 
     def what_is_not_finite(self, norm: Tensor) -> str:
         """Step, losses and gradient, for a message."""
