@@ -37,6 +37,7 @@ def _settings() -> Any:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+@pytest.mark.slow
 def test_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--out", str(tmp_path / "new" / "folder"), *TRIAL]) == 0
     printed = capsys.readouterr().out
