@@ -151,6 +151,19 @@ template <class P, class T>
 AAPE_DEVICE void store_pack(T* to, const P& value) {
   *reinterpret_cast<P*>(to) = value;
 }
+// The same where `to` is in shared memory.
+template <class P, class T>
+AAPE_DEVICE void store_shared(T* to, const P& value) {
+  store_pack(to, value);
+}
+#ifdef __CUDACC__
+// nvcc makes four stores of it, each of which has the bank conflicts of every fourth word.
+AAPE_DEVICE void store_shared(float* to, const Quad<float>& value) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "f"(value.at[0]), "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3])
+               : "memory");
+}
+#endif
 
 // In place of x's type, in a kernel that learns at run time which of float's it is. run(IO()) with the type itself.
 struct AnyFloat {};

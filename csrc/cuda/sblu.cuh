@@ -1,8 +1,8 @@
 // What SBLU's kernels share: a block's tile of tokens, its rows of x in shared memory, and their projection.
 //
 // A block has kWarps warps and works on `tile` neighbouring tokens of one subband (b, i) and on 32 states, one a lane. The
-// frames under its windows are projected once and kept in shared memory, u[frame][state]: every access to it is free of
-// bank conflicts, as lanes are states.
+// frames under its windows are projected once and kept in shared memory, u[frame][state]: where lanes are states, accesses
+// to it are free of bank conflicts.
 
 #pragma once
 
@@ -16,6 +16,7 @@ template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr int kRowBlock = 16;  // rows of x in shared memory at once
 constexpr int kFramePad = 8;   // frames are padded to a multiple of the longest pack
+constexpr int kPitch = kLanes + 4;  // from one frame's states, or one row's, to the next's: in the next four banks
 
 // With logits, decay and frequency hold the Lambda Encoder's r, squashed here into the ranges.
 template <class T>
@@ -155,11 +156,11 @@ template <class T, class IO, class I>
 struct Tiles {
   T *u, *xs, *ws;
   AAPE_DEVICE Tiles(const SbluParams<T, IO, I>& p, unsigned char* memory)
-      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * kLanes), ws(xs + kRowBlock * p.pitch()) {}
+      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * kPitch), ws(xs + kRowBlock * p.pitch()) {}
 };
 
 inline size_t shared_bytes(int columns, size_t bytes) {
-  return (size_t(columns) * kLanes + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * kLanes) * bytes;
+  return (size_t(columns) * kPitch + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * kPitch) * bytes;
 }
 
 // Where a block is.
@@ -192,27 +193,33 @@ AAPE_DEVICE Tile<I> tile_at(const GridOf<I>& g, I tokens, unsigned unit, I state
 
 template <class T, class X, class IO, class I>
 AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
-  constexpr int kPack = 16 / sizeof(X);
+  constexpr int kPack = 16 / sizeof(X), kStore = kPack < 4 ? kPack : 4;
   const GridOf<I>& g = p.grid;
   const int rows = int(g.channels * g.patch_f), patch_f = int(g.patch_f), packs = p.columns / kPack;
   for (int k = threadIdx.x; k < kRowBlock * packs; k += kThreads) {
     const int line = k / packs, f = k % packs * kPack;
     const int row = r + line;
     const I at = t.frame + f, c = row / patch_f, q = row % patch_f;
-    T* to = xs + line * p.pitch() + f;
     const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + c * p.x_stride[1] +
                     (t.i * g.stride_f + q) * p.x_stride[2];
+    const auto put = [&](auto value) {
+#pragma unroll
+      for (int n = 0; n < kPack; n += kStore) {
+        Pack<T, kStore> part;
+#pragma unroll
+        for (int k = 0; k < kStore; ++k) part.at[k] = value(n + k);
+        store_shared(xs + line * p.pitch() + f + n, part);
+      }
+    };
     if (row < rows && f + kPack <= t.frames && at >= 0 && at + kPack <= g.frames && p.x_stride[3] == 1 &&
         aligned<Pack<X, kPack>>(from + at)) {
       const auto pack = load_pack<Pack<X, kPack>>(from + at);
-#pragma unroll
-      for (int n = 0; n < kPack; ++n) to[n] = widen<T>(pack.at[n]);
+      put([&](int n) { return widen<T>(pack.at[n]); });
     } else {
-#pragma unroll
-      for (int n = 0; n < kPack; ++n) {
+      put([&](int n) {
         const bool inside = row < rows && f + n < t.frames && at + n >= 0 && at + n < g.frames;
-        to[n] = inside ? widen<T>(from[(at + n) * p.x_stride[3]]) : T(0);
-      }
+        return inside ? widen<T>(from[(at + n) * p.x_stride[3]]) : T(0);
+      });
     }
   }
 }
@@ -224,49 +231,61 @@ AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int 
   with_type<IO>(p.x_type, [&](auto x) { load_rows_as<T, decltype(x)>(p, t, r, xs); });
 }
 
-// The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][lane],
-// lines `pitch` apart. The caller synchronises.
+// The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][lane], lines kPitch apart. A warp
+// has eight rows of four states: whole sectors of the weight, and places of ws in different banks. The caller synchronises.
 template <class T, class IO, class I>
-AAPE_DEVICE void load_weights(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, int pitch, T* ws) {
+AAPE_DEVICE void load_weights(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* ws) {
   const int rows = int(p.grid.channels * p.grid.patch_f);
   for (int k = threadIdx.x; k < kRowBlock * kLanes; k += kThreads) {
-    const int row = r + k % kRowBlock, lane = k / kRowBlock;
+    const int line = k % 8 + k / (8 * kLanes) * 8, lane = k / 8 % kLanes, row = r + line;
     const I s = t.state + lane;
-    ws[k % kRowBlock * pitch + lane] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
+    ws[line * kPitch + lane] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
   }
 }
+
+// A thread's cell of its warp's 8 × 4 in a product, of which it has four columns and four rows. Lanes that differ in their
+// lowest bit have the same columns, and those that differ in the next one the same rows: a 16-byte read of either is then
+// two wavefronts, not four.
+struct Cell {
+  int column, row;
+  AAPE_DEVICE Cell() {
+    const int lane = threadIdx.x % kLanes;
+    column = lane / 2 % 8;
+    row = lane % 2 + lane / 16 * 2;
+  }
+};
 
 // u[frame][lane] = Σ_r x[r][frame] · weight[r][lane] for the tile's frames, all rows. A thread has four frames of four
 // states: two 16-byte reads for 16 multiply-adds.
 template <class T, class IO, class I>
 AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<T, IO, I>& m) {
-  constexpr int kGroups = kLanes / 4;                       // of states
-  constexpr int kFrames = kThreads / kGroups * 4;           // of the block at once
-  const int lane = threadIdx.x % kGroups * 4, first = threadIdx.x / kGroups * 4;
+  constexpr int kFrames = kWarps * 16;  // of the block at once
+  const Cell cell;
+  const int lane = cell.column * 4, first = threadIdx.x / kLanes * 16 + cell.row * 4;
   const int rows = int(p.grid.channels * p.grid.patch_f);
   for (int r = 0; r < rows; r += kRowBlock) {
     if (r) __syncthreads();  // before xs is written again
     load_rows(p, t, r, m.xs);
-    load_weights(p, t, r, kLanes, m.ws);
+    load_weights(p, t, r, m.ws);
     __syncthreads();
     for (int f = first; f < t.frames; f += kFrames) {
       Quad<T> sum[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (r) sum[k] = load_pack<Quad<T>>(m.u + (f + k) * kLanes + lane);
+        if (r) sum[k] = load_pack<Quad<T>>(m.u + (f + k) * kPitch + lane);
         else sum[k] = Quad<T>{};
       }
 #pragma unroll
       for (int row = 0; row < kRowBlock; ++row) {
         const auto x = load_pack<Quad<T>>(m.xs + row * p.pitch() + f);
-        const auto w = load_pack<Quad<T>>(m.ws + row * kLanes + lane);
+        const auto w = load_pack<Quad<T>>(m.ws + row * kPitch + lane);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int s = 0; s < 4; ++s) sum[k].at[s] = fma(x.at[k], w.at[s], sum[k].at[s]);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) store_pack(m.u + (f + k) * kLanes + lane, sum[k]);
+      for (int k = 0; k < 4; ++k) store_pack(m.u + (f + k) * kPitch + lane, sum[k]);
     }
   }
   __syncthreads();
@@ -362,10 +381,10 @@ AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const 
     const I j = t.first + n;
     const State<T> state = load_state(p, t, j, s);
     const Gain<T> g = gain_of<T, false>(state, even);
-    const T* left = u + n * int(p.grid.stride_t) * kLanes + lane;
-    const T* right = left + (window - 1) * kLanes;
+    const T* left = u + n * int(p.grid.stride_t) * kPitch + lane;
+    const T* right = left + (window - 1) * kPitch;
     Complex<T> plus = {0, 0}, minus = {0, 0};
-    for (int m = 0; m < window / 2; ++m, left += kLanes, right -= kLanes) {
+    for (int m = 0; m < window / 2; ++m, left += kPitch, right -= kPitch) {
       plus = step<T>(plus, g.z, *right + *left);
       if (quadrature) minus = step<T>(minus, g.z, *right - *left);
     }

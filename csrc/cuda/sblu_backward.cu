@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_states_ker
     const I j = t.first + n;
     const State<T> state = load_state(p, t, j, s);
     const Gain<T> g = gain_of<T, true>(state, even);
-    const T* left = m.u + n * int(p.grid.stride_t) * kLanes + lane;
-    const T* right = left + (window - 1) * kLanes;
+    const T* left = m.u + n * int(p.grid.stride_t) * kPitch + lane;
+    const T* right = left + (window - 1) * kPitch;
     Jet<T> plus, minus;
-    for (int k = 0; k < window / 2; ++k, left += kLanes, right -= kLanes) {
+    for (int k = 0; k < window / 2; ++k, left += kPitch, right -= kPitch) {
       plus.add(g.z, *right + *left);
       if (quadrature) minus.add(g.z, *right - *left);
     }
@@ -58,9 +58,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_states_ker
     if (p.y.data) store_response(p, t, j, s, response(g.gamma, plus.value, minus.value, quadrature));
   }
 }
-
-// Between two frames of the cotangents of u: lanes that are states, or a quarter of them frames, are in different banks.
-constexpr int kPitch = kLanes + 4;
 
 // Cotangents of u for the tile's frames, gu[frame][lane]: ∂L/∂w±_m = Re(conj(ḡ±) γ z^m). Tokens whose windows overlap
 // take turns, so that a frame's sum is in their order. Frames and lanes without a token or state are zero.
@@ -106,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_weight_ker
   T* gu = reinterpret_cast<T*>(memory);
   T* xs = gu + p.columns * kPitch;
   constexpr int kRows = kRowBlock / 4;
-  const int warp = threadIdx.x / kLanes, state = threadIdx.x % 8 * 4, line = threadIdx.x % kLanes / 8;
+  const Cell cell;
+  const int warp = threadIdx.x / kLanes, state = cell.column * 4, line = cell.row;
   const unsigned tiles = unsigned(p.grid.batch * p.grid.n_f * ((p.grid.n_t + p.tile - 1) / p.tile));
   const unsigned run = (tiles + gridDim.x - 1) / gridDim.x, first = blockIdx.x * run;
   const int rows = int(p.grid.channels * p.grid.patch_f), r0 = blockIdx.z * kRowBlock;
@@ -134,13 +132,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_weight_ker
   // [warp][row][state], then one thread an element
   T* parts = gu;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) store_pack(parts + (warp * kRowBlock + line + 4 * r) * kLanes + state, sum[r]);
+  for (int r = 0; r < kRows; ++r) store_pack(parts + (warp * kRowBlock + line + 4 * r) * kPitch + state, sum[r]);
   __syncthreads();
   for (int k = threadIdx.x; k < kRowBlock * kLanes; k += kThreads) {
     const int row = r0 + k % kRowBlock;
     const I s = I(blockIdx.y * kLanes) + k / kRowBlock;
     T total = 0;
-    for (int n = 0; n < kWarps; ++n) total += parts[(n * kRowBlock + k % kRowBlock) * kLanes + k / kRowBlock];
+    for (int n = 0; n < kWarps; ++n) total += parts[(n * kRowBlock + k % kRowBlock) * kPitch + k / kRowBlock];
     if (row < rows && s < p.grid.states) {
       p.partial[(int64_t(blockIdx.x) * p.grid.states + s) * rows + row] = total;
     }
@@ -156,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
   T* ws = gu + p.columns * kPitch;  // [row][lane]
   T* out = ws + kRowBlock * kPitch;  // [row][frame], for more states than one block of them
   constexpr int kFrames = kWarps * 16, kRows = kRowBlock / 4;
-  const int warp = threadIdx.x / kLanes, frame = threadIdx.x % 8, line = threadIdx.x % kLanes / 8;
+  const Cell cell;
+  const int warp = threadIdx.x / kLanes, frame = cell.column, line = cell.row;
   const int rows = int(p.grid.channels * p.grid.patch_f), first = blockIdx.y * kRowBlock;
   const int frames = int((p.tile - 1) * p.grid.stride_t + p.grid.window);
   const I count = (p.grid.states + kLanes - 1) / kLanes;
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
   for (I block = 0; block < count; ++block) {
     const Tile<I> t = tile_at(p.grid, p.tile, blockIdx.x, block);
     spread<Path>(p, t, gu);
-    load_weights(p, t, first, kPitch, ws);
+    load_weights(p, t, first, ws);
     __syncthreads();
     for (int f = warp * 16 + frame; f < p.columns; f += kFrames) {
       T sum[2][kRows];
@@ -217,7 +216,7 @@ template <class Path, class T, class IO, class I>
 void launch_weight(const SbluCall& call, SbluParams<T, IO, I> p, void* partial, int64_t programs, void* stream) {
   p.partial = static_cast<T*>(partial);
   const size_t tiles = size_t(p.columns) * kPitch + size_t(kRowBlock) * size_t(p.columns + 4);
-  const size_t parts = size_t(kWarps) * kRowBlock * kLanes;
+  const size_t parts = size_t(kWarps) * kRowBlock * kPitch;
   const dim3 grid(unsigned(programs), state_blocks(call.grid), row_blocks(call.grid));
   AAPE_LAUNCH("sblu_backward", (sblu_backward_weight_kernel<Path, T, IO, I>), grid, dim3(kThreads),
               (tiles > parts ? tiles : parts) * sizeof(T), stream, p);

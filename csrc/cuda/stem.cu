@@ -71,14 +71,15 @@ struct Sum {
 // sum += Σ_k a[token][k] b[column][k] over `depth`, in steps of kDepth; load_a(token, k) and load_b(column, k) give four.
 template <class T, class A, class B>
 AAPE_DEVICE void multiply(int depth, T* as, T* bs, Sum<T>& sum, A load_a, B load_b) {
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const T* a = as + (warp / 2 * 16 + lane / 8) * kLine;
-  const T* b = bs + (warp % 2 * 32 + lane % 8) * kLine;
+  const int warp = threadIdx.x / kLanes;
+  const Cell cell;
+  const T* a = as + (warp / 2 * 16 + cell.row) * kLine;
+  const T* b = bs + (warp % 2 * 32 + cell.column) * kLine;
   for (int k = 0; k < depth; k += kDepth) {
     for (int n = threadIdx.x; n < kTokens * (kDepth / 4); n += kThreads) {
       const int line = n / (kDepth / 4), q = n % (kDepth / 4) * 4;
-      store_pack(as + line * kLine + q, load_a(line, k + q));
-      store_pack(bs + line * kLine + q, load_b(line, k + q));
+      store_shared(as + line * kLine + q, load_a(line, k + q));
+      store_shared(bs + line * kLine + q, load_b(line, k + q));
     }
     __syncthreads();
 #pragma unroll
@@ -103,13 +104,14 @@ static_assert(kTokens == kColumns && kThreads == 2 * 4 * kLanes, "warps share ou
 // to[row][column] = sum + bias, rows `width` apart; a last column may be missing
 template <class T, class I>
 AAPE_DEVICE void store_sum(const Sum<T>& sum, const Places<I>& at, int first, int width, const T* bias, T* to) {
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  const int warp = threadIdx.x / kLanes;
+  const Cell cell;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
-    const I row = at.row[warp / 2 * 16 + lane / 8 + 4 * m];
+    const I row = at.row[warp / 2 * 16 + cell.row + 4 * m];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const int column = first + warp % 2 * 32 + lane % 8 + 8 * n;
+      const int column = first + warp % 2 * 32 + cell.column + 8 * n;
       if (row >= 0 && column < width) to[row * width + column] = sum.at[m][n] + bias[column];
     }
   }

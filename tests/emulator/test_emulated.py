@@ -213,7 +213,7 @@ def test_when_it_can_run(monkeypatch):
 
 
 # A copy of the sources with one thing wrong must be caught: else the emulator would be blind.
-LOAD = "load_weights(p, t, r, kLanes, m.ws);"
+LOAD = "load_weights(p, t, r, m.ws);"
 BROKEN = {
     "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n// A state's", "}\n\n// A state's"),
     "no barrier after loading rows": ("sblu.cuh", f"{LOAD}\n    __syncthreads();", LOAD),
@@ -238,7 +238,7 @@ BROKEN = {
         "  __syncthreads();  // hidden, which this block reads again\n",
         "",
     ),
-    "an index off by one": ("sblu.cuh", "left + (window - 1) * kLanes", "left + window * kLanes"),
+    "an index off by one": ("sblu.cuh", "left + (window - 1) * kPitch", "left + window * kPitch"),
     "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
     "lanes without a state that miss the sums": ("sblu.cuh", "if (!standardised) return;", "return;"),
     "a half of a row that is not swapped": (
@@ -246,7 +246,7 @@ BROKEN = {
         "in_line(frame, lane / 16 * 8)",
         "frame * kRows + lane / 16 * 8",
     ),
-    "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + lane / 8)", "as + (warp / 2 * 16 + lane / 8 + 1)"),
+    "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + cell.row)", "as + (warp / 2 * 16 + cell.row + 1)"),
 }
 
 
