@@ -30,6 +30,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 # inductor itself calls the deprecated torch.jit.script
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("build", "graphs", "backend"),

@@ -70,6 +70,7 @@ def test_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "FAILED" not in table
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_has_no_figure_and_the_rest_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ peers.linear_stem = wrong
 """
 
 
+@pytest.mark.slow
 def test_wrong_row_fails_and_has_no_figure(tmp_path: Path) -> None:
     """The suite itself, run with one peer made wrong."""
     (tmp_path / "wrong_peer.py").write_text(PLUGIN)
