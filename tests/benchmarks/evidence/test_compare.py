@@ -137,6 +137,7 @@ def test_the_study_has_rows_of_its_own(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_share_the_work_and_the_time(tmp_path, monkeypatch, capsys):
     """Jobs reach the processes with their log-mels; one that fails leaves the others alone; late ones are counted."""
     parser = runner.parser("x", "x", 2, (0,), ("trill",))
