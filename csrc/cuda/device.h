@@ -88,7 +88,8 @@ struct ScalarMath {
   static AAPE_FN T floor(T x) { return kDouble ? T(::floor(double(x))) : T(floorf(float(x))); }
   // of a whole number, for results that are normal numbers
   static AAPE_FN T exp2(T n) {
-    Bits bits = (Bits(n) + (kDouble ? 1023 : 127)) << kMantissa;
+    // unsigned: of NaN, which has no exponent, the sum is negative
+    const auto bits = std::make_unsigned_t<Bits>(Bits(n) + (kDouble ? 1023 : 127)) << kMantissa;
     T power;
     memcpy(&power, &bits, sizeof(T));
     return power;
