@@ -66,6 +66,7 @@ def test_a_run_and_what_it_leaves(config, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # CI has those of test_resume.py
 def test_killed_and_resumed(config, tmp_path):
     """From the command line, at a moment that the clock chooses."""
     assert pretrain(config, tmp_path / "whole") == 0
