@@ -7,6 +7,9 @@
 
 #include "api.h"
 
+// Compiled once and called: in every caller's code they would double the module and what the compiler takes for it.
+#define AAPE_APART __attribute__((noinline))
+
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
@@ -53,7 +56,7 @@ inline uint16_t to_float16(float value) {
 
 // to[k] = from[k · stride], k < count; in elements
 template <class T>
-inline void load_row(T* to, const char* from, DType type, int64_t stride, int64_t count) {
+AAPE_APART void load_row(T* to, const char* from, DType type, int64_t stride, int64_t count) {
   switch (type) {
     case DType::kFloat32: {
       auto row = reinterpret_cast<const float*>(from);
@@ -83,7 +86,7 @@ inline void load_row(T* to, const char* from, DType type, int64_t stride, int64_
 }
 
 template <class T>
-inline void store_row(char* to, const T* from, DType type, int64_t stride, int64_t count) {
+AAPE_APART void store_row(char* to, const T* from, DType type, int64_t stride, int64_t count) {
   switch (type) {
     case DType::kFloat32: {
       auto row = reinterpret_cast<float*>(to);

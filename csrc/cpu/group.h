@@ -33,34 +33,67 @@ struct Group {
   int64_t lanes() const { return int64_t(vectors) * kLanes; }
 };
 
-// A run of `length` pixels of every token, `unit` apart from `offset` on -> lines `step` apart.
+// Few numbers: a memcpy of a length that the compiler does not know is a call.
 template <class T>
-inline void gather_run(T* to, int64_t step, const View& x, const Group<T>& group, int64_t offset, int64_t unit,
-                       int64_t length) {
+AAPE_FN void copy_few(T* to, const T* from, int64_t count) {
+  for (; count >= 4; count -= 4, to += 4, from += 4) std::memcpy(to, from, 4 * sizeof(T));
+  for (; count; --count) *to++ = *from++;
+}
+
+// `count` ≤ lanes numbers of every token of a vector, which fill(token, row) provides -> lines `step` apart.
+template <class T, class Fill>
+AAPE_FN void gather_block(T* to, int64_t step, int64_t count, Fill fill) {
+  using M = Math<typename Simd<T>::Vector>;
   constexpr int lanes = Simd<T>::kLanes;
-  const bool plain = x.type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
-  const int64_t size = size_of(x.type);
-  alignas(64) T widened[lanes * lanes];
-  int64_t q = 0;
-  if (!plain || unit == 1) {
-    for (; q + lanes <= length; q += lanes) {
-      for (int v = 0; v < group.vectors; ++v) {
-        const int64_t* corner = group.corner + v * lanes;
-        T* at = to + q * step + v * lanes;
-        if (plain) {
-          const T* from = reinterpret_cast<const T*>(x.data) + offset + q;
-          transpose<T>(at, step, lanes, [&](int k) { return from + corner[k]; });
-        } else {
-          for (int k = 0; k < lanes; ++k)
-            load_row(widened + k * lanes, x.data + (corner[k] + offset + q * unit) * size, x.type, unit, lanes);
-          transpose<T>(at, step, lanes, [&](int k) { return widened + k * lanes; });
-        }
+  alignas(64) T rows[lanes * lanes], turned[lanes * lanes];
+  if (count < lanes) fill_zero(rows, lanes * lanes);
+  for (int k = 0; k < lanes; ++k) fill(k, rows + k * lanes);
+  const auto row = [&](int k) { return rows + k * lanes; };
+  if (count == lanes) return transpose<T>(to, step, lanes, row);
+  transpose<T>(turned, lanes, lanes, row);
+  for (int64_t n = 0; n < count; ++n) M::store(to + n * step, M::load(turned + n * lanes));
+}
+
+// Pixels of every token: `runs` runs of `length`, in which pixels are `unit` apart; the runs begin at `offset` and are
+// `apart` -> a line for each, `step` apart.
+template <class T>
+inline void gather_runs(T* to, int64_t step, const View& x, const Group<T>& group, int64_t offset, int64_t unit,
+                        int64_t length, int64_t runs, int64_t apart) {
+  constexpr int lanes = Simd<T>::kLanes;
+  const bool plain = unit == 1 && x.type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const T* pixels = reinterpret_cast<const T*>(x.data);
+  struct Piece {
+    int64_t offset, first, count;
+  } pieces[lanes];
+  const int64_t all = runs * length;
+  for (int64_t q = 0; q < all; q += lanes, to += lanes * step) {
+    // of which runs the next pixels are
+    const int64_t count = smaller(lanes, all - q);
+    int some = 0;
+    for (int64_t n = 0; n < count; n += pieces[some++].count) {
+      const int64_t run = (q + n) / length, at = (q + n) % length;
+      pieces[some] = {offset + run * apart + at * unit, n, smaller(length - at, count - n)};
+    }
+    for (int v = 0; v < group.vectors; ++v) {
+      const int64_t* corner = group.corner + v * lanes;
+      T* lines = to + v * lanes;
+      if (plain && some == 1 && count == lanes) {
+        const T* from = pixels + pieces[0].offset;
+        transpose<T>(lines, step, lanes, [&](int k) { return from + corner[k]; });
+      } else if (plain) {
+        gather_block(lines, step, count, [&](int k, T* row) {
+          for (int n = 0; n < some; ++n)
+            copy_few(row + pieces[n].first, pixels + pieces[n].offset + corner[k], pieces[n].count);
+        });
+      } else {
+        gather_block(lines, step, count, [&](int k, T* row) {
+          for (int n = 0; n < some; ++n)
+            load_row(row + pieces[n].first, x.data + (pieces[n].offset + corner[k]) * size_of(x.type), x.type, unit,
+                     pieces[n].count);
+        });
       }
     }
   }
-  for (; q < length; ++q)
-    for (int64_t m = 0; m < group.lanes(); ++m)
-      load_row(to + q * step + m, x.data + (group.corner[m] + offset + q * unit) * size, x.type, 1, 1);
 }
 
 // Patches -> to[(c · P_f + p) · P_t + f][token].
@@ -69,12 +102,12 @@ inline void gather_patches(T* to, const Grid& g, const View& x, const Group<T>& 
   constexpr int64_t line = Block<T>::kTokens;
   for (int64_t c = 0; c < g.channels; ++c) {
     T* channel = to + c * g.patch_f * g.patch_t * line;
+    const int64_t from = c * x.stride[1];
     if (x.stride[3] == 1 || x.stride[2] != 1) {
-      for (int64_t p = 0; p < g.patch_f; ++p)
-        gather_run(channel + p * g.patch_t * line, line, x, group, c * x.stride[1] + p * x.stride[2], x.stride[3], g.patch_t);
+      gather_runs(channel, line, x, group, from, x.stride[3], g.patch_t, g.patch_f, x.stride[2]);
     } else {  // mel bins are neighbours
       for (int64_t f = 0; f < g.patch_t; ++f)
-        gather_run(channel + f * line, g.patch_t * line, x, group, c * x.stride[1] + f * x.stride[3], 1, g.patch_f);
+        gather_runs(channel + f * line, g.patch_t * line, x, group, from + f * x.stride[3], 1, g.patch_f, 1, 0);
     }
   }
 }
@@ -83,15 +116,21 @@ inline void gather_patches(T* to, const Grid& g, const View& x, const Group<T>& 
 template <class T>
 inline void gather_windows(T* to, const Grid& g, const View& x, const Group<T>& group) {
   constexpr int64_t line = Block<T>::kTokens;
+  constexpr int lanes = Simd<T>::kLanes;
   const int64_t offset = (g.patch_t - g.window) / 2, size = size_of(x.type);
   for (int64_t c = 0; c < g.channels; ++c)
-    for (int64_t p = 0; p < g.patch_f; ++p)
-      for (int64_t k = 0; k < g.window; ++k, to += line)
-        for (int64_t m = 0; m < group.lanes(); ++m) {
-          const int64_t t = group.frame[m] + offset + k;
-          const int64_t at = group.corner[m] + c * x.stride[1] + p * x.stride[2] + (offset + k) * x.stride[3];
-          if (t < 0 || t >= g.frames) to[m] = 0;
-          else load_row(to + m, x.data + at * size, x.type, 1, 1);
+    for (int64_t p = 0; p < g.patch_f; ++p, to += g.window * line)
+      for (int64_t k = 0; k < g.window; k += lanes)
+        for (int64_t m = 0; m < group.lanes(); m += lanes) {
+          const int64_t count = smaller(lanes, g.window - k);
+          gather_block(to + k * line + m, line, count, [&](int n, T* row) {
+            const int64_t t = group.frame[m + n] + offset + k, begin = smaller(count, larger(0, -t));
+            const int64_t end = larger(begin, smaller(count, g.frames - t));
+            const int64_t at = group.corner[m + n] + c * x.stride[1] + p * x.stride[2] + (offset + k + begin) * x.stride[3];
+            fill_zero(row, begin);
+            load_row(row + begin, x.data + at * size, x.type, x.stride[3], end - begin);
+            fill_zero(row + end, count - end);
+          });
         }
 }
 

@@ -196,7 +196,7 @@ inline void store_rows(T* to, int64_t line, const T* from, int64_t from_line, in
 
 // Rows to columns: to[row][token] = from[token][row], zero for tokens beyond `tokens` up to whole vectors.
 template <class T>
-inline void load_columns(T* to, int64_t line, const T* from, int64_t from_line, int64_t rows, int64_t tokens) {
+AAPE_APART void load_columns(T* to, int64_t line, const T* from, int64_t from_line, int64_t rows, int64_t tokens) {
   constexpr int lanes = Simd<T>::kLanes;
   alignas(64) T copied[lanes * lanes];
   for (int64_t m = 0; m < tokens; m += lanes) {

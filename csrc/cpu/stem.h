@@ -172,7 +172,7 @@ inline void respond_group(const EmbedCall& call, const StemWeights<T>& w, const 
 
 // A group's columns [patch | features] as rows of the operand, in its type.
 template <class T>
-inline void store_operand(const EmbedCall& call, const StemSizes& z, const Group<T>& group, const T* columns) {
+AAPE_APART void store_operand(const EmbedCall& call, const StemSizes& z, const Group<T>& group, const T* columns) {
   constexpr int64_t line = Block<T>::kTokens;
   const View& to = call.operand;
   const int64_t depth = z.patch + z.features;

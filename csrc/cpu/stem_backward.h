@@ -66,7 +66,7 @@ struct BackwardTiles : GroupTiles<T> {
 
 // The features' cotangent [plane, state][token], zero for lanes that are no tokens.
 template <class T>
-inline void load_cotangent(const EmbedCall& call, const StemWeights<T>& w, const StemSizes& z, const Group<T>& group,
+AAPE_APART void load_cotangent(const EmbedCall& call, const StemWeights<T>& w, const StemSizes& z, const Group<T>& group,
                            BackwardTiles<T>& m) {
   constexpr int64_t line = Block<T>::kTokens;
   if (call.grad.data) {
@@ -120,7 +120,7 @@ inline Complex<T*> cotangent_of_y(const StemSizes& z, const Group<T>& group, con
 
 // grad[s][r] = Σ_frames Σ_tokens gu[frame][s][token] · x[r][frame][token] for a block of states.
 template <class T>
-inline void sblu_gradient(const StemSizes& z, const Group<T>& group, int64_t window, const Windows<T>& x, const T* gu,
+AAPE_APART void sblu_gradient(const StemSizes& z, const Group<T>& group, int64_t window, const Windows<T>& x, const T* gu,
                           int64_t states, T* grad) {
   using M = Math<Vec<T>>;
   constexpr int64_t line = Block<T>::kTokens;
