@@ -2,7 +2,7 @@
 // copied into a tensor of its own, all of them together.
 
 #include "api.h"
-#include "device.h"
+#include "divisor.cuh"
 
 namespace aape {
 namespace cuda {
@@ -14,6 +14,7 @@ struct GradientParams {
     Values from, to;
     int rows, columns, programs;
     int row, program;  // strides of `from`, in elements
+    Divisor<int32_t> by_columns;
   } gradients[kMostGradients];
 };
 
@@ -22,7 +23,10 @@ __global__ void __launch_bounds__(kElements* kSlices) gradients_kernel(const Gra
   float* parts = reinterpret_cast<float*>(memory);  // [slice][element]
   const GradientParams::One& one = p.gradients[blockIdx.y];
   const int lane = threadIdx.x % kElements, slice = threadIdx.x / kElements, count = one.rows * one.columns;
-  const auto place = [&](int k) { return k / one.columns * one.row + k % one.columns; };
+  const auto place = [&](int k) {
+    const auto [row, column] = one.by_columns(k);
+    return row * one.row + column;
+  };
   if (one.programs == 1) {
     for (int k = blockIdx.x * blockDim.x + threadIdx.x; k < count; k += gridDim.x * blockDim.x) {
       store(one.to, k, load<float>(one.from, place(k)));
@@ -52,7 +56,8 @@ void gradients(const std::vector<GradientCall>& calls, void* stream) {
   for (size_t k = 0; k < calls.size(); ++k) {
     const GradientCall& call = calls[k];
     p.gradients[k] = {{call.from.data, call.from.type}, {call.to.data, call.to.type}, int(call.rows), int(call.columns),
-                      int(call.programs), int(call.from.stride[1]), int(call.from.stride[0])};
+                      int(call.programs), int(call.from.stride[1]), int(call.from.stride[0]),
+                      Divisor<int32_t>(call.columns)};
     if (call.rows * call.columns > most) most = call.rows * call.columns;
   }
   const int64_t count = (most + kElements * kSlices - 1) / (kElements * kSlices);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "device.h"
+#include "divisor.cuh"
 
 namespace aape {
 namespace cuda {
@@ -14,6 +14,7 @@ struct PatchParams {
   const void* x;
   DType type;
   I x_stride[4];
+  Divisor<int32_t> by_patch_f, by_patch_t;
 
   AAPE_DEVICE int length() const { return int(grid.channels * grid.patch_f * grid.patch_t); }
 };
@@ -32,13 +33,17 @@ AAPE_DEVICE I row_of(const PatchParams<IO, I>& p, I b, I i, I j) {
 
 template <class T, class X, class IO, class I>
 AAPE_DEVICE Quad<T> load_patch_as(const PatchParams<IO, I>& p, I corner, int e) {
-  const int length = p.length(), patch_f = int(p.grid.patch_f), patch_t = int(p.grid.patch_t);
+  const int length = p.length();
   const X* x = static_cast<const X*>(p.x) + corner;
+  const auto pixel = [&](int at) {
+    const auto [line, frame] = p.by_patch_t(at);
+    const auto [channel, bin] = p.by_patch_f(line);
+    return x + channel * p.x_stride[1] + bin * p.x_stride[2] + frame * p.x_stride[3];
+  };
   Quad<T> out;
   // e is a multiple of four: if P_t is one too, all four are in one line
-  if (patch_t % 4 == 0 && p.x_stride[3] == 1 && e < length) {
-    const int line = e / patch_t;
-    const X* from = x + line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] + e % patch_t;
+  if (int(p.grid.patch_t) % 4 == 0 && p.x_stride[3] == 1 && e < length) {
+    const X* from = pixel(e);
     if (aligned<Quad<X>>(from)) {
       const auto pack = load_pack<Quad<X>>(from);
 #pragma unroll
@@ -48,12 +53,7 @@ AAPE_DEVICE Quad<T> load_patch_as(const PatchParams<IO, I>& p, I corner, int e) 
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int line = (e + k) / patch_t;
-    out.at[k] = T(0);
-    if (e + k < length) {
-      out.at[k] = widen<T>(x[line / patch_f * p.x_stride[1] + line % patch_f * p.x_stride[2] +
-                             (e + k) % patch_t * p.x_stride[3]]);
-    }
+    out.at[k] = e + k < length ? widen<T>(*pixel(e + k)) : T(0);
   }
   return out;
 }
@@ -74,6 +74,8 @@ PatchParams<IO, I> patch_params(const Grid& g, const View& x, bool time_major) {
   p.x = x.data;
   p.type = x.type;
   for (int axis = 0; axis < 4; ++axis) p.x_stride[axis] = I(x.stride[axis]);
+  p.by_patch_f = Divisor<int32_t>(g.patch_f);
+  p.by_patch_t = Divisor<int32_t>(g.patch_t);
   return p;
 }
 

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "divisor.cuh"
 #include "warp.cuh"
 
 namespace aape {
@@ -38,6 +39,7 @@ struct SbluParams {
   Squash<T> squash;
   I tile;        // tokens of a block
   int columns;   // frames under them, padded
+  Divisor<int32_t> by_tiles, by_n_f, by_patch_f;  // tiles of a subband
   const void* x;
   DType x_type;
   I x_stride[4];
@@ -58,6 +60,8 @@ struct SbluParams {
   T* grad_frequency;
   I grad_state_stride[4];
   T* partial;  // (programs, S, C·P_f)
+  int run;     // tiles of a program
+  int rounds;  // windows over one frame, at the most
   T* windows;  // (B · N_f · tiles, C·P_f, frames of a tile)
 
   // Between two rows of x in shared memory: four rows that are neighbours begin in different banks.
@@ -73,6 +77,9 @@ inline int64_t tile_of(const Grid& g, int64_t bytes) {
   const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
   return more + 1 < g.n_t ? more + 1 : g.n_t;
 }
+
+// Of a subband.
+inline int64_t tiles_of(const Grid& g, int64_t tile) { return (g.n_t + tile - 1) / tile; }
 
 inline int columns_of(const Grid& g, int64_t tile) {
   const int64_t frames = (tile - 1) * g.stride_t + g.window;
@@ -92,6 +99,10 @@ SbluParams<T, IO, I> params(const SbluCall& call) {
   const int64_t tile = tile_of(call.grid, sizeof(T));
   p.tile = I(tile);
   p.columns = columns_of(call.grid, tile);
+  p.by_tiles = Divisor<int32_t>(tiles_of(call.grid, tile));
+  p.by_n_f = Divisor<int32_t>(call.grid.n_f);
+  p.by_patch_f = Divisor<int32_t>(call.grid.patch_f);
+  p.rounds = int((call.grid.window + call.grid.stride_t - 1) / call.grid.stride_t);
   p.x = call.x.data;
   p.x_type = call.x.type;
   p.decay = reinterpret_cast<const T*>(call.decay.data);
@@ -146,7 +157,7 @@ void dispatch(const SbluCall& call, bool small, Run run) {
 }
 
 // Blocks of tokens.
-inline int64_t units(const Grid& g, int64_t tile) { return g.batch * g.n_f * ((g.n_t + tile - 1) / tile); }
+inline int64_t units(const Grid& g, int64_t tile) { return g.batch * g.n_f * tiles_of(g, tile); }
 
 inline unsigned state_blocks(const Grid& g) { return unsigned((g.states + kLanes - 1) / kLanes); }
 inline unsigned row_blocks(const Grid& g) { return unsigned((g.channels * g.patch_f + kRowBlock - 1) / kRowBlock); }
@@ -184,24 +195,24 @@ AAPE_DEVICE Tile<I> tile_from(const GridOf<I>& g, I tokens, I b, I i, I first, I
   return t;
 }
 
-// The launch counts units in 31 bits: dividing them is cheap whatever I is.
-template <class I>
-AAPE_DEVICE Tile<I> tile_at(const GridOf<I>& g, I tokens, unsigned unit, I state_block) {
-  const unsigned tiles = unsigned((g.n_t + tokens - 1) / tokens), row = unit / tiles, n_f = unsigned(g.n_f);
-  return tile_from(g, tokens, I(row / n_f), I(row % n_f), I(unit % tiles) * tokens, state_block);
+// The launch counts units in 31 bits.
+template <class T, class IO, class I>
+AAPE_DEVICE Tile<I> tile_at(const SbluParams<T, IO, I>& p, int unit, I state_block) {
+  const auto [subband, tile] = p.by_tiles(unit);
+  const auto [b, i] = p.by_n_f(subband);
+  return tile_from(p.grid, p.tile, I(b), I(i), I(tile) * p.tile, state_block);
 }
 
 template <class T, class X, class IO, class I>
 AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
-  constexpr int kPack = 16 / sizeof(X), kStore = kPack < 4 ? kPack : 4;
+  constexpr int kPack = 16 / sizeof(X), kStore = kPack < 4 ? kPack : 4, kOfRow = kThreads / kRowBlock;
   const GridOf<I>& g = p.grid;
-  const int rows = int(g.channels * g.patch_f), patch_f = int(g.patch_f), packs = p.columns / kPack;
-  for (int k = threadIdx.x; k < kRowBlock * packs; k += kThreads) {
-    const int line = k / packs, f = k % packs * kPack;
-    const int row = r + line;
-    const I at = t.frame + f, c = row / patch_f, q = row % patch_f;
-    const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + c * p.x_stride[1] +
-                    (t.i * g.stride_f + q) * p.x_stride[2];
+  const int line = threadIdx.x / kOfRow, row = r + line, rows = int(g.channels * g.patch_f);
+  const auto [channel, bin] = p.by_patch_f(row);
+  const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + channel * p.x_stride[1] +
+                  (t.i * g.stride_f + bin) * p.x_stride[2];
+  for (int f = threadIdx.x % kOfRow * kPack; f < p.columns; f += kOfRow * kPack) {
+    const I at = t.frame + f;
     const auto put = [&](auto value) {
 #pragma unroll
       for (int n = 0; n < kPack; n += kStore) {

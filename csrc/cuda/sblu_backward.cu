@@ -20,7 +20,7 @@ template <class Path, class T, class IO, class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_states_kernel(const SbluParams<T, IO, I> p) {
   AAPE_DYN_SHARED(memory);
   const Tiles<T, IO, I> m(p, memory);
-  const Tile<I> t = tile_at(p.grid, p.tile, blockIdx.x, I(blockIdx.y));
+  const Tile<I> t = tile_at(p, int(blockIdx.x), I(blockIdx.y));
   project(p, t, m);
 
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, window = int(p.grid.window);
@@ -68,8 +68,7 @@ AAPE_DEVICE void spread(const SbluParams<T, IO, I>& p, const Tile<I>& t, T* gu) 
   const I s = t.state + lane;
   for (int k = threadIdx.x; k < p.columns * kPitch; k += kThreads) gu[k] = 0;
   __syncthreads();
-  // in as many rounds as there are windows over one frame
-  const int step_t = int(p.grid.stride_t), rounds = (window + step_t - 1) / step_t;
+  const int step_t = int(p.grid.stride_t), rounds = p.rounds;
   for (int round = 0; round < rounds; ++round) {
     for (int n = round + warp * rounds; n < t.count && s < p.grid.states; n += kWarps * rounds) {
       const I j = t.first + n;
@@ -105,12 +104,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_weight_ker
   constexpr int kRows = kRowBlock / 4;
   const Cell cell;
   const int warp = threadIdx.x / kLanes, state = cell.column * 4, line = cell.row;
-  const unsigned tiles = unsigned(p.grid.batch * p.grid.n_f * ((p.grid.n_t + p.tile - 1) / p.tile));
-  const unsigned run = (tiles + gridDim.x - 1) / gridDim.x, first = blockIdx.x * run;
+  const unsigned tiles = unsigned(p.grid.batch * p.grid.n_f * p.by_tiles.divisor), run = unsigned(p.run), first = blockIdx.x * run;
   const int rows = int(p.grid.channels * p.grid.patch_f), r0 = blockIdx.z * kRowBlock;
   Quad<T> sum[kRows] = {};
   for (unsigned unit = first; unit < tiles && unit < first + run; ++unit) {
-    const Tile<I> t = tile_at(p.grid, p.tile, unit, I(blockIdx.y));
+    const Tile<I> t = tile_at(p, int(unit), I(blockIdx.y));
     spread<Path>(p, t, gu);
     load_rows(p, t, r0, xs);
     __syncthreads();
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
   const I count = (p.grid.states + kLanes - 1) / kLanes;
   T* to = p.windows + int64_t(blockIdx.x) * rows * frames;
   for (I block = 0; block < count; ++block) {
-    const Tile<I> t = tile_at(p.grid, p.tile, blockIdx.x, block);
+    const Tile<I> t = tile_at(p, int(blockIdx.x), block);
     spread<Path>(p, t, gu);
     load_weights(p, t, first, ws);
     __syncthreads();
@@ -215,6 +213,7 @@ void launch_states(const SbluCall& call, const SbluParams<T, IO, I>& p, void* st
 template <class Path, class T, class IO, class I>
 void launch_weight(const SbluCall& call, SbluParams<T, IO, I> p, void* partial, int64_t programs, void* stream) {
   p.partial = static_cast<T*>(partial);
+  p.run = int((units(call.grid, p.tile) + programs - 1) / programs);
   const size_t tiles = size_t(p.columns) * kPitch + size_t(kRowBlock) * size_t(p.columns + 4);
   const size_t parts = size_t(kWarps) * kRowBlock * kPitch;
   const dim3 grid(unsigned(programs), state_blocks(call.grid), row_blocks(call.grid));

@@ -10,7 +10,7 @@ template <class Path, class T, class IO, class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_forward_kernel(const SbluParams<T, IO, I> p) {
   AAPE_DYN_SHARED(memory);
   const Tiles<T, IO, I> m(p, memory);
-  const Tile<I> t = tile_at(p.grid, p.tile, blockIdx.x, I(blockIdx.y));
+  const Tile<I> t = tile_at(p, int(blockIdx.x), I(blockIdx.y));
   project(p, t, m);
   respond<Path>(p, t, m.u);
 }

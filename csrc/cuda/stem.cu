@@ -22,6 +22,8 @@ struct StemParams {
   int hidden_units;
   I row_step;                 // elements between two rows of the operand
   I tile, bands;              // a block's tokens: `tile` neighbours of `bands` subbands
+  Divisor<int32_t> by_tiles, by_tile;  // tiles of a subband, tokens of a tile
+  Divisor<I> by_n_f;
   const T *w1, *b1, *w2, *b2;
   Values operand;
   T *hidden, *r;
@@ -39,14 +41,14 @@ struct Band {
 };
 
 template <class T, class IO, class I>
-AAPE_DEVICE Band<I> band_at(const StemParams<T, IO, I>& p, unsigned unit) {
+AAPE_DEVICE Band<I> band_at(const StemParams<T, IO, I>& p, int unit) {
   const GridOf<I>& g = p.sblu.grid;
-  const unsigned tiles = unsigned((g.n_t + p.tile - 1) / p.tile);
   const I all = g.batch * g.n_f;
+  const auto [of_bands, of_tiles] = p.by_tiles(unit);
   Band<I> band;
-  band.first = I(unit / tiles) * p.bands;
+  band.first = I(of_bands) * p.bands;
   band.count = all - band.first < p.bands ? all - band.first : p.bands;
-  band.j = I(unit % tiles) * p.tile;
+  band.j = I(of_tiles) * p.tile;
   return band;
 }
 
@@ -54,7 +56,9 @@ template <class T, class IO, class I>
 AAPE_DEVICE void find_places(const StemParams<T, IO, I>& p, const Band<I>& band, const Places<I>& at) {
   const GridOf<I>& g = p.sblu.grid;
   for (int m = threadIdx.x; m < kTokens; m += kThreads) {
-    const I n = m / p.tile, j = band.j + m % p.tile, b = (band.first + n) / g.n_f, i = (band.first + n) % g.n_f;
+    const auto [n, of_tile] = p.by_tile(m);
+    const auto [b, i] = p.by_n_f(band.first + n);
+    const I j = band.j + of_tile;
     const bool there = n < band.count && j < g.n_t;
     at.corner[m] = there ? corner(p.patches, b, i, j) : 0;
     at.row[m] = there ? row_of(p.patches, b, i, j) : -1;
@@ -168,14 +172,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) stem_kernel(const StemPa
   Places<I> at = {reinterpret_cast<I*>(memory), reinterpret_cast<I*>(memory) + kTokens};
   T* as = reinterpret_cast<T*>(at.row + kTokens);
   const GridOf<I>& g = p.sblu.grid;
-  const Band<I> band = band_at(p, blockIdx.x);
+  const Band<I> band = band_at(p, int(blockIdx.x));
   find_places(p, band, at);
   encode(p, at, as, as + kTokens * kLine);
   if (!p.sblu.planes) return;
 
   const Tiles<T, IO, I> m(p.sblu, memory);
   for (I n = 0; n < band.count; ++n) {
-    const I b = (band.first + n) / g.n_f, i = (band.first + n) % g.n_f;
+    const auto [b, i] = p.by_n_f(band.first + n);
     for (I j = band.j; j < g.n_t && j < band.j + p.tile; j += p.sblu.tile) {
       const I left = band.j + p.tile - j;
       for (I block = 0; block * kLanes < g.states; ++block) {
@@ -228,6 +232,8 @@ void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* s
   p.row_step = I(call.operand.stride[0]);
   p.tile = I(g.n_t < kTokens ? g.n_t : kTokens);
   p.bands = I(kTokens / p.tile);
+  p.by_tile = Divisor<int32_t>(p.tile);
+  p.by_n_f = Divisor<I>(g.n_f);
   p.w1 = reinterpret_cast<const T*>(call.w1.data);
   p.b1 = reinterpret_cast<const T*>(call.b1.data);
   p.w2 = reinterpret_cast<const T*>(call.w2.data);
@@ -236,6 +242,7 @@ void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* s
   p.hidden = reinterpret_cast<T*>(call.hidden.data);
   p.r = reinterpret_cast<T*>(call.r.data);
   const int64_t bands = (g.batch * g.n_f + p.bands - 1) / p.bands, tiles = (g.n_t + p.tile - 1) / p.tile;
+  p.by_tiles = Divisor<int32_t>(tiles);
   const size_t encoder = 2 * kTokens * (kLine * sizeof(T) + sizeof(I)), filters = shared_bytes(p.sblu.columns, sizeof(T));
   AAPE_LAUNCH("embed", (stem_kernel<Path, T, IO, I>), dim3(blocks(bands * tiles, "embed")), dim3(kThreads),
               encoder > filters ? encoder : filters, stream, p);

@@ -47,6 +47,7 @@ struct WarpStemParams {
   bool time_major;
   const BFloat16* x;
   int x_stride[4];
+  Divisor<int32_t> by_inner, by_outer, by_patch_f;  // the faster axis of tokens, the slower one
   Squash<float> squash;
   Values w1, b1, w2, b2, weight;
   BFloat16* operand;
@@ -81,17 +82,19 @@ struct Start {
 
 template <class S>
 AAPE_DEVICE Start start_of(const WarpStemParams<S>& p, int token) {
-  const unsigned n_f = unsigned(p.grid.n_f), n_t = unsigned(p.grid.n_t), row = unsigned(token);
-  const unsigned i = p.time_major ? row % n_f : row / n_t % n_f, j = p.time_major ? row / n_f % n_t : row % n_t;
-  const int b = int(row / (n_f * n_t)), frame = int(j) * p.grid.stride_t + p.line.start;
-  return {b * p.x_stride[0] + int(i) * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
+  const auto [line, inner] = p.by_inner(token);
+  const auto [b, outer] = p.by_outer(line);
+  const int i = p.time_major ? inner : outer, j = p.time_major ? outer : inner;
+  const int frame = j * p.grid.stride_t + p.line.start;
+  return {b * p.x_stride[0] + i * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
 }
 
 // Where a row of x lies, from a token's first pixel.
 template <class S>
 AAPE_DEVICE int row_offset(const WarpStemParams<S>& p, int row) {
   if (S::kUsual) return row * p.x_stride[2];
-  return row / p.grid.patch_f * p.x_stride[1] + row % p.grid.patch_f * p.x_stride[2];
+  const auto [channel, bin] = p.by_patch_f(row);
+  return channel * p.x_stride[1] + bin * p.x_stride[2];
 }
 
 // Elements from the beginning of a line to those of `row` in a frame. Every other eight frames have the halves of their
@@ -331,6 +334,9 @@ WarpStemParams<S> warp_stem_params(const StemCall& call) {
   p.planes = int(call.planes);
   p.row_step = int(call.operand.stride[0]);
   p.time_major = call.time_major;
+  p.by_inner = Divisor<int32_t>(call.time_major ? g.n_f : g.n_t);
+  p.by_outer = Divisor<int32_t>(call.time_major ? g.n_t : g.n_f);
+  p.by_patch_f = Divisor<int32_t>(g.patch_f);
   p.x = reinterpret_cast<const BFloat16*>(call.x.data);
   copy_strides(p.x_stride, call.x, 4);
   p.squash = squash_of<float>(call.ranges);

@@ -31,6 +31,8 @@ using Words = std::array<uint64_t, 3>;  // what a lane shows to the others
 }
 }  // namespace aape
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+
 #define __global__ static
 #define __launch_bounds__(...)
 #define AAPE_DEVICE inline

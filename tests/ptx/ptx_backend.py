@@ -60,7 +60,8 @@ def instance(kernel: str, launcher: str) -> str:
     An argument that the launcher does not have is the type of what it got, if that is a generic lambda: "auto:1".
     """
     _, _, arguments = launcher.rstrip("]").partition("[with ")
-    values = dict(each.split(" = ", 1) for each in arguments.split("; ") if " = " in each)
+    pairs = (each.split(" = ", 1) for each in arguments.split("; ") if " = " in each)
+    values = {name.split()[-1]: value for name, value in pairs}  # "int kFrames"
     (given,) = [value for name, value in values.items() if name.startswith("auto:")] or [""]
     base, _, parameters = kernel.strip("()").partition("<")
     if not parameters:

@@ -80,6 +80,13 @@ def wide(t: Translation, i: Instruction, name: str, sign: str, size: str) -> Non
     t.assign(i.operands[0], f"{a} * {b}{more}", to)
 
 
+@rule(r"mul\.hi\.([su])32")
+def high_half(t: Translation, i: Instruction, sign: str) -> None:
+    wide, narrow = t.constant_type(f"{sign}64"), t.constant_type(f"{sign}32")
+    a, b = (f"{t.source(each, narrow)}.astype({wide})" for each in i.operands[1:])
+    t.assign(i.operands[0], f"({a} * {b} >> {t.constant(VALUE_TYPES[wide](32))}).astype({narrow})", narrow)
+
+
 @rule(r"mad\.lo\." + INTEGER)
 def multiply_add(t: Translation, i: Instruction, kind: str) -> None:
     a, b, c = (t.source(each, kind) for each in i.operands[1:])

@@ -54,6 +54,8 @@ INTEGERS = {
     "add.s32 %r4, %r2, 1; div.u32 %r3, %r1, %r4;": (-2, lambda n: (-2 & WORD) // (n + 1)),
     "mad.lo.s32 %r3, %r1, %r1, %r2;": (70000, lambda n: 70000**2 + n),
     "mul.wide.s32 %rd4, %r1, %r1; shr.u64 %rd4, %rd4, 32; cvt.u32.u64 %r3, %rd4;": (-70000, lambda n: 70000**2 >> 32),
+    "mul.hi.s32 %r3, %r1, %r1;": (-70000, lambda n: 70000**2 >> 32),
+    "add.s32 %r4, %r2, -64; mul.hi.u32 %r3, %r1, %r4;": (-2, lambda n: ((-2 & WORD) * (n - 64 & WORD)) >> 32),
     "bfi.b32 %r3, %r2, %r1, 5, 27;": (7, lambda n: n << 5 | 7),
     "prmt.b32 %r3, %r1, %r2, 4180;": (0x11223344, lambda n: 0x3344 << 16 | n),
     "setp.lt.u32 %p1, %r1, %r2; selp.b32 %r3, 1, 0, %p1;": (-1, lambda n: 0),
