@@ -267,3 +267,34 @@ def test_the_table_starts_from_calls_that_work():
     assert call_embed()().shape == call_stem(X)().shape == (2, 8, 8)
     assert make()().num_states == 16
     assert convert(1, 8, 16, 16, padding="valid")().embed_dim == 8
+
+
+# Each but for one thing like the call before it, of which sizes and options are not looked at twice.
+AFTER_A_RIGHT_CALL = {
+    "window": {"window": True},
+    "stride": {"stride": (16.0, 16)},
+    "decay": {"decay": (True, 2.0)},
+    "kernel": {"kernel": "Quadrature"},
+    "x, dtype": {"x": X.double()},
+    "x, channels": {"x": X[:, [0, 0]]},
+    "x, nothing": {"x": None},
+    "weight, dtype": {"w1": STEM.encoder.w1.detach().half()},
+    "weight, size": {"b1": STEM.encoder.b1.detach()[1:]},
+    "weight, device": {"sblu_w": STEM.sblu.weight.detach().to("meta")},
+    "weight, text": {"proj_b": "bias"},
+}
+
+
+@pytest.mark.parametrize("changes", AFTER_A_RIGHT_CALL.values(), ids=AFTER_A_RIGHT_CALL)
+def test_a_right_call_before_it_makes_no_call_right(changes):
+    right = {"window": 16, "stride": (16, 16), "decay": (1.0, 2.0), "kernel": "quadrature"}
+    call_embed(**right)()
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        call_embed(**right | changes)()
+
+
+def test_right_under_autocast_only():
+    with torch.autocast("cpu", torch.bfloat16):
+        call_embed(x=X.bfloat16())()
+    with pytest.raises(TypeError, match=r"x: expected torch\.float32"):
+        call_embed(x=X.bfloat16())()

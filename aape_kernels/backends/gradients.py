@@ -21,7 +21,10 @@ def like_inputs(inputs: Mapping[str, Tensor | None], wanted: set[str], got: Mapp
         if name not in wanted or value is None:
             gradients.append(like.new_empty(0))
         elif name in got:
-            gradients.append(got[name].reshape(value.shape).to(value.dtype).contiguous())
+            one = got[name]
+            if one.shape != value.shape or one.dtype != value.dtype or not one.is_contiguous():
+                one = one.reshape(value.shape).to(value.dtype).contiguous()
+            gradients.append(one)
         else:
             gradients.append(torch.zeros_like(value, memory_format=torch.contiguous_format))
     return tuple(gradients)
