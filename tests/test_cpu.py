@@ -224,7 +224,8 @@ def test_derivatives_of_the_whole_stem(isa, features):
         return torch.func.functional_call(stem, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(f, (x, *values))
-    assert torch.autograd.gradgradcheck(f, (x, *values))
+    if isa == native.load().build_info()["instruction_sets"][0]:  # the second derivative is the reference's on all
+        assert torch.autograd.gradgradcheck(f, (x, *values))
 
 
 @pytest.mark.parametrize("asked", ["one", "frozen"])
