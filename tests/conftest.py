@@ -42,8 +42,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 SEED = int(os.environ.get("AAPE_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 
-def pytest_report_header() -> str:
-    return f"aape_kernels: AAPE_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"AAPE_TEST_SEED={SEED}, torch {torch.__version__}, {torch.get_num_threads()} threads"]
+    # pytest-xdist 3.8 writes a test's group into this attribute, which pytest 9.2 does not have
+    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        lines.append(
+            f"pytest {pytest.__version__} knows no groups of pytest-xdist: what takes long is made by every worker"
+        )
+    return [f"aape_kernels: {line}" for line in lines]
 
 
 # Fixtures that take long, which every worker of pytest-xdist would make for itself: their tests are one worker's.
