@@ -39,6 +39,12 @@ def more_flags() -> list[str]:
     return shlex.split(os.environ.get("AAPE_EMULATOR_FLAGS", ""))
 
 
+def run_compiler(*arguments: str) -> None:
+    """By itself: a sanitizer's allocator that is preloaded into this process makes a compiler several times slower."""
+    command = [compiler(), *arguments]
+    subprocess.run(command, check=True, env={k: v for k, v in os.environ.items() if k != "LD_PRELOAD"})
+
+
 def compile_sources(root: Path, into: Path, sources: Iterable[str], *flags: str) -> list[Path]:
     """Object files of csrc/cuda's `sources`, of this checkout or of a copy of it."""
     here = root / "tests" / "emulator"
@@ -48,8 +54,8 @@ def compile_sources(root: Path, into: Path, sources: Iterable[str], *flags: str)
         path = here / name if (here / name).exists() else root / "csrc" / "cuda" / name
         behind = ["-x", "c++", "-include", "emulator.h"] if path.suffix == ".cu" else []
         target = into / f"{path.stem}.o"
-        command = [compiler(), "-std=c++17", "-O1", "-g", *WARNINGS, "-fPIC", "-fvisibility=hidden", *includes]
-        subprocess.run([*command, *flags, *behind, "-c", str(path), "-o", str(target)], check=True)
+        options = ["-std=c++17", "-O1", "-g", *WARNINGS, "-fPIC", "-fvisibility=hidden", *includes]
+        run_compiler(*options, *flags, *behind, "-c", str(path), "-o", str(target))
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -65,7 +71,7 @@ def link(objects: Iterable[Path], into: Path, name: str) -> ModuleType:
     """A module called `name`; several, of different sources, can be loaded side by side."""
     own = compile_sources(ROOT, into, ["emulated.cpp"], f"-DAAPE_MODULE={name}", *more_flags())
     target = into / f"{name}.so"
-    subprocess.run([compiler(), "-shared", *more_flags(), *map(str, [*own, *objects]), "-o", str(target)], check=True)
+    run_compiler("-shared", *more_flags(), *map(str, [*own, *objects]), "-o", str(target))
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None
     assert spec.loader is not None
@@ -87,7 +93,7 @@ def build_program(root: Path, into: Path, flags: Sequence[str], sources: Iterabl
 def run_program(objects: Iterable[Path], into: Path, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Link and run that program: status 0 and "clean" if the sanitizer has nothing to say."""
     target = into / "every_kernel"
-    subprocess.run([compiler(), flags[-1], *map(str, objects), "-o", str(target)], check=True)
+    run_compiler(flags[-1], *map(str, objects), "-o", str(target))
     environment = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
     return subprocess.run([target], env=environment, capture_output=True, text=True)
 
