@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kMostThreads) overlap_add_kernel(const Overlap
   if (t >= g.frames) return;
   const int at = t - int(p.offset), length = int(p.length);  // from the first window's first frame
   const int first_tile = at < length ? 0 : p.by_step(at - length).quotient + 1;
-  for (int line = int(blockIdx.z); line < int(g.batch * g.channels); line += int(gridDim.z)) {
-    const auto [b, c] = p.by_channels(line);
+  for (unsigned line = blockIdx.z; line < unsigned(g.batch * g.channels); line += gridDim.z) {
+    const auto [b, c] = p.by_channels(int(line));
     for (int f = int(blockIdx.y); f < g.mel_bins; f += int(gridDim.y)) {
       Sum sum = {};
       for (I i = f < patch_f ? 0 : p.by_stride_f(f - patch_f).quotient + 1; i < g.n_f && i * g.stride_f <= f; ++i) {
