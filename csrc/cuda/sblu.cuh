@@ -1,8 +1,8 @@
 // What SBLU's kernels share: a block's tile of tokens, its rows of x in shared memory, and their projection.
 //
-// A block has kWarps warps and works on `tile` neighbouring tokens of one subband (b, i) and on 32 states, one a lane. The
-// frames under its windows are projected once and kept in shared memory, u[frame][state]: where lanes are states, accesses
-// to it are free of bank conflicts.
+// A block has kWarps warps and works on `tile` neighbouring tokens of one subband (b, i) and on 32 states, one a lane; or on
+// 16 of two tokens at once, if there are no more. The frames under its windows are projected once and kept in shared
+// memory, u[frame][state]: where lanes are states, accesses to it are free of bank conflicts.
 
 #pragma once
 
@@ -12,13 +12,26 @@
 namespace aape {
 namespace cuda {
 
-// Blocks of a multiprocessor at the least: 128 registers a thread, or 255 for double's; nothing spills.
+// Blocks of a multiprocessor at the least: 80 registers a thread, or 255 for double's; nothing spills.
 template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 3;
 constexpr int kRowBlock = 16;  // rows of x in shared memory at once
 constexpr int kFramePad = 8;   // frames are padded to a multiple of the longest pack
-constexpr int kPitch = kLanes + 4;  // from one frame's states, or one row's, to the next's: in the next four banks
 
+// A block's lanes, and the distances of lines in shared memory.
+template <class Path>
+struct Lanes {
+  static constexpr int kStates = Path::kStates, kTokens = kLanes / kStates;  // of a warp at once
+  // from one row's states to the next's, eight rows' quads being in different banks
+  static constexpr int kPitch = kStates + 4;
+  // The same for frames, where a lane reads one state. Of two tokens whose frames are an odd number apart (`Ends`) one has
+  // the lower half of the banks and one the upper.
+  static constexpr int kFramePitch = kTokens == 1 ? kPitch : kStates;
+
+  int state, token;  // of the block's first ones
+  AAPE_DEVICE Lanes() : state(threadIdx.x % kStates), token(threadIdx.x / kStates) {}
+  static constexpr int kAtOnce = kWarps * kTokens;  // tokens of a block
+};
 // With logits, decay and frequency hold the Lambda Encoder's r, squashed here into the ranges.
 template <class T>
 struct Squash {
@@ -68,11 +81,15 @@ struct SbluParams {
   AAPE_DEVICE int pitch() const { return columns + 4; }
 };
 
-// Tokens whose windows a block projects together: as many as span about this many frames.
+// Whether two tokens can share a warp; they do so on the usual path.
+inline bool is_narrow(const Grid& g, int64_t bytes) { return bytes == 4 && g.states <= 16 && g.window % 2 == 0; }
+
+// Tokens whose windows a block projects together: as many as span about this many frames. All paths of a call have the same
+// tile, as the order of its sums is that of the tiles.
 constexpr int64_t kTileFrames = 128;
 
 inline int64_t tile_of(const Grid& g, int64_t bytes) {
-  const int64_t budget = kTileFrames * 4 / bytes;
+  const int64_t budget = is_narrow(g, bytes) ? 2 * kTileFrames : kTileFrames * 4 / bytes;
   // windows with gaps between them share nothing, and their gaps would be projected for nothing
   const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
   return more + 1 < g.n_t ? more + 1 : g.n_t;
@@ -141,14 +158,16 @@ inline bool is_small(const SbluCall& call) {
 // compiled for float32 and bfloat16 by themselves, all else asks at run time.
 template <class Run>
 void dispatch(const SbluCall& call, bool small, Run run) {
-  const bool usual = small && call.grid.quadrature && call.grid.window % 2 == 0;
+  const bool usual = small && call.grid.quadrature && call.grid.window % 2 == 0, narrow = usual && is_narrow(call.grid, 4);
   if (call.x.type == DType::kFloat64) {
     if (small) run(params<double, double, int32_t>(call), General());
     else run(params<double, double, int64_t>(call), Wide());
   } else if (usual && call.x.type == DType::kFloat32) {
-    run(params<float, float, int32_t>(call), Usual());
+    if (narrow) run(params<float, float, int32_t>(call), Narrow());
+    else run(params<float, float, int32_t>(call), Usual());
   } else if (usual && call.x.type == DType::kBFloat16) {
-    run(params<float, BFloat16, int32_t>(call), Usual());
+    if (narrow) run(params<float, BFloat16, int32_t>(call), Narrow());
+    else run(params<float, BFloat16, int32_t>(call), Usual());
   } else if (small) {
     run(params<float, AnyFloat, int32_t>(call), General());
   } else {
@@ -163,15 +182,17 @@ inline unsigned state_blocks(const Grid& g) { return unsigned((g.states + kLanes
 inline unsigned row_blocks(const Grid& g) { return unsigned((g.channels * g.patch_f + kRowBlock - 1) / kRowBlock); }
 
 // Shared memory of a projection: u, xs and ws.
-template <class T, class IO, class I>
+template <class Path, class T, class IO, class I>
 struct Tiles {
   T *u, *xs, *ws;
   AAPE_DEVICE Tiles(const SbluParams<T, IO, I>& p, unsigned char* memory)
-      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * kPitch), ws(xs + kRowBlock * p.pitch()) {}
+      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * Lanes<Path>::kFramePitch), ws(xs + kRowBlock * p.pitch()) {}
 };
 
-inline size_t shared_bytes(int columns, size_t bytes) {
-  return (size_t(columns) * kPitch + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * kPitch) * bytes;
+template <class Path>
+size_t shared_bytes(int columns, size_t bytes) {
+  using L = Lanes<Path>;
+  return (size_t(columns) * L::kFramePitch + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * L::kPitch) * bytes;
 }
 
 // Where a block is.
@@ -207,12 +228,15 @@ template <class T, class X, class IO, class I>
 AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* xs) {
   constexpr int kPack = 16 / sizeof(X), kStore = kPack < 4 ? kPack : 4, kOfRow = kThreads / kRowBlock;
   const GridOf<I>& g = p.grid;
-  const int line = threadIdx.x / kOfRow, row = r + line, rows = int(g.channels * g.patch_f);
+  const int line = int(threadIdx.x / kOfRow), row = r + line, rows = int(g.channels * g.patch_f);
   const auto [channel, bin] = p.by_patch_f(row);
   const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + channel * p.x_stride[1] +
-                  (t.i * g.stride_f + bin) * p.x_stride[2];
-  for (int f = threadIdx.x % kOfRow * kPack; f < p.columns; f += kOfRow * kPack) {
-    const I at = t.frame + f;
+                  (t.i * g.stride_f + bin) * p.x_stride[2] + t.frame * p.x_stride[3];
+  // of the tile's frames those inside the clip; all packs of a row are aligned or none is
+  const int begin = t.frame < 0 ? int(-t.frame) : 0;
+  const int end = row >= rows ? 0 : g.frames - t.frame < t.frames ? int(g.frames - t.frame) : t.frames;
+  const bool packed = p.x_stride[3] == 1 && aligned<Pack<X, kPack>>(from);
+  for (int f = int(threadIdx.x % kOfRow) * kPack; f < p.columns; f += kOfRow * kPack) {
     const auto put = [&](auto value) {
 #pragma unroll
       for (int n = 0; n < kPack; n += kStore) {
@@ -222,15 +246,11 @@ AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, i
         store_shared(xs + line * p.pitch() + f + n, part);
       }
     };
-    if (row < rows && f + kPack <= t.frames && at >= 0 && at + kPack <= g.frames && p.x_stride[3] == 1 &&
-        aligned<Pack<X, kPack>>(from + at)) {
-      const auto pack = load_pack<Pack<X, kPack>>(from + at);
+    if (packed && f >= begin && f + kPack <= end) {
+      const auto pack = load_pack<Pack<X, kPack>>(from + f);
       put([&](int n) { return widen<T>(pack.at[n]); });
     } else {
-      put([&](int n) {
-        const bool inside = row < rows && f + n < t.frames && at + n >= 0 && at + n < g.frames;
-        return inside ? widen<T>(from[(at + n) * p.x_stride[3]]) : T(0);
-      });
+      put([&](int n) { return f + n >= begin && f + n < end ? widen<T>(from[(f + n) * p.x_stride[3]]) : T(0); });
     }
   }
 }
@@ -242,61 +262,78 @@ AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int 
   with_type<IO>(p.x_type, [&](auto x) { load_rows_as<T, decltype(x)>(p, t, r, xs); });
 }
 
-// The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][lane], lines kPitch apart. A warp
+// The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][state], lines kPitch apart. A warp
 // has eight rows of four states: whole sectors of the weight, and places of ws in different banks. The caller synchronises.
-template <class T, class IO, class I>
+template <class Path, class T, class IO, class I>
 AAPE_DEVICE void load_weights(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* ws) {
+  using L = Lanes<Path>;
   const int rows = int(p.grid.channels * p.grid.patch_f);
-  for (int k = threadIdx.x; k < kRowBlock * kLanes; k += kThreads) {
-    const int line = k % 8 + k / (8 * kLanes) * 8, lane = k / 8 % kLanes, row = r + line;
-    const I s = t.state + lane;
-    ws[line * kPitch + lane] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
+  static_assert(kRowBlock * L::kStates % kThreads == 0, "every thread has as many");
+#pragma unroll
+  for (unsigned k = threadIdx.x, n = 0; n < kRowBlock * L::kStates / kThreads; ++n, k += kThreads) {
+    const int line = int(k % 8 + k / (8 * L::kStates) * 8), state = int(k / 8 % L::kStates), row = r + line;
+    const I s = t.state + state;
+    ws[line * L::kPitch + state] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
   }
 }
 
-// A thread's cell of its warp's 8 × 4 in a product, of which it has four columns and four rows. Lanes that differ in their
-// lowest bit have the same columns, and those that differ in the next one the same rows: a 16-byte read of either is then
-// two wavefronts, not four.
+// A thread's cell of its warp's kColumns × kRows in a product, of which it has a few columns and rows. Lanes that differ in
+// their lowest bit have the same place on the longer side, and those that differ in the next one on the shorter: a 16-byte
+// read of either is then two wavefronts, not four. Of 4 × 8, eight lanes have all columns of two rows' parities, so that
+// they store to different banks in lines of half of these.
+template <int kColumns_ = 8>
 struct Cell {
+  static constexpr int kColumns = kColumns_, kRows = kLanes / kColumns;
+  static_assert(kColumns == 8 || kColumns == 4, "a warp's lanes are 8 × 4 or 4 × 8");
   int column, row;
   AAPE_DEVICE Cell() {
-    const int lane = threadIdx.x % kLanes;
-    column = lane / 2 % 8;
-    row = lane % 2 + lane / 16 * 2;
+    const int lane = int(threadIdx.x % kLanes), longer = lane / 2 % 8, shorter = lane % 2 + lane / 16 * 2;
+    column = kColumns == 8 ? longer : shorter ^ (longer & 2);
+    row = kColumns == 8 ? shorter : longer;
   }
 };
 
-// u[frame][lane] = Σ_r x[r][frame] · weight[r][lane] for the tile's frames, all rows. A thread has four frames of four
+// u[frame][state] = Σ_r x[r][frame] · weight[r][state] for the tile's frames, all rows. A thread has four frames of four
 // states: two 16-byte reads for 16 multiply-adds.
-template <class T, class IO, class I>
-AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<T, IO, I>& m) {
-  constexpr int kFrames = kWarps * 16;  // of the block at once
-  const Cell cell;
-  const int lane = cell.column * 4, first = threadIdx.x / kLanes * 16 + cell.row * 4;
+template <class Path, class T, class IO, class I>
+AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<Path, T, IO, I>& m) {
+  using L = Lanes<Path>;
+  using OfState = Cell<L::kStates / 4>;
+  constexpr int kPitch = L::kFramePitch, kOfWarp = OfState::kRows * 4, kFrames = kWarps * kOfWarp;  // of the block at once
+  const OfState cell;
+  const int state = cell.column * 4, first = threadIdx.x / kLanes * kOfWarp + cell.row * 4;
+  // Where frames are half of the banks apart, every second row of cells begins with its second frame.
+  const int turn = L::kTokens == 1 ? 0 : cell.row % 2;
   const int rows = int(p.grid.channels * p.grid.patch_f);
   for (int r = 0; r < rows; r += kRowBlock) {
     if (r) __syncthreads();  // before xs is written again
     load_rows(p, t, r, m.xs);
-    load_weights(p, t, r, m.ws);
+    load_weights<Path>(p, t, r, m.ws);
     __syncthreads();
     for (int f = first; f < t.frames; f += kFrames) {
+      T* const u = m.u + f * kPitch + state;
       Quad<T> sum[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (r) sum[k] = load_pack<Quad<T>>(m.u + (f + k) * kPitch + lane);
+        if (r) sum[k] = load_pack<Quad<T>>(u + k * kPitch);
         else sum[k] = Quad<T>{};
       }
 #pragma unroll
       for (int row = 0; row < kRowBlock; ++row) {
         const auto x = load_pack<Quad<T>>(m.xs + row * p.pitch() + f);
-        const auto w = load_pack<Quad<T>>(m.ws + row * kPitch + lane);
+        const auto w = load_pack<Quad<T>>(m.ws + row * L::kPitch + state);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int s = 0; s < 4; ++s) sum[k].at[s] = fma(x.at[k], w.at[s], sum[k].at[s]);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) store_pack(m.u + (f + k) * kPitch + lane, sum[k]);
+      for (int k = 0; k < 4; ++k) {
+        Quad<T> value;
+#pragma unroll
+        for (int s = 0; s < 4; ++s) value.at[s] = turn ? sum[k ^ 1].at[s] : sum[k].at[s];
+        store_shared(u + (k ^ turn) * kPitch, value);
+      }
     }
   }
   __syncthreads();
@@ -361,50 +398,70 @@ AAPE_DEVICE void store_response(const SbluParams<T, IO, I>& p, const Tile<I>& t,
   store(p.y, to + p.y_stride[3], y.im);
 }
 
-// All states of the token are in this warp.
-template <class T, class IO, class I>
-AAPE_DEVICE void store_features(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, const Complex<T>& y) {
+// All states of the token are in this warp; a lane without one gives s >= S.
+template <class Path, class T, class IO, class I>
+AAPE_DEVICE void store_features(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, int s, const Complex<T>& y) {
   const auto rows = [&](const Values& values, const I* stride) {
     return Features<I>{values, p.planes, t.b * stride[0] + t.i * stride[1] + j * stride[2], stride[3], stride[4]};
   };
   const I to = t.b * p.grad_y_stride[0] + t.i * p.grad_y_stride[1] + j * p.grad_y_stride[2];
-  const LaneStates<true> states = {int(threadIdx.x % kLanes), int(p.grid.states)};
+  const LaneStates<true, Path::kStates> states = {s, int(p.grid.states)};
   standardise_token<T>(
       states, rows(p.y, p.y_stride), rows(p.grad, p.grad_stride), [=](int) { return y; },
-      [&](int s, const Complex<T>& grad_y) {
-        p.grad_y[to + s * p.grad_y_stride[4]] = grad_y.re;
-        p.grad_y[to + p.grad_y_stride[3] + s * p.grad_y_stride[4]] = grad_y.im;
+      [&](int own, const Complex<T>& grad_y) {
+        p.grad_y[to + own * p.grad_y_stride[4]] = grad_y.re;
+        p.grad_y[to + p.grad_y_stride[3] + own * p.grad_y_stride[4]] = grad_y.im;
       });
 }
+
+// The ends of a token's window in shared memory, on their way to its centre or from there outwards, a frame a step. Where
+// two tokens share a warp the second one has left and right the other way round, so that their frames are an odd number
+// apart (`Lanes`): what is odd in time then has the other sign.
+template <class T>
+struct Ends {
+  T *one, *other;
+  int step;
+  bool turned;
+
+  // left goes `step` elements a frame
+  template <class Path>
+  static AAPE_DEVICE Ends of(const Lanes<Path>& own, T* left, T* right, int step) {
+    const bool turned = own.kTokens > 1 && own.token % 2;
+    return turned ? Ends{right, left, -step, true} : Ends{left, right, step, false};
+  }
+  AAPE_DEVICE void next() { one += step, other -= step; }
+  template <class V>
+  AAPE_DEVICE V odd(V value) const { return turned ? -value : value; }
+};
 
 // Every thread folds the windows of its tokens and its state and runs Horner's rule on them.
 template <class Path, class T, class IO, class I>
 AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const T* u) {
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, window = int(p.grid.window);
-  const bool quadrature = Path::quadrature(p.grid), even = Path::even(p.grid);
-  const bool standardised = p.planes != 2;
-  I s = t.state + lane;
-  if (s >= p.grid.states) {
-    if (!standardised) return;
-    s = p.grid.states - 1;  // for something to read; this lane is there for the sums
-  }
-  for (int n = warp; n < t.count; n += kWarps) {
-    const I j = t.first + n;
+  using L = Lanes<Path>;
+  const L own;
+  const bool quadrature = Path::quadrature(p.grid), even = Path::even(p.grid), standardised = p.planes != 2;
+  const I states = p.grid.states;
+  // as long as the warp's first token is there: sums over states take all its lanes
+  for (int n = own.token; n - own.token % L::kTokens < t.count; n += L::kAtOnce) {
+    const bool there = t.state + own.state < states && n < t.count;
+    if (!there && !standardised) continue;
+    // a lane that is there only for the sums has something to read
+    const I s = t.state + own.state < states ? t.state + own.state : states - 1, j = t.first + (n < t.count ? n : t.count - 1);
     const State<T> state = load_state(p, t, j, s);
     const Gain<T> g = gain_of<T, false>(state, even);
-    const T* left = u + n * int(p.grid.stride_t) * kPitch + lane;
-    const T* right = left + (window - 1) * kPitch;
+    const T* left = u + int(j - t.first) * int(p.grid.stride_t) * L::kFramePitch + own.state;
+    auto ends = Ends<const T>::of(own, left, left + (int(p.grid.window) - 1) * L::kFramePitch, L::kFramePitch);
     Complex<T> plus = {0, 0}, minus = {0, 0};
-    for (int m = 0; m < window / 2; ++m, left += kPitch, right -= kPitch) {
-      plus = step<T>(plus, g.z, *right + *left);
-      if (quadrature) minus = step<T>(minus, g.z, *right - *left);
+    for (int m = 0; m < int(p.grid.window) / 2; ++m, ends.next()) {
+      plus = step<T>(plus, g.z, *ends.other + *ends.one);
+      if (quadrature) minus = step<T>(minus, g.z, *ends.other - *ends.one);
     }
     if (!even) {
-      plus = step<T>(plus, g.z, *left);
+      plus = step<T>(plus, g.z, *ends.one);
       if (quadrature) minus = minus * g.z;
     }
-    const Complex<T> y = response(g.gamma, plus, minus, quadrature);
-    if (standardised) store_features(p, t, j, y);
+    const Complex<T> y = response(g.gamma, plus, {ends.odd(minus.re), ends.odd(minus.im)}, quadrature);
+    if (standardised) store_features<Path>(p, t, j, there ? int(s) : int(states), y);
     else store_response(p, t, j, s, y);
   }
 }

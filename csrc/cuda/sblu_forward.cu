@@ -9,7 +9,7 @@ namespace cuda {
 template <class Path, class T, class IO, class I>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_forward_kernel(const SbluParams<T, IO, I> p) {
   AAPE_DYN_SHARED(memory);
-  const Tiles<T, IO, I> m(p, memory);
+  const Tiles<Path, T, IO, I> m(p, memory);
   const Tile<I> t = tile_at(p, int(blockIdx.x), I(blockIdx.y));
   project(p, t, m);
   respond<Path>(p, t, m.u);
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_forward_kernel(cons
 template <class Path, class T, class IO, class I>
 void launch_forward(const SbluCall& call, const SbluParams<T, IO, I>& p, void* stream) {
   const dim3 grid(blocks(units(call.grid, p.tile), "sblu"), state_blocks(call.grid));
-  AAPE_LAUNCH("sblu", (sblu_forward_kernel<Path, T, IO, I>), grid, dim3(kThreads), shared_bytes(p.columns, sizeof(T)),
+  AAPE_LAUNCH("sblu", (sblu_forward_kernel<Path, T, IO, I>), grid, dim3(kThreads), shared_bytes<Path>(p.columns, sizeof(T)),
               stream, p);
 }
 

@@ -1,4 +1,4 @@
-// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | features], a block for up to kTokens tokens.
+// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | features], a block for 64 or 128 tokens.
 //
 // The encoder's two layers are products of tiles in shared memory; the second reads back what the first wrote. The
 // patches that the first one reads go into the operand on the way; the SBLU reads its rows of x again, from the cache.
@@ -10,10 +10,26 @@
 namespace aape {
 namespace cuda {
 
-constexpr int kTokens = 64;
-constexpr int kColumns = 64;         // of a product at once: hidden units, or logits
+// Of a multiprocessor at the least: the encoder's sums and operands take up to 128 registers.
+template <class T>
+constexpr int kStemBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr int kDepth = 32;           // of a product at once
 constexpr int kLine = kDepth + 4;    // between two lines in shared memory: eight lines' quads are in different banks
+
+// What a block's warps share out, 16 × 32 each: tokens × columns, which are hidden units or logits. With 16 states there are
+// 32 logits, so that more columns would be for nothing.
+template <class Path>
+struct Product {
+  static constexpr int kColumns = 2 * Path::kStates, kTokens = kWarps * 16 * 32 / kColumns;
+  static constexpr int kLines = kTokens + kColumns;  // of shared memory
+  int token, column;  // a thread's first ones
+  AAPE_DEVICE Product() {
+    const int warp = threadIdx.x / kLanes;
+    const Cell<> cell;
+    token = warp / (kColumns / 32) * 16 + cell.row;
+    column = warp % (kColumns / 32) * 32 + cell.column;
+  }
+};
 
 template <class T, class IO, class I>
 struct StemParams {
@@ -52,10 +68,10 @@ AAPE_DEVICE Band<I> band_at(const StemParams<T, IO, I>& p, int unit) {
   return band;
 }
 
-template <class T, class IO, class I>
+template <class Path, class T, class IO, class I>
 AAPE_DEVICE void find_places(const StemParams<T, IO, I>& p, const Band<I>& band, const Places<I>& at) {
   const GridOf<I>& g = p.sblu.grid;
-  for (int m = threadIdx.x; m < kTokens; m += kThreads) {
+  for (int m = threadIdx.x; m < Product<Path>::kTokens; m += kThreads) {
     const auto [n, of_tile] = p.by_tile(m);
     const auto [b, i] = p.by_n_f(band.first + n);
     const I j = band.j + of_tile;
@@ -72,19 +88,26 @@ struct Sum {
   T at[4][4] = {};
 };
 
+// kLines lines of kDepth numbers in shared memory, four at once.
+template <int kLines, class T, class Load>
+AAPE_DEVICE void fill(T* to, Load load) {
+  constexpr int kQuads = kDepth / 4, kAtOnce = kThreads / kQuads;
+  static_assert(kLines % kAtOnce == 0, "every thread has as many");
+  const int first = int(threadIdx.x / kQuads), q = int(threadIdx.x % kQuads) * 4;
+#pragma unroll
+  for (int line = first, n = 0; n < kLines / kAtOnce; ++n, line += kAtOnce) store_shared(to + line * kLine + q, load(line, q));
+}
+
 // sum += Σ_k a[token][k] b[column][k] over `depth`, in steps of kDepth; load_a(token, k) and load_b(column, k) give four.
-template <class T, class A, class B>
-AAPE_DEVICE void multiply(int depth, T* as, T* bs, Sum<T>& sum, A load_a, B load_b) {
-  const int warp = threadIdx.x / kLanes;
-  const Cell cell;
-  const T* a = as + (warp / 2 * 16 + cell.row) * kLine;
-  const T* b = bs + (warp % 2 * 32 + cell.column) * kLine;
+template <class Path, class T, class A, class B>
+AAPE_DEVICE void multiply(int depth, T* as, Sum<T>& sum, A load_a, B load_b) {
+  using Whole = Product<Path>;
+  const Whole own;
+  T* const bs = as + Whole::kTokens * kLine;
+  const T *a = as + own.token * kLine, *b = bs + own.column * kLine;
   for (int k = 0; k < depth; k += kDepth) {
-    for (int n = threadIdx.x; n < kTokens * (kDepth / 4); n += kThreads) {
-      const int line = n / (kDepth / 4), q = n % (kDepth / 4) * 4;
-      store_shared(as + line * kLine + q, load_a(line, k + q));
-      store_shared(bs + line * kLine + q, load_b(line, k + q));
-    }
+    fill<Whole::kTokens>(as, [&](int token, int q) { return load_a(token, k + q); });
+    fill<Whole::kColumns>(bs, [&](int column, int q) { return load_b(column, k + q); });
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < kDepth; q += 4) {
@@ -103,19 +126,17 @@ AAPE_DEVICE void multiply(int depth, T* as, T* bs, Sum<T>& sum, A load_a, B load
     __syncthreads();  // before as and bs are written again
   }
 }
-static_assert(kTokens == kColumns && kThreads == 2 * 4 * kLanes, "warps share out 64 × 64");
 
 // to[row][column] = sum + bias, rows `width` apart; a last column may be missing
-template <class T, class I>
+template <class Path, class T, class I>
 AAPE_DEVICE void store_sum(const Sum<T>& sum, const Places<I>& at, int first, int width, const T* bias, T* to) {
-  const int warp = threadIdx.x / kLanes;
-  const Cell cell;
+  const Product<Path> own;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
-    const I row = at.row[warp / 2 * 16 + cell.row + 4 * m];
+    const I row = at.row[own.token + 4 * m];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const int column = first + warp % 2 * 32 + cell.column + 8 * n;
+      const int column = first + own.column + 8 * n;
       if (row >= 0 && column < width) to[row * width + column] = sum.at[m][n] + bias[column];
     }
   }
@@ -132,8 +153,9 @@ AAPE_DEVICE Quad<T> load_row(const T* matrix, I row, I rows, int k, int width) {
   return out;
 }
 
-template <class T, class IO, class I>
-AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* as, T* bs) {
+template <class Path, class T, class IO, class I>
+AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* lines) {
+  constexpr int kColumns = Product<Path>::kColumns;
   const int length = p.patches.length(), units = p.hidden_units, logits = 2 * int(p.sblu.grid.states);
   for (int h = 0; h < units; h += kColumns) {
     Sum<T> sum;
@@ -146,8 +168,8 @@ AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* a
       return value;
     };
     const auto weight = [&](int unit, int e) { return load_row<T, I>(p.w1, h + unit, units, e, length); };
-    multiply(length, as, bs, sum, patch, weight);
-    store_sum(sum, at, h, units, p.b1, p.hidden);
+    multiply<Path>(length, lines, sum, patch, weight);
+    store_sum<Path>(sum, at, h, units, p.b1, p.hidden);
   }
   __syncthreads();  // hidden, which this block reads again
   for (int c = 0; c < logits; c += kColumns) {
@@ -160,24 +182,24 @@ AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* a
       return value;
     };
     const auto weight = [&](int column, int h) { return load_row<T, I>(p.w2, c + column, logits, h, units); };
-    multiply(units, as, bs, sum, active, weight);
-    store_sum(sum, at, c, logits, p.b2, p.r);
+    multiply<Path>(units, lines, sum, active, weight);
+    store_sum<Path>(sum, at, c, logits, p.b2, p.r);
   }
   __syncthreads();  // r, likewise
 }
 
 template <class Path, class T, class IO, class I>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) stem_kernel(const StemParams<T, IO, I> p) {
+__global__ void __launch_bounds__(kThreads, kStemBlocks<T>) stem_kernel(const StemParams<T, IO, I> p) {
   AAPE_DYN_SHARED(memory);
-  Places<I> at = {reinterpret_cast<I*>(memory), reinterpret_cast<I*>(memory) + kTokens};
-  T* as = reinterpret_cast<T*>(at.row + kTokens);
+  constexpr int kTokens = Product<Path>::kTokens;
+  const Places<I> at = {reinterpret_cast<I*>(memory), reinterpret_cast<I*>(memory) + kTokens};
   const GridOf<I>& g = p.sblu.grid;
   const Band<I> band = band_at(p, int(blockIdx.x));
-  find_places(p, band, at);
-  encode(p, at, as, as + kTokens * kLine);
+  find_places<Path>(p, band, at);
+  encode<Path>(p, at, reinterpret_cast<T*>(at.row + kTokens));
   if (!p.sblu.planes) return;
 
-  const Tiles<T, IO, I> m(p.sblu, memory);
+  const Tiles<Path, T, IO, I> m(p.sblu, memory);
   for (I n = 0; n < band.count; ++n) {
     const auto [b, i] = p.by_n_f(band.first + n);
     for (I j = band.j; j < g.n_t && j < band.j + p.tile; j += p.sblu.tile) {
@@ -224,6 +246,8 @@ SbluCall sblu_part(const StemCall& call) {
 
 template <class Path, class T, class IO, class I>
 void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* stream) {
+  using Whole = Product<Path>;
+  constexpr int kTokens = Whole::kTokens;
   StemParams<T, IO, I> p = {};
   const Grid& g = call.grid;
   p.sblu = sblu;
@@ -243,7 +267,8 @@ void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* s
   p.r = reinterpret_cast<T*>(call.r.data);
   const int64_t bands = (g.batch * g.n_f + p.bands - 1) / p.bands, tiles = (g.n_t + p.tile - 1) / p.tile;
   p.by_tiles = Divisor<int32_t>(tiles);
-  const size_t encoder = 2 * kTokens * (kLine * sizeof(T) + sizeof(I)), filters = shared_bytes(p.sblu.columns, sizeof(T));
+  const size_t encoder = Whole::kLines * kLine * sizeof(T) + 2 * kTokens * sizeof(I);
+  const size_t filters = shared_bytes<Path>(p.sblu.columns, sizeof(T));
   AAPE_LAUNCH("embed", (stem_kernel<Path, T, IO, I>), dim3(blocks(bands * tiles, "embed")), dim3(kThreads),
               encoder > filters ? encoder : filters, stream, p);
 }

@@ -116,6 +116,25 @@ def test_features_of_any_number_of_states(emulated, states, features):
     check_stem(stem, torch.randn(2, 2, 14, 19).double(), torch.float64)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("stride", [8, 2, 20], ids=lambda stride: f"stride {stride}")
+@pytest.mark.parametrize(("states", "tokens"), [(16, 1), (9, 2), (16, 17), (1, 3), (16, 67)])
+def test_two_tokens_a_warp(emulated, states, tokens, stride, order):
+    """Up to 16 states in float32, of pairs of tokens and one more, whose windows overlap or not."""
+    emulated.set_order(ORDERS.index(order), 5)
+    case = Case(2, 2, states, (9, 8), (9, stride), 10, (2, tokens), (0, 1), "quadrature")
+    check_sblu(case, torch.float32)
+
+
+@pytest.mark.parametrize("features", PLANES)
+@pytest.mark.parametrize(("states", "tokens"), [(16, 3), (9, 1), (16, 129), (5, 5)])
+def test_stem_of_two_tokens_a_warp(emulated, states, tokens, features):
+    emulated.set_order(tokens % 3, states)
+    stem = AaPE(patch_size=(6, 4), embed_dim=6, num_states=states, encoder_dim=40, decay=(0.1, 2.0), features=features)
+    torch.nn.init.normal_(stem.fusion.weight)
+    check_stem(stem, torch.randn(1, 1, 12, 4 * tokens), torch.float32)
+
+
 @pytest.mark.parametrize("states", [8, 40])
 @pytest.mark.parametrize("features", PLANES)
 def test_bfloat16_projection_and_tokens(features, states):
@@ -213,7 +232,7 @@ def test_when_it_can_run(monkeypatch):
 
 
 # A copy of the sources with one thing wrong must be caught: else the emulator would be blind.
-LOAD = "load_weights(p, t, r, m.ws);"
+LOAD = "load_weights<Path>(p, t, r, m.ws);"
 BROKEN = {
     "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n// A state's", "}\n\n// A state's"),
     "no barrier after loading rows": ("sblu.cuh", f"{LOAD}\n    __syncthreads();", LOAD),
@@ -225,8 +244,8 @@ BROKEN = {
     ),
     "no barrier before the warps' sums are added up": (
         "sblu_backward.cu",
-        "sum[r]);\n  __syncthreads();",
-        "sum[r]);",
+        "sum[r]);\n  }\n  __syncthreads();",
+        "sum[r]);\n  }",
     ),
     "no barrier before the encoder's tiles are read": (
         "stem.cu",
@@ -238,15 +257,17 @@ BROKEN = {
         "  __syncthreads();  // hidden, which this block reads again\n",
         "",
     ),
-    "an index off by one": ("sblu.cuh", "left + (window - 1) * kPitch", "left + window * kPitch"),
+    "an index off by one": ("sblu.cuh", "left + (int(p.grid.window) - 1) * L", "left + int(p.grid.window) * L"),
+    "the second token's window not turned back": ("sblu.cuh", "return turned ? -value : value;", "return value;"),
+    "frames of turned rows in the wrong place": ("sblu.cuh", "u + (k ^ turn) * kPitch", "u + k * kPitch"),
     "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
-    "lanes without a state that miss the sums": ("sblu.cuh", "if (!standardised) return;", "return;"),
+    "lanes without a state that miss the sums": ("sblu.cuh", "if (!there && !standardised)", "if (!there)"),
     "a half of a row that is not swapped": (
         "warp_stem.cuh",
         "in_line(frame, lane / 16 * 8)",
         "frame * kRows + lane / 16 * 8",
     ),
-    "the next token's line": ("stem.cu", "as + (warp / 2 * 16 + cell.row)", "as + (warp / 2 * 16 + cell.row + 1)"),
+    "the next token's line": ("stem.cu", "as + own.token * kLine", "as + (own.token + 1) * kLine"),
 }
 
 
@@ -303,7 +324,7 @@ OF_A_KIND = {"no barrier before hidden is read", "an index off by one"}
 def test_a_broken_kernel_is_caught(broken, monkeypatch):
     use(monkeypatch, broken)
     case = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "quadrature")
-    stem = AaPE(patch_size=(8, 4), embed_dim=6, num_states=4, encoder_dim=40, decay=(0.1, 2.0))
+    stem = AaPE(patch_size=(8, 4), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0))
     torch.nn.init.normal_(stem.fusion.weight)
     narrow = AaPE(embed_dim=6).bfloat16()
     torch.nn.init.normal_(narrow.fusion.weight)
