@@ -25,6 +25,7 @@ struct Block {
   static constexpr int kStrip = kWide ? 12 : 6;
   static constexpr int kPanelVectors = 2;
   static constexpr int kPanel = kPanelVectors * kLanes;
+  static_assert(kTokens % kStrip == 0, "groups of tokens are whole strips");
 };
 
 // Numbers of a left operand: element (row, k) at data[row · step + k] if its rows are contiguous, else data[k · step + row].
@@ -122,6 +123,21 @@ inline void product(int64_t rows, int vectors, T* out, int64_t line, const Term<
     advance(2);
   }
   if (rows) product_rows<T, 1, kAlongDepth, kAdd>(vectors, out, line, terms, bias);
+}
+
+// out[row][column] = (kAdd: out +) left · right for kStrip rows and a panel of kPanel columns, of which only `rows` and
+// `columns` are there to be written. Lanes are columns; the left operand is [depth][row].
+template <class T, bool kAdd>
+inline void product_panel(int64_t rows, int64_t columns, T* out, int64_t line, const Term<T>& term) {
+  constexpr int strip = Block<T>::kStrip, panel = Block<T>::kPanel;
+  const Term<T> terms[] = {term};
+  if (rows >= strip && columns >= panel)
+    return product_block<T, strip, Block<T>::kPanelVectors, false, kAdd>(out, line, terms, nullptr);
+  alignas(64) T edge[strip * panel];
+  product_block<T, strip, Block<T>::kPanelVectors, false, false>(edge, panel, terms, nullptr);
+  for (int64_t k = 0; k < smaller(rows, strip); ++k)
+    for (int64_t n = 0; n < smaller(columns, panel); ++n)
+      out[k * line + n] = edge[k * panel + n] + (kAdd ? out[k * line + n] : T(0));
 }
 
 // Transposition of lanes × lanes numbers, by exchanging halves.

@@ -31,23 +31,39 @@ struct StemNeeds {
         sblu(c.grad_sblu_w.data), product(c.grad_proj_w.data || c.grad_proj_b.data || c.grad_fusion_w.data) {}
 };
 
+// A matrix [token][column] of a wave as panels [token][kPanel columns] one behind the other: what is read together with a
+// panel's row lies behind it, in few pages. The last panel has zeros behind the columns.
+template <class T>
+struct Panels {
+  static constexpr int64_t kPanel = Block<T>::kPanel;
+  int64_t columns, step;  // from panel to panel
+  Buffer<T> numbers;
+
+  Panels(int64_t columns, int64_t tokens)
+      : columns(columns), step(tokens * kPanel), numbers(round_up(columns, kPanel) * tokens) {
+    fill_zero(numbers.data, round_up(columns, kPanel) * tokens);
+  }
+  // from [column][token] the tokens of a group, the wave's from `first` on
+  void store(const T* from, int64_t first, int64_t tokens) {
+    constexpr int64_t line = Block<T>::kTokens;
+    T* to = numbers.data + first * kPanel;
+    for (int64_t c = 0; c < columns; c += kPanel, to += step)
+      store_rows(to, kPanel, from + c * line, line, smaller(kPanel, columns - c), tokens);
+  }
+};
+
 // What the first phase leaves for the second: rows are the wave's tokens.
 template <class T>
 struct Wave {
-  int64_t operand_line, active_line, sblu_size, pixel_line;
-  Buffer<T> operand, logits, hidden, active, sblu, pixels;
+  int64_t sblu_size, pixel_line;
+  Panels<T> patches, features, active;
+  Buffer<T> logits, hidden, sblu, pixels;
 
   Wave(const StemSizes& z, const StemNeeds& need, const Grid& g, int64_t tokens)
-      // whole panels from the first patch's pixel on, and from the first feature on
-      : operand_line(larger(round_up(z.patch, Block<T>::kPanel), z.patch + round_up(z.features, Block<T>::kPanel))),
-        active_line(round_up(z.hidden, Block<T>::kPanel)),
-        sblu_size(z.states * z.projected), pixel_line(z.within ? z.patch : z.patch + z.projected * g.window),
-        operand(tokens * operand_line), logits(tokens * 2 * z.states), hidden(tokens * z.hidden),
-        active(tokens * active_line), sblu(need.sblu ? tokens / Block<T>::kTokens * sblu_size : 0),
-        pixels(need.x ? tokens * pixel_line : 0) {
-    fill_zero(operand.data, tokens * operand_line);  // what the last panel reads behind the columns
-    fill_zero(active.data, tokens * active_line);
-  }
+      : sblu_size(z.states * z.projected), pixel_line(z.within ? z.patch : z.patch + z.projected * g.window),
+        patches(z.patch, tokens), features(z.features, tokens), active(z.hidden, tokens), logits(tokens * 2 * z.states),
+        hidden(tokens * z.hidden), sblu(need.sblu ? tokens / Block<T>::kTokens * sblu_size : 0),
+        pixels(need.x ? tokens * pixel_line : 0) {}
 };
 
 // One thread's tiles.
@@ -239,7 +255,7 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
         });
       store_rows(wave.logits.data + at * 2 * z.states, 2 * z.states, m.grad_logits.data, line, 2 * z.states, group.count);
       store_rows(wave.hidden.data + at * z.hidden, z.hidden, m.grad_hidden.data, line, z.hidden, group.count);
-      store_rows(wave.active.data + at * wave.active_line, wave.active_line, m.active.data, line, z.hidden, group.count);
+      wave.active.store(m.active.data, at, group.count);
     }
     if (need.x) {
       pixel_gradients(w, z, group, call, m);
@@ -267,9 +283,8 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
     if (need.x)
       store_rows(wave.pixels.data + at * wave.pixel_line, wave.pixel_line, m.pixels.data, line, wave.pixel_line, group.count);
   }
-  if (need.product || need.encoder_first)
-    store_rows(wave.operand.data + at * wave.operand_line, wave.operand_line, m.columns.data, line, z.patch + z.features,
-               group.count);
+  if (need.product || need.encoder_first) wave.patches.store(patches, at, group.count);
+  if (need.product) wave.features.store(features, at, group.count);
   if (call.operand.data) store_operand(call, z, group, m.columns.data);
 }
 
@@ -279,10 +294,8 @@ struct Gradient {
   const T* left;
   int64_t left_line, rows;
   struct Part {
-    T* out;
-    int64_t columns;
-    const T* right;
-    int64_t right_line;
+    T* out = nullptr;
+    const Panels<T>* right = nullptr;
   } part[2];
   T* bias;
   int64_t strips() const {
@@ -307,18 +320,10 @@ inline void sum_strip(const Gradient<T>& g, int64_t strip, int64_t from, int64_t
     for (int64_t k = 0; k < count; ++k) g.bias[first + k] = sums[k] + (kAdd ? g.bias[first + k] : T(0));
   for (const auto& part : g.part) {
     if (!part.out) continue;
-    for (int64_t c = 0; c < part.columns; c += panel) {
-      const Term<T> terms[] = {{{packed, rows}, part.right + from * part.right_line + c, part.right_line, tokens}};
-      T* out = part.out + first * part.columns + c;
-      if (count == rows && part.columns - c >= panel) {
-        product_block<T, int(rows), Block<T>::kPanelVectors, false, kAdd>(out, part.columns, terms, nullptr);
-        continue;
-      }
-      alignas(64) T edge[rows * panel];
-      product_block<T, int(rows), Block<T>::kPanelVectors, false, false>(edge, panel, terms, nullptr);
-      for (int64_t k = 0; k < count; ++k)
-        for (int64_t n = 0; n < smaller(panel, part.columns - c); ++n)
-          out[k * part.columns + n] = edge[k * panel + n] + (kAdd ? out[k * part.columns + n] : T(0));
+    const int64_t columns = part.right->columns;
+    const T* right = part.right->numbers.data + from * panel;
+    for (int64_t c = 0; c < columns; c += panel, right += part.right->step) {
+      product_panel<T, kAdd>(count, columns - c, part.out + first * columns + c, columns, {{packed, rows}, right, panel, tokens});
     }
   }
 }
@@ -365,13 +370,9 @@ inline void stem_backward(const EmbedCall& call) {
   const auto at = [](const View& view) { return reinterpret_cast<T*>(view.data); };
   const Gradient<T> gradients[] = {
       {at(call.grad), z.dim, z.dim,
-       {{at(call.grad_proj_w), z.patch, wave.operand.data, wave.operand_line},
-        {at(call.grad_fusion_w), z.features, wave.operand.data + z.patch, wave.operand_line}},
-       at(call.grad_proj_b)},
-      {wave.hidden.data, z.hidden, z.hidden, {{at(call.grad_w1), z.patch, wave.operand.data, wave.operand_line}, {}},
-       at(call.grad_b1)},
-      {wave.logits.data, 2 * z.states, 2 * z.states,
-       {{at(call.grad_w2), z.hidden, wave.active.data, wave.active_line}, {}}, at(call.grad_b2)},
+       {{at(call.grad_proj_w), &wave.patches}, {at(call.grad_fusion_w), &wave.features}}, at(call.grad_proj_b)},
+      {wave.hidden.data, z.hidden, z.hidden, {{at(call.grad_w1), &wave.patches}, {}}, at(call.grad_b1)},
+      {wave.logits.data, 2 * z.states, 2 * z.states, {{at(call.grad_w2), &wave.active}, {}}, at(call.grad_b2)},
   };
   int64_t strips = 0;
   for (const auto& gradient : gradients) strips += gradient.strips();
