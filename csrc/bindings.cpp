@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <string>
 
 #include "arguments.h"
@@ -51,6 +55,23 @@ bool runs_here(const Kernels* kernels) {
   if (kernels == &kAvx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return kernels == &kBaseline;
+}
+
+// Of 16 bits, those types whose matrix products this processor has instructions for; all of them where that is not known.
+py::list narrow_products() {
+  bool bfloat16 = true, float16 = true;
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0, more = 0;
+  __get_cpuid_count(7, 1, &more, &ebx, &ecx, &edx);
+  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  const auto has = [&](unsigned bits, int bit) { return runs_here(&kAvx512) && (bits >> bit & 1); };
+  bfloat16 = has(more, 5) || has(edx, 22);  // AVX512-BF16, AMX-BF16
+  float16 = has(edx, 23) || has(more, 21);  // AVX512-FP16, AMX-FP16
+#endif
+  py::list names;
+  if (bfloat16) names.append("bfloat16");
+  if (float16) names.append("float16");
+  return names;
 }
 
 py::list instruction_sets() {
@@ -146,6 +167,7 @@ py::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["openmp"] = AAPE_OPENMP;
   info["instruction_sets"] = instruction_sets();
+  info["narrow_products"] = narrow_products();
 #if AAPE_CUDA
   info["kernels"] = py::make_tuple("cpu", "cuda");
   info["cuda"] = AAPE_CUDA_VERSION;
@@ -176,7 +198,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of aape_kernels. Pointers are trusted: call them through aape_kernels.";
   m.def("build_info", &build_info,
         "How this module was built: version, compiler, architecture, C++ standard, the kernels it holds, the "
-        "instruction sets of them that this machine runs, fastest first, and the GPU architectures.");
+        "instruction sets of them that this machine runs, fastest first, the 16-bit types that it has matrix products "
+        "of, and the GPU architectures.");
   m.def("sblu", &sblu);
   m.def("sblu_backward", &sblu_backward);
   m.def("embed", &embed);

@@ -1,7 +1,8 @@
 """The whole stem on the CPU: one native call forward and one backward.
 
-Where tokens have 16 bits the products with their weights are torch's, whose oneDNN has instructions for them; the
-native call then ends at their operand, [patch | features], and begins at the features' cotangent.
+Where tokens have 16 bits, the processor has instructions for such products, and these are large, they are torch's; the
+native call then ends at their operand, [patch | features], and begins at the features' cotangent. Other tokens of 16
+bits are rounded from those of the arithmetic's dtype.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
 
+# What is large enough for torch's products in 16 bits: forward the numbers that tokens have, backward their width D.
+# Measured on AVX512-BF16 (benchmarks/NOTES.md).
+LEAST_NUMBERS, LEAST_DIM = 1 << 20, 256
+
 # Tokens whose operand and cotangent the backward with 16 bits works on at once.
 BLOCK = 1024
 
@@ -28,6 +33,11 @@ BLOCK = 1024
 def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as the native module takes it: contiguous, in the arithmetic's dtype."""
     return weight.to(dtype).contiguous()
+
+
+def _narrow(dtype: torch.dtype, large: bool) -> bool:
+    """Whether a large product, or one that is not, is torch's in a dtype of 16 bits."""
+    return large and native.has_products(dtype)
 
 
 def _run(
@@ -61,12 +71,12 @@ def embed(
     hidden = x.new_empty(rows, weights.hidden, dtype=work)
     encoder = [_rows(value, work) for value in encoder]
     run = _run(x, weights, grid, quadrature, decay, band, time_major)
-    if out == work:
-        result = x.new_empty(batch, tokens, weights.dim, dtype=out)
+    if out == work or not _narrow(out, rows * weights.dim >= LEAST_NUMBERS):
+        result = x.new_empty(batch, tokens, weights.dim, dtype=work)
         if rows:
             projection = [_rows(proj_w, work), None if proj_b is None else _rows(proj_b, work)]
             run.forward((*projection, *encoder, _rows(fusion_w, work)), (result, None, hidden, r))
-        return result, r, hidden
+        return result.to(out), r, hidden
 
     operand = x.new_empty(rows, proj_w[0].numel() + fusion_w[0].numel(), dtype=out)  # [patch | features]
     if rows:
@@ -85,7 +95,8 @@ def embed_backward(
     wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
     got: dict[str, Tensor] = {}
     if grad.numel() and wanted:
-        narrow = weights.proj_w.dtype != working_dtype(x.dtype)
+        out = weights.proj_w.dtype
+        narrow = out != working_dtype(x.dtype) and _narrow(out, weights.dim >= LEAST_DIM)
         options = (grid, quadrature, decay, band, time_major)
         got = (_narrow_gradients if narrow else _gradients)(grad, x, weights, r, hidden, options, wanted)
     return like_inputs(inputs, wanted, got)
@@ -100,10 +111,10 @@ def _gradients(
     """All of it in one native call."""
     work = working_dtype(x.dtype)
     # of what no patch holds, x's gradient is zero, and it is added to
-    got = {"x": x.new_zeros(x.shape)} if "x" in wanted else {}
+    got = {"x": x.new_zeros(x.shape, dtype=work)} if "x" in wanted else {}
     got |= _empty(weights, wanted, work)
     given = [None if value is None else _rows(value, work) for value in weights]
-    flat = grad.reshape(r.shape[0], -1).contiguous()
+    flat = grad.reshape(r.shape[0], -1).to(work).contiguous()
     _run(x, weights, *options).backward(given, (hidden, r, flat, None, None), _in_order(got))
     return got
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..geometry import PatchGrid
 from ..ranges import LogitRanges
 
-__all__ = ["DTYPE_CODES", "Stem", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
+__all__ = ["DTYPE_CODES", "Stem", "has_products", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
 
 # pointer, element strides, dtype code
 View = tuple[int, tuple[int, ...], int]
@@ -31,6 +31,12 @@ def load() -> ModuleType:
 @functools.cache
 def _runnable() -> tuple[str, ...]:
     return tuple(load().build_info()["instruction_sets"])
+
+
+@functools.cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for matrix products of a 16-bit dtype; torch emulates them elsewhere."""
+    return str(dtype).removeprefix("torch.") in load().build_info()["narrow_products"]
 
 
 def instruction_set() -> str:

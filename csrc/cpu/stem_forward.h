@@ -13,8 +13,8 @@ inline namespace AAPE_NAMESPACE {
 constexpr int kGroupsATurn = 6;
 
 // The output's bias and weights as panels [1 + patch + features][kPanel columns], for tokens whose operand begins with a
-// one: tokens then come out as rows. That is worth it where they are more than a row of the operand is long, as one of
-// both has to be transposed.
+// one: tokens then come out as rows. Either the weights or the tokens have to be transposed: the weights where tokens are
+// twice as many as the operand's columns.
 template <class T>
 struct OutputPanels {
   static constexpr int64_t kPanel = Block<T>::kPanel;
@@ -22,7 +22,7 @@ struct OutputPanels {
   Buffer<T> numbers;
 
   OutputPanels(const StemSizes& z, bool wanted)
-      : depth(1 + z.patch + z.features), dim(z.dim), count(wanted && z.rows >= depth ? (z.dim + kPanel - 1) / kPanel : 0),
+      : depth(1 + z.patch + z.features), dim(z.dim), count(wanted && z.rows >= 2 * depth ? (z.dim + kPanel - 1) / kPanel : 0),
         numbers(count * depth * kPanel) {}
 
   // a panel at a time, by any thread
