@@ -73,9 +73,9 @@ def threads(name: str) -> int:
     return 256 if re.search(r"EEEdd[il]E", name) else 512 if "11stem_kernel" in name else 768
 
 
-# Kernels of a source. With a path: float32 and bfloat16 on the usual one, for one token a warp and for two, any float and
-# double on the other two. The gather: any float and double, for two widths of offsets; the overlap-add: four pairs of
-# dtypes, likewise, and once more by fours. What standardises: float and double. The stem on tensor cores: two sizes,
+# Kernels of a source. With a path: float32 and bfloat16 on the usual one, for one token a warp and for two, any float
+# and double on the other two. The gather: any float and double, for two widths of offsets; the overlap-add: four pairs
+# of dtypes, likewise, and once more by fours. What standardises: float and double. The stem on tensor cores: two sizes,
 # each for the usual geometry and for any.
 EXPECTED = {
     "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 24, "sblu_forward": 8,
