@@ -1,8 +1,8 @@
 """The whole stem on the CPU: one native call forward and one backward.
 
-Where tokens have 16 bits, the processor has instructions for such products, and these are large, they are torch's; the
-native call then ends at their operand, [patch | features], and begins at the features' cotangent. Other tokens of 16
-bits are rounded from those of the arithmetic's dtype.
+Where tokens have 16 bits and the processor has instructions for such products, these are torch's; the native call then
+ends at their operand, [patch | features], and begins at the features' cotangent. On other processors tokens of 16 bits
+are rounded from those of the arithmetic's dtype.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
 
-# What is large enough for torch's products in 16 bits: forward the numbers that tokens have, backward their width D.
-# Measured on AVX512-BF16 (benchmarks/NOTES.md).
-LEAST_NUMBERS, LEAST_DIM = 1 << 20, 256
-
 # Tokens whose operand and cotangent the backward with 16 bits works on at once.
 BLOCK = 1024
 
@@ -33,11 +29,6 @@ BLOCK = 1024
 def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as the native module takes it: contiguous, in the arithmetic's dtype."""
     return weight.to(dtype).contiguous()
-
-
-def _narrow(dtype: torch.dtype, large: bool) -> bool:
-    """Whether a large product, or one that is not, is torch's in a dtype of 16 bits."""
-    return large and native.has_products(dtype)
 
 
 def _run(
@@ -71,7 +62,7 @@ def embed(
     hidden = x.new_empty(rows, weights.hidden, dtype=work)
     encoder = [_rows(value, work) for value in encoder]
     run = _run(x, weights, grid, quadrature, decay, band, time_major)
-    if out == work or not _narrow(out, rows * weights.dim >= LEAST_NUMBERS):
+    if out == work or not native.has_products(out):
         result = x.new_empty(batch, tokens, weights.dim, dtype=work)
         if rows:
             projection = [_rows(proj_w, work), None if proj_b is None else _rows(proj_b, work)]
@@ -96,7 +87,7 @@ def embed_backward(
     got: dict[str, Tensor] = {}
     if grad.numel() and wanted:
         out = weights.proj_w.dtype
-        narrow = out != working_dtype(x.dtype) and _narrow(out, weights.dim >= LEAST_DIM)
+        narrow = out != working_dtype(x.dtype) and native.has_products(out)
         options = (grid, quadrature, decay, band, time_major)
         got = (_narrow_gradients if narrow else _gradients)(grad, x, weights, r, hidden, options, wanted)
     return like_inputs(inputs, wanted, got)
