@@ -100,6 +100,24 @@ def test_autocast_does_not_reach_into_the_op(isa, rows):
             assert relative_error(value, want) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dim", [1, 31, 64, 70])
+def test_many_tokens_and_few_have_the_same_bits(isa, dim, bias, dtype):
+    """The output's weights are packed where tokens are many: here twice the 14 columns of its operand, and more."""
+    stem = AaPE(patch_size=2, embed_dim=dim, num_states=3, encoder_dim=5, bias=bias).to(dtype)
+    torch.nn.init.normal_(stem.fusion.weight)
+    x = torch.randn(1, 1, 2, 2 * 200, dtype=dtype)
+    with torch.no_grad(), poisoned_memory():
+        for count in (28, 29, 60, 200):
+            many = stem(x[..., : 2 * count])
+            few = [stem(part) for part in x[..., : 2 * count].split(2 * 11, 3)]
+            assert torch.equal(many, torch.cat(few, 1))
+        wide = AaPE(patch_size=2, embed_dim=dim, num_states=3, encoder_dim=5, bias=bias, backend="reference").double()
+        wide.load_state_dict(stem.state_dict())
+        assert relative_error(many, wide(x.double())) <= bound(dtype, whole_stem=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("features", PLANES)
 @pytest.mark.parametrize("narrow", [True, False], ids=["torch's products", "native"])

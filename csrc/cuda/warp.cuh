@@ -21,8 +21,8 @@ AAPE_DEVICE T lane_sum(T value) {
   return value;
 }
 
-// What a lane has of one token's S states: its own, of at most kCount, where kOne, else every kCount-th, which are spread
-// over as many lanes. A lane without a state takes part in the sums.
+// What a lane has of one token's S states, which kCount lanes share: its own, of at most kCount, where kOne, else every
+// kCount-th. A lane without a state takes part in the sums.
 template <bool kOne, int kCount = kLanes>
 struct LaneStates {
   int lane, count;
