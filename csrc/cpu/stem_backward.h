@@ -1,6 +1,6 @@
 // The whole stem, backward. A wave of tokens goes through two phases: first, group by group, what each token's gradients
 // are; then, a strip of rows of the weights' gradients at a time, their sums over the wave's tokens. Every sum runs over
-// tokens in their order, in chunks of a fixed size: the same bits on any number of threads.
+// tokens in their order, in chunks and parts of fixed sizes: the same bits on any number of threads.
 
 #pragma once
 
@@ -354,6 +354,45 @@ inline void add_pixels(const EmbedCall& call, const StemSizes& z, const Wave<T>&
   }
 }
 
+// Tokens are summed up in one or two parts, whose threads read nothing that the other part's have written until the two
+// sums are added: between cores that share no cache such reads took a third of the time. Two where the operands to be
+// read are more than the sums.
+inline int64_t parts_of(const StemSizes& z, const StemNeeds& need) {
+  return !need.x && z.rows >= 2 * z.dim ? 2 : 1;  // pixels of x may be added to from any part
+}
+
+// The weights' gradients of a call, and how many numbers each has.
+struct WeightGradients {
+  static constexpr int kCount = 8;
+  View* views[kCount];
+  int64_t sizes[kCount], total = 0;
+
+  WeightGradients(EmbedCall& c, const StemSizes& z)
+      : views{&c.grad_proj_w, &c.grad_proj_b, &c.grad_fusion_w, &c.grad_w1, &c.grad_b1, &c.grad_w2, &c.grad_b2, &c.grad_sblu_w},
+        sizes{z.dim * z.patch, z.dim, z.dim * z.features, z.hidden * z.patch, z.hidden, 2 * z.states * z.hidden, 2 * z.states,
+              z.states * z.projected} {
+    for (int k = 0; k < kCount; ++k) total += sizes[k] = views[k]->data ? sizes[k] : 0;
+  }
+  template <class T>
+  void move_to(T* numbers) {
+    for (int k = 0; k < kCount; numbers += sizes[k++])
+      if (views[k]->data) views[k]->data = reinterpret_cast<char*>(numbers);
+  }
+};
+
+template <class T>
+struct Gradients {
+  Gradient<T> of[3];
+  T* sblu;
+
+  Gradients(const EmbedCall& c, const StemSizes& z, const Wave<T>& wave)
+      : of{{at(c.grad), z.dim, z.dim, {{at(c.grad_proj_w), &wave.patches}, {at(c.grad_fusion_w), &wave.features}}, at(c.grad_proj_b)},
+           {wave.hidden.data, z.hidden, z.hidden, {{at(c.grad_w1), &wave.patches}, {}}, at(c.grad_b1)},
+           {wave.logits.data, 2 * z.states, 2 * z.states, {{at(c.grad_w2), &wave.active}, {}}, at(c.grad_b2)}},
+        sblu(at(c.grad_sblu_w)) {}
+  static T* at(const View& view) { return reinterpret_cast<T*>(view.data); }
+};
+
 template <class T, bool Quadrature>
 inline void stem_backward(const EmbedCall& call) {
   constexpr int64_t line = Block<T>::kTokens;
@@ -361,55 +400,71 @@ inline void stem_backward(const EmbedCall& call) {
   const StemSizes z(call);
   const StemNeeds need(call);
   const StemWeights<T> w(call);
-  const int64_t chunks = (z.rows + kChunk - 1) / kChunk;
   const int64_t work = 2 * z.rows * ((z.patch + z.features) * z.dim + z.patch * (z.hidden + z.states));
   const int64_t threads = threads_for(work, (z.rows + line - 1) / line, call.threads);
-  // chunks of a wave: as many as give every thread three groups
-  const int64_t together = smaller(chunks, larger(1, (3 * threads * line + kChunk - 1) / kChunk));
-  Wave<T> wave(z, need, g, together * kChunk);
-  const auto at = [](const View& view) { return reinterpret_cast<T*>(view.data); };
-  const Gradient<T> gradients[] = {
-      {at(call.grad), z.dim, z.dim,
-       {{at(call.grad_proj_w), &wave.patches}, {at(call.grad_fusion_w), &wave.features}}, at(call.grad_proj_b)},
-      {wave.hidden.data, z.hidden, z.hidden, {{at(call.grad_w1), &wave.patches}, {}}, at(call.grad_b1)},
-      {wave.logits.data, 2 * z.states, 2 * z.states, {{at(call.grad_w2), &wave.active}, {}}, at(call.grad_b2)},
-  };
+  const int64_t parts = parts_of(z, need), part_rows = round_up((z.rows + parts - 1) / parts, Simd<T>::kLanes);
+  // a wave's tokens of each part: as many chunks as give every thread three groups
+  const int64_t per_thread = (3 * threads * line + parts - 1) / parts;
+  const int64_t tokens = round_up(smaller(part_rows, larger(1, per_thread)), kChunk), groups = tokens / line;
+  Wave<T> wave(z, need, g, parts * tokens);
+  EmbedCall second = call;
+  WeightGradients sums(second, z);
+  Buffer<T> others((parts - 1) * sums.total);
+  sums.move_to(others.data);
+  const Gradients<T> gradients[] = {{call, z, wave}, {second, z, wave}};
   int64_t strips = 0;
-  for (const auto& gradient : gradients) strips += gradient.strips();
-  const int64_t lines = need.x ? g.channels * g.mel_bins : 0;
+  for (const auto& gradient : gradients[0].of) strips += gradient.strips();
+  const int64_t lines = need.x ? g.channels * g.mel_bins : 0, jobs = strips + lines + (need.sblu ? 1 : 0);
 #pragma omp parallel num_threads(int(threads))
   {
     BackwardTiles<T> m(z, need, g);
-    for (int64_t chunk = 0; chunk < chunks; chunk += together) {
-      const int64_t first = chunk * kChunk, tokens = smaller(z.rows - first, together * kChunk);
-#pragma omp for schedule(dynamic)
-      for (int64_t n = 0; n < (tokens + line - 1) / line; ++n) {
-        const Group<T> group(g, call.x, call.time_major, first + n * line, smaller(line, tokens - n * line));
+    for (int64_t start = 0; start < part_rows; start += tokens) {
+      // static: the threads of a part stay its own
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < parts * groups; ++n) {
+        const int64_t part = n / groups, first = part * part_rows + start + n % groups * line;
+        const int64_t count = smaller(line, smaller(z.rows, (part + 1) * part_rows) - first);
+        if (count <= 0) continue;
+        const Group<T> group(g, call.x, call.time_major, first, count);
         group_backward<T, Quadrature>(call, w, z, need, group, n * line, m, wave);
       }
-#pragma omp for schedule(dynamic)
-      for (int64_t job = 0; job < strips + lines + (need.sblu ? 1 : 0); ++job) {
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < parts * jobs; ++n) {
+        const int64_t part = n / jobs, job = n % jobs, first = part * part_rows + start, place = part * tokens;
+        const int64_t count = smaller(tokens, smaller(z.rows, (part + 1) * part_rows) - first);
+        if (count <= 0) continue;
         if (job >= strips + lines) {
-          T* to = at(call.grad_sblu_w);
-          for (int64_t n = 0; n < (tokens + line - 1) / line; ++n)
-            for (int64_t k = 0; k < wave.sblu_size; ++k)
-              to[k] = wave.sblu[n * wave.sblu_size + k] + (first || n ? to[k] : T(0));
+          T* to = gradients[part].sblu;
+          const T* from = wave.sblu.data + place / line * wave.sblu_size;
+          for (int64_t group = 0; group < (count + line - 1) / line; ++group, from += wave.sblu_size)
+            for (int64_t k = 0; k < wave.sblu_size; ++k) to[k] = from[k] + (start || group ? to[k] : T(0));
         } else if (job >= strips) {
-          add_pixels(call, z, wave, first, tokens, (job - strips) / g.mel_bins, (job - strips) % g.mel_bins);
+          add_pixels(call, z, wave, first, count, (job - strips) / g.mel_bins, (job - strips) % g.mel_bins);
         } else {
-          int64_t strip = job, which = 0;
-          while (strip >= gradients[which].strips()) strip -= gradients[which++].strips();
+          int64_t strip = job;
+          const Gradient<T>* which = gradients[part].of;
+          while (strip >= which->strips()) strip -= which++->strips();
+          Gradient<T> gradient = *which;
           // the cotangent lies in the caller's memory, the others in the wave's
-          Gradient<T> gradient = gradients[which];
-          if (which == 0) gradient.left += first * z.dim;
-          for (int64_t from = 0; from < tokens; from += kChunk) {
-            const int64_t some = smaller(kChunk, tokens - from);
-            if (first || from) sum_strip<T, true>(gradient, strip, from, some, m.strip.data);
-            else sum_strip<T, false>(gradient, strip, from, some, m.strip.data);
+          if (which == gradients[part].of) gradient.left += (first - place) * z.dim;
+          for (int64_t from = 0; from < count; from += kChunk) {
+            const int64_t some = smaller(kChunk, count - from);
+            if (start || from) sum_strip<T, true>(gradient, strip, place + from, some, m.strip.data);
+            else sum_strip<T, false>(gradient, strip, place + from, some, m.strip.data);
           }
         }
       }
     }
+  }
+  if (parts == 1) return;
+  EmbedCall first = call;
+  const WeightGradients totals(first, z);
+#pragma omp parallel num_threads(int(threads))
+  for (int k = 0; k < WeightGradients::kCount; ++k) {
+    T* to = reinterpret_cast<T*>(totals.views[k]->data);
+    const T* from = reinterpret_cast<const T*>(sums.views[k]->data);
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < totals.sizes[k]; ++n) to[n] += from[n];
   }
 }
 
