@@ -67,10 +67,26 @@ def _double_backward(
     return found
 
 
-def _below(op: Callable[..., Any], *arguments: Any) -> Any:
+def _below(name: str, arguments: Sequence[Any]) -> Any:
     """The op past the tape that its Function is for; below functorch's level there may be another, and is let be."""
+    if not ops.is_seen(arguments[: ops.FIRST_SIZE[name]]):
+        return ops.run(name, arguments)
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        return getattr(ops, name)(*arguments)
+
+
+def _call(name: str, arguments: Sequence[Any]) -> Any:
+    """The op, differentiable; past the dispatcher where nobody has to see it."""
+    if ops.is_seen(arguments[: ops.FIRST_SIZE[name]]):
+        return getattr(ops, name)(*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return _apply(FUNCTIONS[name], arguments)
+    return ops.run(name, arguments)
+
+
+def _apply(function: Any, arguments: Sequence[Any]) -> Any:
+    """Past `Function.apply`, which leaves functorch's levels to functorch; it has come to the right one already."""
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 # What nodes of the graph are called, with "Backward" behind it: in `grad_fn`, messages and profiles.
@@ -87,13 +103,12 @@ def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
     Args:
         compute: the reference, with the op's arguments but the backend's name, `ops.structured`.
     """
-    op, backward_op = getattr(ops, name), getattr(ops, f"{name}_backward")
-    tensors, others = ops.FIRST_SIZE[name], len(op._schema.returns) - 1
+    tensors, others = ops.FIRST_SIZE[name], len(getattr(ops, name)._schema.returns) - 1
 
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return _below(backward_op, *arguments)
+            return _below(f"{name}_backward", arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -115,7 +130,7 @@ def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return _below(op, *arguments)
+            return _below(name, arguments)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -131,7 +146,8 @@ def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
             if grad is None:
                 return (None,) * len(need)
             *options, backend = ctx.options
-            gradients = backward_op(grad, *ctx.saved_tensors, *options, need[:tensors], backend)
+            given = (grad, *ctx.saved_tensors, *options, need[:tensors], backend)
+            gradients = _call(f"{name}_backward", given)
             return *_present(gradients, need), *[None] * len(ctx.options)
 
     for function, title in ((Forward, NODES[name]), (Backward, f"{NODES[name]}Backward")):
@@ -181,9 +197,8 @@ def _register(name: str, function: Any) -> None:
 
     def run(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            # past `Function.apply`, which leaves functorch's levels to functorch: it has come to this one already
             with enable_single_level_autograd_function():
-                return super(torch.autograd.Function, function).apply(*arguments)
+                return _apply(function, arguments)
         _refuse_forward_mode([value for value in arguments if isinstance(value, Tensor)], arguments[-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
@@ -196,9 +211,14 @@ def _register(name: str, function: Any) -> None:
     torch.library.register_vmap(f"aape::{name}", mapped)
 
 
-for _name in ("sblu", "embed"):
-    for _op, _function in zip((_name, f"{_name}_backward"), _functions(_name, getattr(reference, _name)), strict=True):
-        _register(_op, _function)
+# Of every op, what differentiates it.
+FUNCTIONS = {
+    op: function
+    for name in ("sblu", "embed")
+    for op, function in zip((name, f"{name}_backward"), _functions(name, getattr(reference, name)), strict=True)
+}
+for _name, _function in FUNCTIONS.items():
+    _register(_name, _function)
 flops.register()
 
 
@@ -208,13 +228,13 @@ def bind(backend: str) -> SimpleNamespace:
     def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
         tensors = (x, decay, frequency, weight)
         _refuse_forward_mode(tensors, backend)
-        y: Tensor = ops.sblu(*tensors, grid.patch, grid.stride, grid.window, quadrature, backend)
+        y: Tensor = _call("sblu", (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend))
         return y
 
     def embed(x: Tensor, weights: Weights, grid: PatchGrid, *options: Any) -> Tensor:
         tensors = (x, *weights)
         _refuse_forward_mode(tensors, backend)
-        tokens: Tensor = ops.embed(*tensors, grid.patch, grid.stride, grid.window, *options, backend)[0]
+        tokens: Tensor = _call("embed", (*tensors, grid.patch, grid.stride, grid.window, *options, backend))[0]
         return tokens
 
     return SimpleNamespace(sblu=sblu, embed=embed)

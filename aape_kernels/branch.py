@@ -33,7 +33,7 @@ def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
         return False
     own = module.__dict__
-    if "forward" in own or any(own[name] for name in HOOKS) or hooks_everywhere():
+    if "forward" in own or any(map(own.get, HOOKS)) or hooks_everywhere():
         return False
     return not isinstance(module, nn.Conv2d) or convolves(module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,29 @@ def _mel_first(stride: int | Sequence[int] | None, layout: str) -> int | Sequenc
     return tuple(stride)[::-1] if layout == "TF" and isinstance(stride, Sequence) else stride
 
 
+# What checks gave, by all that they look at: of a small call they take a third of its time.
+_FOUND_RIGHT: dict[tuple[object, ...], Any] = {}
+
+
+def _once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> Any:
+    """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices and options."""
+    if torch.compiler.is_compiling() or is_traced():
+        return check(tensors, *options)
+    try:
+        looked_at = [None if value is None else (value.shape, value.dtype, value.device) for value in tensors]
+        # the options as bytes: 1, 1.0 and True are equal, and not equally right
+        signature = (check, *looked_at, reference.autocasting(tensors[0].device), marshal.dumps(options, 2))
+        found = _FOUND_RIGHT.get(signature)
+    except (AttributeError, TypeError, ValueError):  # no tensors; sizes that are symbols; options of other types
+        return check(tensors, *options)
+    if found is None:
+        found = check(tensors, *options)
+        if len(_FOUND_RIGHT) >= 256:
+            _FOUND_RIGHT.clear()
+        _FOUND_RIGHT[signature] = found
+    return found
+
+
 def sblu(
     x: Tensor,
     decay: Tensor,
@@ -151,18 +175,30 @@ def sblu(
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
     Source: the paper's SBLU; the quadrature kernel and the shared real `weight` are ours (docs/maths.md §2).
     """
-    grid = PatchGrid.make(patch_size, stride, window)
-    check_name(kernel, "kernel", KERNELS)
-    x, (n_f, n_t) = _check_input(x, "channels", grid)
-    weight = _check_weight(weight, "weight", x, grid)
-    shape = (sizes_of(x)[0], n_f, n_t, sizes_of(weight)[0])
-    decay = _check_tensor(decay, "decay", shape, ": (batch, N_f, N_t, states)", x)
-    frequency = _check_tensor(frequency, "frequency", shape, ": (batch, N_f, N_t, states)", x)
-    for value, name in ((decay, "decay"), (frequency, "frequency"), (weight, "weight")):
-        _check_dtype(value, name, x)
+    grid = _once(_check_sblu, (x, decay, frequency, weight), patch_size, stride, window, kernel)
     run = choose(backend, Call("sblu", x.device, x.dtype))
     y: Tensor = run.sblu(x, decay, frequency, weight, grid, kernel == "quadrature")
     return y
+
+
+def _check_sblu(
+    tensors: Sequence[Tensor],
+    patch_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    window: int | None,
+    kernel: str,
+) -> PatchGrid:
+    grid = PatchGrid.make(patch_size, stride, window)
+    check_name(kernel, "kernel", KERNELS)
+    x, decay, frequency, weight = tensors
+    x, (n_f, n_t) = _check_input(x, "channels", grid)
+    _check_weight(weight, "weight", x, grid)
+    shape = (sizes_of(x)[0], n_f, n_t, sizes_of(weight)[0])
+    _check_tensor(decay, "decay", shape, ": (batch, N_f, N_t, states)", x)
+    _check_tensor(frequency, "frequency", shape, ": (batch, N_f, N_t, states)", x)
+    for value, name in ((decay, "decay"), (frequency, "frequency"), (weight, "weight")):
+        _check_dtype(value, name, x)
+    return grid
 
 
 class _Sizes(NamedTuple):
@@ -173,38 +209,8 @@ class _Sizes(NamedTuple):
     band: tuple[float, float]
 
 
-# Of the calls that were found right, by all that the checks look at: for a small one they take a third of its time.
-_FOUND_RIGHT: dict[tuple[object, ...], _Sizes] = {}
-
-
-def _sizes(x: Tensor, weights: Weights, *options: Any) -> _Sizes:
-    """`_check_embed`, once for every combination of sizes, dtypes, devices and options."""
-    tensors = (x, *weights)
-    if (
-        torch.compiler.is_compiling()
-        or is_traced()
-        or x is None
-        or not all(value is None or isinstance(value, Tensor) for value in tensors)
-    ):
-        return _check_embed(x, weights, *options)
-    looked_at = (value if value is None else (value.shape, value.dtype, value.device) for value in tensors)
-    # the options as text: 1, 1.0 and True are equal, and not equally right
-    signature = (*looked_at, reference.autocasting(x.device), repr(options))
-    try:
-        found = _FOUND_RIGHT.get(signature)
-    except TypeError:  # sizes that are symbols
-        return _check_embed(x, weights, *options)
-    if found is None:
-        found = _check_embed(x, weights, *options)
-        if len(_FOUND_RIGHT) >= 256:
-            _FOUND_RIGHT.clear()
-        _FOUND_RIGHT[signature] = found
-    return found
-
-
 def _check_embed(
-    x: Tensor,
-    weights: Weights,
+    tensors: Sequence[Tensor],
     stride: int | Sequence[int] | None,
     window: int | None,
     kernel: str,
@@ -214,6 +220,7 @@ def _check_embed(
 ) -> _Sizes:
     check_name(layout, "layout", LAYOUTS)
     check_name(kernel, "kernel", KERNELS)
+    x, weights = tensors[0], Weights(*tensors[1:])
     proj_w = weights.proj_w
     if not isinstance(proj_w, Tensor) or proj_w.dim() != 4:
         got = tuple(proj_w.shape) if isinstance(proj_w, Tensor) else type(proj_w).__name__
@@ -300,8 +307,8 @@ def embed(
     Errors: `TypeError`, `ValueError` or `RuntimeError` naming the argument, what was expected and what came.
     Source: the paper's Lambda Encoder and Patch Fusion; their layers and n are ours (docs/maths.md §3, §4).
     """
-    weights = Weights(proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
-    sizes = _sizes(x, weights, stride, window, kernel, decay, band, layout)
+    tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
+    sizes = _once(_check_embed, tensors, stride, window, kernel, decay, band, layout)
     if layout == "TF":
         x, proj_w = x.transpose(2, 3), proj_w.transpose(2, 3)
     if reference.autocasting(x.device):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .geometry import PatchGrid
-from .reference import full_precision, working_dtype
+from .reference import autocasting, full_precision, working_dtype
 from .weights import Weights
 
-__all__ = ["embed", "embed_backward", "sblu", "sblu_backward", "structured"]
+__all__ = ["embed", "embed_backward", "is_seen", "run", "sblu", "sblu_backward", "structured"]
 
 GRID = "int[2] patch, int[2] stride, int window, bool quadrature"
 STEM = (
@@ -72,23 +72,41 @@ def structured(name: str, arguments: Sequence[Any]) -> list[Any]:
     return given
 
 
-def _implement(name: str) -> None:
-    """Register an op's implementation: the backend's function of that name."""
-
-    def run(*arguments):  # type: ignore[no-untyped-def]  # the schema types it
-        *rest, backend = arguments
-        compute = _implementation(backend, name)
+def run(name: str, arguments: Sequence[Any]) -> Any:
+    """What op `name` computes, by the backend that its last argument names."""
+    *rest, backend = arguments
+    if torch.is_grad_enabled() or autocasting(rest[0].device):
         # An exported program calls the op itself, on parameters that require grad; and autocast, which settled the
         # dtypes above, would reach into the backend's products.
         with torch.no_grad(), full_precision(rest[0].device):
-            return compute(*structured(name, rest))
+            return run(name, arguments)
+    return _implementation(backend, name)(*structured(name, rest))
 
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, key)
+
+PLAIN = (Tensor, torch.nn.Parameter)
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def is_seen(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether an op has to go through torch's dispatcher, as somebody there has to see it: a compiler, a transform of
+    `torch.func` (also of late: its tensors outlive it), a mode, a tensor of another class, the profiler.
+
+    Where nobody has, `run` gives the same, and for a small call saves a fifth of what the host does
+    (benchmarks/NOTES.md).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or any(value is not None and (type(value) not in PLAIN or is_wrapped(value)) for value in tensors)
+    )
 
 
 for _name in FIRST_SIZE:
-    _implement(_name)
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, lambda *arguments, _name=_name: run(_name, arguments), _key)
 
 
 # The fakes are untyped as torch passes them what the schemas say.

@@ -56,7 +56,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _can_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
+    return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
 # What torch.compiler.assume_constant_result sets, which would import all of dynamo: that of torch 2.11 cannot trace the

@@ -282,14 +282,15 @@ class AaPE(SizedStem):
         x = self._fit(x)
         if not self._as_made_for_tokens():
             return self.norm(self._arrange(self._by_parts(x), sizes_of(x)[2:]))  # type: ignore[no-any-return]
+        proj, encoder = self.proj, self.encoder  # each costs a search
         tokens = embed(
             x,
-            self.proj.weight,
-            self.proj.bias,
-            self.encoder.w1,
-            self.encoder.b1,
-            self.encoder.w2,
-            self.encoder.b2,
+            proj.weight,
+            proj.bias,
+            encoder.w1,
+            encoder.b1,
+            encoder.w2,
+            encoder.b2,
             self.sblu.weight,
             self.fusion.weight,
             stride=self.stride,

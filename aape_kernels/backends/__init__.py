@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ class Implementation(Protocol):
         """Tokens."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the choice of a backend depends on."""
 
     op: str
@@ -147,11 +146,12 @@ def _fastest(call: Call) -> Implementation:
         return BACKENDS["reference"].run
     for name in ORDER[call.dtype]:
         backend = BACKENDS[name]
-        why = backend.reason(call)
+        if not backend.for_device(call):  # which no version of this machine could change: not worth a line
+            continue
+        why = backend.excuse(call)
         if why is None:
             return backend.run
-        # what no version of this machine could change is not worth a line, and tracing has no place for one
-        if backend.for_device(call) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # tracing has no place for one
             _log_fallback(backend.name, call.device.type, why)
     raise AssertionError("the reference runs every call")
 

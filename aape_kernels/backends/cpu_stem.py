@@ -28,7 +28,7 @@ BLOCK = 1024
 
 def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight as the native module takes it: contiguous, in the arithmetic's dtype."""
-    return weight.to(dtype).contiguous()
+    return weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
 
 
 def _run(
