@@ -55,11 +55,12 @@ def test_sblu_gives_the_same_bits_on_any_number_of_threads(isa, threads, stride)
     assert all(same_bits(other, results[0]) for other in results[1:])
 
 
-@pytest.mark.parametrize("layout", ["FT", "TF"])
-def test_embed_gives_the_same_bits_on_any_number_of_threads(isa, threads, layout):
-    stem = AaPE(embed_dim=96, layout=layout)
+@pytest.mark.parametrize(("layout", "dim"), [("FT", 96), ("TF", 96), ("FT", 192)])
+def test_embed_gives_the_same_bits_on_any_number_of_threads(isa, threads, layout, dim):
+    """Also where there are too few tokens for two parts of them, each with sums of its own."""
+    stem = AaPE(embed_dim=dim, layout=layout)
     x = torch.randn(2, 1, 128, 256)
-    cotangent = torch.randn(2, 128, 96)
+    cotangent = torch.randn(2, 128, dim)
     results = []
     for count in (1, 2, 2, 3):
         threads(count)

@@ -38,9 +38,11 @@ def gradients(stem, x):
     return found
 
 
-def check_equal(stem, other, x, bound=2e-5):
+def check_equal(stem, other, x):
+    """In float64: now and then four random magnitudes are so alike that n loses half of float32's digits."""
+    stem, other, x = stem.double(), other.double(), x.double()
     for got, want in zip(gradients(stem, x), gradients(other, x), strict=True):
-        assert relative_error(got, want) <= bound
+        assert relative_error(got, want) <= 1e-12
 
 
 @pytest.mark.parametrize("part", PARTS)
