@@ -72,22 +72,25 @@ def test_one_graph_for_every_batch_and_length():
     stem = AaPE(embed_dim=16, num_states=4, encoder_dim=8)
     compiled = torch.compile(copy.deepcopy(stem), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3, 8):
-        for frames in (512, 1024):
-            check(compiled, stem, torch.randn(batch, 1, 128, frames))
+        for frames in (128, 256):
+            check(compiled, stem, torch.randn(batch, 1, 32, frames))
     assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [[(2, 512), (3, 512), (8, 512)], [(2, 512), (2, 1024), (2, 752)], [(2, 512), (3, 1024), (8, 512), (3, 512)]],
-    ids=["batch", "frames", "both"],
+    [
+        pytest.param([(2, 128), (3, 128), (8, 128)], id="batch", marks=pytest.mark.slow),
+        pytest.param([(2, 128), (2, 256), (2, 176)], id="frames", marks=pytest.mark.slow),
+        pytest.param([(2, 128), (3, 256), (8, 128), (3, 128)], id="both"),
+    ],
 )
 def test_at_most_two_graphs_by_default(sizes):
     """A size that changes costs one more graph; PyTorch marks both as dynamic at once if they change at once."""
     stem = AaPE(embed_dim=16, num_states=4, encoder_dim=8)
     compiled = torch.compile(copy.deepcopy(stem), fullgraph=True, backend="aot_eager")
     for batch, frames in sizes:
-        check(compiled, stem, torch.randn(batch, 1, 128, frames))
+        check(compiled, stem, torch.randn(batch, 1, 32, frames))
     assert counters["stats"]["unique_graphs"] <= 2
 
 

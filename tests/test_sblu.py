@@ -93,7 +93,7 @@ def test_float32_holds_for_long_windows(window):
 @pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
 @pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])
 @pytest.mark.parametrize("scale", [1.0, 0.05, 1e-4], ids=lambda scale: f"lambda-times-{scale:g}")
-def test_first_and_second_derivatives(case, kernel, scale):
+def test_first_and_second_derivatives(backend, case, kernel, scale):
     small = Case(1, case.channels, 2, case.patch, case.stride, case.window, (1, 2), case.rest, kernel)
     (x, decay, frequency, weight), _ = small.inputs()
     leaves = [value.requires_grad_() for value in (x, decay * scale, frequency * scale, weight)]
@@ -102,7 +102,8 @@ def test_first_and_second_derivatives(case, kernel, scale):
         return sblu(*values, **small.options)
 
     assert torch.autograd.gradcheck(f, leaves)
-    assert torch.autograd.gradgradcheck(f, leaves)
+    # every backend's second derivatives are the reference's: elsewhere one random direction tells whether they arrive
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=backend != "reference")
 
 
 @pytest.mark.parametrize("window", [8, 5])
