@@ -1,7 +1,7 @@
 """The parameters of the stem's branch: Lambda Encoder, SBLU projection, fusion.
 
-The stem reads them for one fused call, `functional.embed`. Their own `forward`s are for when somebody has changed what
-calling them means, with a hook or a module in their place (`stem`): the same, step by step.
+The stem reads them for one fused call, `functional.embed`. Their own `forward`s compute the same step by step, for when
+a hook, or a module put in their place, has changed what calling them means (`stem`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FORWARD, CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward  # torch's: p
 def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling `module` would do what `kind` does with its parameters, and nothing else.
 
-    Not so with hooks (weight_norm's and pruning's, accelerate's, FSDP's; those of all modules), with a forward of its
-    own or a patched one, or as another class (an adapter of LoRA, a quantised or sharded module). Reading the
-    parameters calls their parametrisations.
+    False with hooks (weight_norm's, pruning's, accelerate's, FSDP's; those on all modules), with its own or a patched
+    forward, or for another class (a LoRA adapter, a quantised or sharded module). Reading the parameters calls their
+    parametrisations.
     """
     if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
         return False
@@ -44,15 +44,15 @@ def hooks_everywhere() -> bool:
 
 
 def convolves(conv: nn.Conv2d) -> bool:
-    """Whether what an `nn.Conv2d` does with input and weight is torch's own, on it and in its class."""
+    """Whether an `nn.Conv2d` convolves as torch's own does: neither it nor its class is patched."""
     patched = nn.Conv2d.forward is not FORWARD or type(conv)._conv_forward is not CONV_FORWARD
     return not patched and "_conv_forward" not in conv.__dict__
 
 
 class BranchModule(nn.Module):
-    """What holds parameters of AaPE's own, and knows their initial values.
+    """A module that holds parameters of AaPE's own and knows their initial values.
 
-    A library that allocates what a checkpoint lacks, as transformers' `from_pretrained` does, must call
+    A library that allocates parameters missing in a checkpoint, as transformers' `from_pretrained` does, must call
     `reset_parameters` on these (docs/models.md).
     """
 
@@ -66,7 +66,7 @@ class LambdaEncoder(BranchModule):
 
     Source: the paper's Lambda Encoder; its layers, ranges and initial values are ours (docs/maths.md §3).
 
-    Parameters of its own rather than `nn.Linear` modules, because timm and transformers re-initialise those.
+    It has its own parameters rather than `nn.Linear` modules, because timm and transformers re-initialise those.
     """
 
     def __init__(self, channels: int, patch: tuple[int, int], hidden: int, states: int, **factory: Any) -> None:
@@ -78,7 +78,7 @@ class LambdaEncoder(BranchModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A fixed filter bank that learns to adapt: frequencies evenly over the band, decay at its range's middle."""
+        """A fixed filter bank that learns to adapt: frequencies evenly over the band, decays mid-range."""
         uniform_fan_in(self.w1)
         self.b1.zero_()
         self.w2.normal_(std=0.02)
@@ -96,7 +96,7 @@ class Weight(BranchModule):
     """A module that holds one weight, for the names `sblu.weight` and `fusion.weight` in the state dict.
 
     Attributes:
-        starts_at_zero: of the fusion of a stem that must first compute what a convolution computes.
+        starts_at_zero: True for the fusion of a stem that must at first compute what a convolution computes.
     """
 
     starts_at_zero = False

@@ -46,7 +46,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _answer(ask: Callable[..., str], *arguments: object) -> str:
-    """What `ask` says; the error where a module or a driver is too broken to ask."""
+    """What `ask` says; the error if a module or a driver is too broken to ask."""
     try:
         return ask(*arguments)
     except Exception as error:
@@ -69,7 +69,7 @@ def _versions() -> Rows:
         f"{name} {found}" for name in ("CUDA", "HIP", "XPU") if (found := getattr(torch.version, name.lower(), None))
     ]
     return [
-        # where: a checkout that is the current folder hides what is installed
+        # with its path: a checkout in the current folder hides what is installed
         ("aape_kernels", f"{__version__} in {Path(__file__).parent}"),
         ("Python", platform.python_version()),
         ("platform", platform.platform()),
@@ -117,12 +117,12 @@ def _nvidia_driver() -> str:
 
 
 def _accelerators() -> list[torch.device]:
-    """Every GPU that this torch counts, of whatever kind; none where the driver cannot even be asked."""
+    """Every GPU that this torch counts, of any kind; none if the driver cannot even be asked."""
     kind = torch.accelerator.current_accelerator()
     if kind is None:
         return []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `_no_accelerator` has the driver's words, too
+        warnings.simplefilter("ignore")  # `_no_accelerator` gives the driver's message, too
         try:
             count = torch.accelerator.device_count()
         except RuntimeError:
@@ -131,7 +131,7 @@ def _accelerators() -> list[torch.device]:
 
 
 def _no_accelerator() -> str:
-    """Why there is no GPU: what torch says to one who uses it all the same."""
+    """Why there is no GPU: the error that torch raises if one is used anyway."""
     kind = torch.accelerator.current_accelerator()
     if kind is None:
         return "none, and this torch is built for none"
@@ -196,7 +196,7 @@ def _backends(device: torch.device) -> Rows:
 
 
 def _results(devices: Sequence[torch.device]) -> Iterator[tuple[bool, str]]:
-    """For every device, every backend that is usable there, operation and dtype: whether it is right, and a line."""
+    """For every device, backend usable there, operation and dtype: whether the backend is right, and a line of text."""
     problems = {(op, dtype): self_test.problems(op, dtype) for op, dtype in self_test.BOUNDS}
     for device in devices:
         for name, backend in BACKENDS.items():
@@ -213,7 +213,7 @@ def _results(devices: Sequence[torch.device]) -> Iterator[tuple[bool, str]]:
 # The block.
 
 
-# Written at once: a kernel that hangs or kills the process shall not take along what came before.
+# Written at once: a kernel that hangs or kills the process must not take the earlier output with it.
 _say = functools.partial(print, sep="\n", flush=True)
 
 
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the block, with the options in `argv` (`sys.argv` unless given), and return the exit status."""
     args = _parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # reasons and names are others' words, in any alphabet
+        sys.stdout.reconfigure(errors="replace")  # reasons and names come from others, in any alphabet
     try:
         return _report(with_self_test=not args.no_self_test)
     except BrokenPipeError:  # `| head`: nobody reads on, and Python would complain once more when it flushes at exit

@@ -1,8 +1,8 @@
 """Which convolution of a model is its patch embedding, and in which order the axes of its input come.
 
 The convolution is found by structure: it is the one `nn.Conv2d` that cuts patches, whatever the classes around it are
-called. What structure cannot tell is the order of the axes: that is what the table is for, and for models that have
-other convolutions beside it.
+called. Structure cannot tell the order of the axes: the table does, and it covers models that have other convolutions
+beside it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ __all__ = ["KNOWN", "Known", "find", "get", "is_conv", "layout_of", "listed", "s
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a class of models.
+    """What is known about a class of models.
 
     Attributes:
-        models: whose it is.
-        holder: names of the class that holds the patch embedding, at whatever depth; those derived from it count too.
+        models: which models these are.
+        holder: names of the class that holds the patch embedding, at whatever depth; derived classes count too.
         library: the package that class comes from; "" for code that people copy into their own tree.
         path: from the holder to the `nn.Conv2d`; "" where structure finds it.
         layout: of that convolution's input: "FT" (B, C, F, T), "TF" (B, C, T, F). Tokens are frequency-major with
             the former, time-major with the latter.
-        sized: whether the model is one for images of any size, which people feed with spectrograms in either order:
-            the layout then holds unless the model's size is higher than it is wide.
+        sized: whether it is a model for images of any size, which people feed spectrograms in either order: the layout
+            then holds unless the model's size is taller than wide.
     """
 
     models: str
@@ -55,7 +55,7 @@ OF_TRANSFORMERS = (
     *("DINOv3ViTEmbeddings", "SiglipVisionEmbeddings", "Siglip2VisionEmbeddings", "CLIPVisionEmbeddings"),
 )
 
-# The more particular before the more general: of a convolution that two rows find the first holds. Patch and stride are
+# The more specific before the more general: if two rows find a convolution, the first counts. Patch and stride are
 # the convolution's own; the holder's code decides what becomes of its output.
 KNOWN = (
     Known("AudioMAE, EAT", ("PatchEmbed_new", "PatchEmbed_org"), "", "proj", "TF"),
@@ -80,14 +80,14 @@ SMALLEST = 8  # pixels of a patch
 
 
 def is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """A convolution, and not AaPE in the place of one."""
+    """Whether it is a convolution, and not AaPE in the place of one."""
     return isinstance(module, nn.Conv2d) and not isinstance(module, AaPE)
 
 
 def find(model: nn.Module) -> str:
     """The path of the model's patch embedding.
 
-    Errors: `ValueError` with the reason, in one line, where there is none, or several.
+    Errors: `ValueError` with the reason, in one line, if there is none, or several.
     """
     named = dict(_named(model))
     if len(named) > 1:
@@ -98,9 +98,9 @@ def find(model: nn.Module) -> str:
 
 
 def layout_of(model: nn.Module, path: str) -> str | None:
-    """In which order the axes of its input come, "FT" or "TF"; None where nothing tells.
+    """The order of the axes of its input, "FT" or "TF"; None if nothing tells.
 
-    So where the model is one for images, and the size that it was built for says that time may come first.
+    None, too, for an image model if the size that it was built for says that time may come first.
     """
     row = dict(_named(model)).get(path)
     if row is None:
@@ -140,14 +140,14 @@ def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
 
 
 def cuts_patches(conv: nn.Conv2d) -> bool:
-    """Whether it may be a patch embedding: it looks at more than a pixel and does not go through them one by one."""
+    """Whether it may be a patch embedding: its kernel covers several pixels and moves by more than one."""
     (height, width), (down, right) = conv.kernel_size, conv.stride
     steps = down * right > 1 and down <= height and right <= width
     return steps and conv.groups == 1 and height * width >= SMALLEST
 
 
 def _only_patches(model: nn.Module) -> str:
-    """The path of the one convolution that cuts patches; any other that looks beyond a pixel must be absent."""
+    """The path of the one convolution that cuts patches; no other may look at more than a pixel."""
     what = type(model).__name__
     if any(isinstance(module, AaPE) for module in model.modules()):
         raise ValueError(f"model: expected one whose stem is an nn.Conv2d, got {what} with AaPE in it")
@@ -171,13 +171,13 @@ def _only_patches(model: nn.Module) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Paths, a few of them, for a message."""
+    """A few of the paths, for a message."""
     paths = [repr(name) for name in names]
     return ", ".join(paths[:4] + ["…"] * (len(paths) > 4)) or "none"
 
 
 def size_of(model: nn.Module, path: str) -> tuple[int, int] | None:
-    """(height, width) that the model was built for, as timm, transformers and torchvision call it."""
+    """(height, width) that the model was built for, under timm's, transformers' and torchvision's names."""
     for module in _above(model, path):
         for of in (module, getattr(module, "config", None)):
             for name in ("img_size", "image_size"):

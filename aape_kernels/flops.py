@@ -1,12 +1,12 @@
-"""What the ops cost, for `torch.utils.flop_counter`, which knows no op but PyTorch's own.
+"""What the ops cost, for `torch.utils.flop_counter`, which knows only PyTorch's own.
 
-A multiply-add counts as two, as there. Of one token, P = C·P_f·P_t the pixels of its patch:
+A multiply-add counts as two, as there. For one token, with P = C·P_f·P_t the pixels of its patch:
 
     projection 2 P S,  filters 8 K S,  encoder 2 P H + 4 S H,  product 2 D (P + planes·S)
 
-A filter's step is a complex multiply-add by Horner's rule, four multiply-adds; what is left, the squashing and the
-magnitudes, is not counted, as PyTorch does not count what is elementwise. Each gradient that a backward is asked for
-costs what its product costs; the projection and the encoder are not computed twice.
+A filter's step is a complex multiply-add by Horner's rule, four multiply-adds. The rest, squashing and magnitudes, is
+not counted, as PyTorch does not count elementwise operations. Each gradient that a backward is asked for costs as much
+as its product; the projection and the encoder are not computed twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Shape = Sequence[int]
 
 
 def _sblu(x: Shape, weight: Shape, grid: PatchGrid) -> tuple[int, int]:
-    """Of the projection and of the filters, for all tokens."""
+    """The cost of the projection and of the filters, for all tokens."""
     tokens = _tokens(x, grid)
     return 2 * tokens * math.prod(weight) * grid.patch[1], 8 * tokens * weight[0] * grid.window
 
@@ -38,13 +38,13 @@ def _tokens(x: Shape, grid: PatchGrid) -> int:
 
 
 def sblu(*arguments: Any, **more: Any) -> int:
-    """Of `aape::sblu`."""
+    """The cost of `aape::sblu`."""
     x, _decay, _frequency, weight, grid, *_ = ops.structured("sblu", arguments)
     return sum(_sblu(x, weight, grid))
 
 
 def sblu_backward(*arguments: Any, **more: Any) -> int:
-    """Of `aape::sblu_backward`: the projection again, its adjoints, and the filters' adjoint."""
+    """The cost of `aape::sblu_backward`: the projection again, its adjoints, and the filters' adjoint."""
     _grad, x, _decay, _frequency, weight, grid, _quadrature, need, _ = ops.structured("sblu_backward", arguments)
     projection, filters = _sblu(x, weight, grid)
     need_x, _, _, need_weight = need
@@ -53,12 +53,12 @@ def sblu_backward(*arguments: Any, **more: Any) -> int:
 
 
 def _encoder(tokens: int, shapes: Any) -> tuple[int, int]:
-    """Of its two layers."""
+    """The cost of its two layers."""
     return 2 * tokens * math.prod(shapes.w1), 2 * tokens * math.prod(shapes.w2)
 
 
 def embed(*arguments: Any, **more: Any) -> int:
-    """Of `aape::embed`."""
+    """The cost of `aape::embed`."""
     x, shapes, grid, *_ = ops.structured("embed", arguments)
     tokens = _tokens(x, grid)
     products: int = 2 * tokens * (math.prod(shapes.proj_w) + math.prod(shapes.fusion_w))
@@ -66,7 +66,7 @@ def embed(*arguments: Any, **more: Any) -> int:
 
 
 def embed_backward(*arguments: Any, **more: Any) -> int:
-    """Of `aape::embed_backward`."""
+    """The cost of `aape::embed_backward`."""
     _grad, x, shapes, _r, _hidden, grid, *_, need, _ = ops.structured("embed_backward", arguments)
     need_x, need_proj, _no_proj_b, need_w1, _no_b1, need_w2, _no_b2, need_sblu, need_fusion = need
     tokens = _tokens(x, grid)
@@ -97,10 +97,10 @@ def _tell(counter: ModuleType) -> None:
 
 
 class _OnceImported(importlib.abc.MetaPathFinder):
-    """Tells the counter of the formulas as soon as somebody imports it; to import it for them would bring Triton."""
+    """Tells the counter of the formulas as soon as somebody imports it; importing it here would import Triton."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """PyTorch's own, whose loader then also tells."""
+        """PyTorch's own spec, whose loader then also tells the counter."""
         if name != COUNTER:
             return None
         sys.meta_path.remove(self)

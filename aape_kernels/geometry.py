@@ -77,25 +77,25 @@ class PatchGrid:
         return (mel_bins - p_f) // s_f + 1, (frames - p_t) // s_t + 1
 
     def covering(self, mel_bins: int, frames: int) -> tuple[int, int]:
-        """The token grid that leaves nothing over behind its last patch, where the spectrogram may be padded.
+        """The token grid that leaves nothing over after its last patch, for a spectrogram that may be padded.
 
-        The last patch on an axis begins inside the spectrogram, with gaps too: none holds padding alone.
+        The last patch on an axis begins inside the spectrogram, even with gaps: no patch holds padding alone.
         """
         (p_f, p_t), (s_f, s_t) = self.patch, self.stride
         return max(-((max(p_f, s_f) - mel_bins) // s_f), 0) + 1, max(-((max(p_t, s_t) - frames) // s_t), 0) + 1
 
     def extent(self, n_f: int, n_t: int) -> tuple[int, int]:
-        """Mel bins and frames from the first patch's beginning to the end of the last one's."""
+        """Mel bins and frames from the beginning of the first patch to the end of the last."""
         return (n_f - 1) * self.stride[0] + self.patch[0], (n_t - 1) * self.stride[1] + self.patch[1]
 
 
 def is_traced() -> bool:
-    """Whether `torch.jit.trace` looks, or TorchScript's ONNX exporter."""
+    """Whether `torch.jit.trace`, or TorchScript's ONNX exporter, is tracing."""
     return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 def sizes_of(value: Tensor) -> tuple[int, ...]:
-    """Its shape, in numbers even where `torch.jit.trace` makes tensors of sizes: what is traced holds for these."""
+    """Its shape in plain numbers, even where `torch.jit.trace` makes sizes tensors: the trace holds for these sizes."""
     if not is_traced():
         return tuple(value.shape)
     with warnings.catch_warnings():

@@ -34,18 +34,18 @@ Paper: <https://arxiv.org/abs/2512.03637>
 
 
 def may_be_on_the_hub(name: str) -> bool:
-    """Whether it is owner/name, and not a path such as ./name."""
+    """Whether `name` is owner/name, and not a path such as ./name."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 class OrdinaryFiles(PyTorchModelHubMixin):
-    """The mixin, whose weights get the permissions of any new file: safetensors lets nobody else read them."""
+    """The mixin, but weights get the permissions of any new file: safetensors makes them unreadable for others."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """What `save_pretrained` wrote into a folder, or uploaded as "owner/name".
+        """Load what `save_pretrained` wrote into a folder, or uploaded as "owner/name".
 
-        Errors: `ValueError` for a folder that is not there, before the network is asked; huggingface_hub's.
+        Errors: `ValueError` for a folder that is not there, before any network access; huggingface_hub's.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(name) and not may_be_on_the_hub(name):
@@ -71,7 +71,7 @@ class AaPE(
 
     `save_pretrained(folder)` writes the weights (`model.safetensors`) and the constructor's arguments (`config.json`);
     `from_pretrained(folder or name)` builds the stem from these, and `push_to_hub(name)` uploads them. What JSON cannot
-    hold is not saved: give `norm_layer`, `device` and `dtype` to `from_pretrained` again.
+    hold is not saved: pass `norm_layer`, `device` and `dtype` to `from_pretrained` again.
 
     Examples:
         >>> AaPE(embed_dim=192, num_states=8).save_pretrained("stem")  # doctest: +SKIP

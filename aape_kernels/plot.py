@@ -38,7 +38,7 @@ GREYS = LinearSegmentedColormap.from_list("pale greys", ["#ffffff", "#8c8c8c"])
 # plasma without its palest end, which is lost on white; it reads in order for the colour-blind and in grey
 MODULATION = LinearSegmentedColormap.from_list("modulation", colormaps["plasma"](np.linspace(0.0, 0.86, 256)))
 MARGINS = (0.85, 1.75)  # inches to the left of the spectrogram, and to its right, where the colour bar stands
-LEGEND = {5: 9.0, 3: 6.3}  # inches that the legend takes in as many columns
+LEGEND = {5: 9.0, 3: 6.3}  # inches that the legend takes in so many columns
 
 
 class Strongest(NamedTuple):
@@ -57,7 +57,7 @@ class Strongest(NamedTuple):
 
 @dataclass(frozen=True)
 class Heard:
-    """What each state of each patch responded to a clip, in Hz and seconds, (N_f, N_t, S) each.
+    """How each state of each patch responded to a clip, in Hz and seconds, (N_f, N_t, S) each.
 
     Attributes:
         energy: |y_s|².
@@ -70,11 +70,11 @@ class Heard:
     decay: Tensor
 
     def between(self, first: int, last: int) -> Heard:
-        """Those of the patches of some time steps."""
+        """The part for the patches of time steps `first` to `last`, exclusive."""
         return Heard(*(plane[:, first:last] for plane in (self.energy, self.hz, self.decay)))
 
     def strongest(self) -> Strongest:
-        """In each patch, of the state with the most energy."""
+        """The state with the most energy in each patch."""
         energy, state = self.energy.max(-1, keepdim=True)
         hz, decay = (plane.gather(-1, state).squeeze(-1) for plane in (self.hz, self.decay))
         return Strongest(hz, 1e3 / decay, energy.squeeze(-1))
@@ -117,24 +117,23 @@ def responses(
 
         s = argmax |y_s|²,   ω_s/(2π · hop) in Hz,   1000 · hop/α_s in ms
 
-    A dot in each patch has its frequency for a colour and its energy in dB, down to 30 below the clip's strongest, for
-    an area; the bar under it is ±1/α on the time axis, no longer than the filter's window. Frames at the end that
+    The dot in each patch shows the frequency by its colour and the energy in dB, down to 30 below the clip's strongest,
+    by its area; the bar under it is ±1/α on the time axis, no longer than the filter's window. Frames at the end that
     are too few for a patch are hatched. `hear` returns the numbers.
 
-    A freshly made stem listens with random weights, and to an unprepared log-mel its slowest states respond most,
-    since a clip's level changes slowly: `aape_ssl.demo.stems.untrained_stem` and `aape_ssl.sound.audio.remove_level`
-    are what `aape-ssl demo` looks at sound with before there is a trained stem.
+    A freshly made stem listens with random weights, and its slowest states respond most to an unprepared log-mel, since
+    a clip's level changes slowly. `aape-ssl demo` therefore uses `aape_ssl.demo.stems.untrained_stem` and
+    `aape_ssl.sound.audio.remove_level` to look at sound before there is a trained stem.
 
     Args:
-        stem: the stem; of a model that `replace_stem` changed, the module that took the convolution's place.
+        stem: the stem; for a model that `replace_stem` changed, the module that took the convolution's place.
         x: its input, (C, F, T) or (1, C, F, T); (C, T, F) or (1, C, T, F) for layout "TF".
         hop: seconds from one frame to the next.
-        background: what is drawn in grey if not x: (F, T), or (T, F) for layout "TF". Unless given, x's mean over
-            channels.
-        mel_hz: centres of the F mel bins in Hz, for the axis; it counts mel bins unless given.
+        background: drawn in grey: (F, T), or (T, F) for layout "TF"; x's mean over channels unless given.
+        mel_hz: centres of the F mel bins in Hz, for the axis, which counts mel bins unless given.
         start: seconds at which the clip begins, for the axis.
-        axes: to draw into; the colour bar takes a part of them. A new figure of pyplot's, as wide as the clip is
-            long, unless given.
+        axes: to draw into; the colour bar takes a part of them. Unless given, those of a new pyplot figure, wider for
+            longer clips.
 
     Returns:
         The axes of the spectrogram; `.figure.savefig(...)` writes them.
@@ -173,17 +172,17 @@ def draw(
     start: float = 0.0,
     bar: Axes | None = None,
 ) -> ScalarMappable:
-    """What `responses` draws, of arguments that are there already, which are not checked.
+    """Draw what `responses` draws, from arguments that are computed already and not checked.
 
     Args:
-        axes: of the spectrogram, at the place and of the size that they are going to keep.
+        axes: for the spectrogram, already at their final place and size.
         stem: for its grid, window and band.
         log_mel: (F, T), the background.
-        heard: of the stem to the clip, or to a part of it.
+        heard: the stem's responses to the clip, or to a part of it.
         hop, mel_hz, start: as in `responses`.
-        bar: axes of the colour bar; it takes a part of `axes` unless given.
+        bar: axes for the colour bar, which takes a part of `axes` unless given.
 
-    Returns: from frequencies in Hz to colours.
+    Returns: the mapping from frequencies in Hz to colours.
     """
     band = band_hz(stem, hop)
     # a band that reaches 0 Hz has no place on a logarithmic scale
@@ -203,12 +202,12 @@ def draw(
 
 
 def band_hz(stem: AaPE, hop: float) -> tuple[float, float]:
-    """The stem's frequency band in Hz, of frames `hop` seconds apart."""
+    """The stem's frequency band in Hz, for frames `hop` seconds apart."""
     return stem.band[0] / (2 * math.pi * hop), stem.band[1] / (2 * math.pi * hop)
 
 
 def width_inches(patches: int) -> float:
-    """Wide enough for 0.17 inch a patch along time, up to 36 inches."""
+    """Wide enough for 0.17 inch per patch along time, up to 36 inches."""
     return min(36.0, max(12.0, 2.3 + 0.17 * patches))
 
 
@@ -247,7 +246,7 @@ def _centres(mel_hz: Sequence[float] | Tensor, bins: int) -> Tensor:
 
 
 def _figure(patches: int) -> tuple[Axes, Axes]:
-    """A new figure's axes, of the spectrogram and of the colour bar."""
+    """A new figure's axes, for the spectrogram and for the colour bar."""
     from matplotlib import pyplot
 
     width, height = width_inches(patches), 5.0
@@ -281,7 +280,7 @@ def _spectrogram(axes: Axes, log_mel: Tensor, hop: float, mel_hz: Tensor | None,
 
 
 def _mel_bins(axes: Axes, limits: tuple[float, float], stem: AaPE, rows: int) -> None:
-    """Where the rows of patches begin, on the y axis."""
+    """Mark where the rows of patches begin, on the y axis."""
     axes.set_ylim(limits)
     axes.set_yticks([edge * stem._grid.stride[0] for edge in range(rows + 1)])
     axes.set_ylabel("mel bin")
@@ -321,8 +320,8 @@ def _strongest_states(axes: Axes, stem: AaPE, heard: Heard, hop: float, scale: S
 
     limits = axes.get_xlim()
     width, height = (side / axes.figure.dpi for side in (axes.bbox.width, axes.bbox.height))  # inches
-    frame = width * 72 / ((limits[1] - start) / hop)  # points a frame
-    mel_bin = height * 72 / axes.get_ylim()[1]  # points a mel bin
+    frame = width * 72 / ((limits[1] - start) / hop)  # points per frame
+    mel_bin = height * 72 / axes.get_ylim()[1]  # points per mel bin
     largest = min(0.9 * s_t * frame, 0.58 * s_f * mel_bin)  # points across
     seen = size > 0
     colours = scale.to_rgba(hz)
@@ -343,7 +342,7 @@ def _strongest_states(axes: Axes, stem: AaPE, heard: Heard, hop: float, scale: S
 
 
 def _legend(axes: Axes, largest: float, reach: np.ndarray[Any, Any], width: float) -> None:
-    """Above the axes: what dots of some energies, `largest` points across, bars and greys stand for."""
+    """Say above the axes what dots of some energies, at most `largest` points across, bars and greys stand for."""
     dots = [
         Line2D([], [], marker="o", linestyle="none", color=FAINT, markersize=largest * math.sqrt(1 - below / RANGE))
         for below in (0, 10, 20)
@@ -385,7 +384,7 @@ def _band_ticks(band: tuple[float, float]) -> list[float]:
 def _colour_bar(
     axes: Axes, bar_axes: Axes | None, scale: ScalarMappable, band: tuple[float, float], inches: float
 ) -> None:
-    """In axes of its own, or in a part of `axes`, so many inches beside what is left of them."""
+    """Draw it in its own axes, or in a part of `axes`, so many inches from what is left of them."""
     if bar_axes is None:
         pad = min(inches * axes.figure.dpi / axes.bbox.width, 0.3)
         bar = axes.figure.colorbar(scale, ax=axes, pad=pad)

@@ -10,11 +10,11 @@ from .geometry import PatchGrid
 __all__ = ["LogitRanges", "band_from_hz", "check_band", "check_decay", "check_hop", "decay_from_hz", "logit_ranges"]
 
 
-# e^{α/2} is float32's largest number at α = 177; what is left is for the spectrogram and the gradients.
+# e^{α/2} is float32's largest number at α = 177; the margin is for the spectrogram and the gradients.
 LARGEST_ODD = 160.0
 
 
-# In float32 the ends, their ratio and their squares are finite and not zero between these.
+# Between these, the ends, their ratio and their squares are finite and not zero in float32.
 SMALLEST, LARGEST = 1e-18, 1e18
 
 
@@ -50,8 +50,8 @@ def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, fl
 def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, float]:
     """The decay range in 1/frame, (1/K, 2) unless given (ours).
 
-    Errors: `TypeError` or `ValueError` unless 0 < low < high; `ValueError` for what float32 cannot hold, above
-    `LARGEST_ODD` for an odd window.
+    Errors: `TypeError` or `ValueError` unless 0 < low < high; `ValueError` for what float32 cannot hold, such
+    as values above `LARGEST_ODD` for an odd window.
     """
     low, high = (1 / grid.window, 2.0) if decay is None else _two_floats(decay, "decay")
     if not 0 < low < high:
@@ -66,12 +66,12 @@ def check_decay(decay: Sequence[float] | None, grid: PatchGrid) -> tuple[float, 
     return low, high
 
 
-# The decay's low end and log ratio, the band's low end and width: what kernels squash the Lambda Encoder's logits into.
+# The decay's low end and log ratio, the band's low end and width: kernels squash the Lambda Encoder's logits into them.
 LogitRanges = tuple[float, float, float, float]
 
 
 def logit_ranges(decay: Sequence[float], band: Sequence[float]) -> LogitRanges:
-    """Of a decay range and a band that have been checked."""
+    """The `LogitRanges` of a decay range and a band that have been checked."""
     return decay[0], math.log(decay[1] / decay[0]), band[0], band[1] - band[0]
 
 

@@ -1,8 +1,8 @@
 """The formulas as they stand, in plain PyTorch: what every other backend is checked against.
 
-Real arithmetic throughout, the real and the imaginary plane apart: complex tensors have no 16-bit dtypes, and
-`torch.compile` does not fuse them. Ordinary differentiable operations only, so autograd (twice), vmap, export and
-every device come with PyTorch.
+All arithmetic is real, on separate real and imaginary planes: complex tensors have no 16-bit dtypes, and
+`torch.compile` does not fuse them. All operations are ordinary differentiable ones, so autograd (twice), vmap, export
+and every device come with PyTorch.
 
 Arguments are trusted here: `aape_kernels.functional` has checked them.
 """
@@ -39,14 +39,14 @@ SMALL = 0.2
 EVEN_SERIES = [(-1) ** n / math.factorial(n + 1) for n in range(15)]
 ODD_SERIES = [0.25**n / math.factorial(2 * n + 1) for n in range(8)]
 
-# Of the log-magnitudes (docs/maths.md §4): responses below ε count as silence, and the variance's floor keeps a token
+# For the log-magnitudes (docs/maths.md §4): responses below ε count as silence, and the variance's floor keeps a token
 # whose states all respond alike at zero.
 EPSILON = 0.1
 VARIANCE_FLOOR = 1e-5
-# Beyond this |y|/ε the 1 of log1p is lost in rounding, and the square on its way to overflowing.
+# Beyond this |y|/ε, the 1 of log1p is lost in rounding, and the square is on its way to overflowing.
 LOUD = 1e9
 
-# Planes of the fusion weight, by which `embed` knows the features.
+# Planes of the fusion weight, from which `embed` knows the features.
 PLANES = {"both": 3, "complex": 2, "magnitude": 1}
 
 
@@ -59,7 +59,7 @@ def _can_autocast(kind: str) -> bool:
     return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of dynamo: that of torch 2.11 cannot trace the
+# Set by hand, as torch.compiler.assume_constant_result imports all of dynamo: that of torch 2.11 cannot trace the
 # question.
 _can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -70,7 +70,7 @@ def autocasting(device: torch.device) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for what is kept in float32 (docs/maths.md §5); a no-op where no autocast is on (or can be)."""
+    """Turn autocast off for what is kept in float32 (docs/maths.md §5); a no-op where no autocast is on (or can be)."""
     return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
@@ -131,7 +131,7 @@ def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> 
 
 
 def unfold(x: Tensor, axis: int, size: int, step: int) -> Tensor:
-    """`x.unfold`, which TorchScript's ONNX exporter has only where it knows the sizes: there by indices."""
+    """`x.unfold`; by indices while tracing, as TorchScript's ONNX exporter has it only for known sizes."""
     if not is_traced():
         return x.unfold(axis, size, step)
     count = (sizes_of(x)[axis] - size) // step + 1
@@ -216,7 +216,7 @@ def logits(patches: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> T
 
 
 def squash(r: Tensor, decay_range: tuple[float, float], band: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Logits (…, 2S) into the decay range, the first half, and into the band: decay and frequency, each (…, S)."""
+    """Decay and frequency, each (…, S): logits (…, 2S) squashed into the decay range (first half) and the band."""
     with full_precision(r.device):
         r_decay, r_frequency = r.chunk(2, dim=-1)
         lo, hi = decay_range

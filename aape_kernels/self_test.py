@@ -1,4 +1,4 @@
-"""Whether a backend computes what the reference computes: what `aape_kernels.doctor` runs on every device."""
+"""Whether a backend computes what the reference computes: `aape_kernels.doctor` tests this on every device."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Geometry:
 GEOMETRIES = (
     # the stem's defaults
     Geometry(1, 32, (32, 64), PatchGrid((16, 16), (16, 16), 16), "quadrature", 3),
-    # overlap on both axes, odd K > P_t, two channels, mel bins and frames left over; states enough that no gradient is
+    # overlap on both axes, odd K > P_t, two channels, mel bins and frames left over; enough states that no gradient is
     # mostly a sum that cancels; magnitudes alone
     Geometry(2, 11, (10, 19), PatchGrid((3, 5), (2, 4), 9), "bilateral", 1),
 )
@@ -54,7 +54,7 @@ BATCH, HIDDEN, DIM = 4, 64, 24
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: inputs and cotangent, already rounded, and what the reference makes of those in float64."""
+    """One call: inputs and cotangent, already rounded, and what the reference makes of them in float64."""
 
     op: str
     geometry: Geometry
@@ -119,7 +119,7 @@ def _results(op: str, geometry: Geometry, inputs: Sequence[Tensor], cotangent: T
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
-    """‖got − want‖ / ‖want‖; infinite if that is no number, so that nothing is worse."""
+    """‖got − want‖ / ‖want‖; infinite if that is NaN, so that nothing is worse."""
     error = float((got.cpu().double() - want).norm() / want.norm())
     return math.inf if math.isnan(error) else error
 

@@ -22,7 +22,7 @@ def _flag(value: object, name: str) -> bool:
 
 
 class SizedStem(nn.Module):
-    """What of `AaPE` is sizes and formats, and nothing else."""
+    """The part of `AaPE` that deals with sizes and formats, and nothing else."""
 
     layout: str
     patch_size: tuple[int, int]
@@ -60,7 +60,7 @@ class SizedStem(nn.Module):
         """Change `img_size`, and with it `grid_size` and `num_patches`.
 
         Args:
-            img_size: as in the constructor; None keeps what there is.
+            img_size: as in the constructor; None keeps the current one.
             patch_size: None, or the stem's own: encoder and filters belong to it and are not resampled.
 
         Errors: `TypeError` or `ValueError` naming the argument. Source: timm's.
@@ -74,7 +74,7 @@ class SizedStem(nn.Module):
             self._set_img_size(img_size)
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Mel bins and frames a token steps by: the stride in the input's order, or its larger one as a scalar.
+        """Mel bins and frames per token step: the stride in the input's order, or its larger number as a scalar.
 
         Source: timm's, which notes it as the reduction of its feature maps; ours where stride and patch differ.
         """
@@ -85,7 +85,7 @@ class SizedStem(nn.Module):
 
             ⌊(size − P)/S⌋ + 1 on each axis
 
-        or, with `dynamic_img_pad`, as many as leave nothing over.
+        or, with `dynamic_img_pad`, as many as it takes to leave nothing over.
 
         Source: timm's; ours where stride and patch differ.
         """
@@ -93,16 +93,16 @@ class SizedStem(nn.Module):
         return self._mel_first(count(*self._mel_first((img_size[0], img_size[1]))))
 
     def token_mask(self, lengths: Tensor | Sequence[int], img_size: Sequence[int]) -> Tensor:
-        """Which tokens of a batch of clips of unequal length, padded at their ends, are a clip's own.
+        """Which tokens belong to the clip, in a batch of clips of unequal length that are padded at their ends.
 
             N_t(length) = ⌊(length − P_t)/S_t⌋ + 1
 
-        in every row of patches are True, those that the clip would give by itself; with `dynamic_img_pad` as many as
-        leave nothing over. With the default window (K = P_t) these tokens are
-        then exactly what the clip would give by itself; a longer one also sees the padding, so pad with zeros.
+        tokens in every row of patches are True, those that the clip would give by itself; with `dynamic_img_pad`, as
+        many as it takes to leave nothing over. With the default window (K = P_t), these tokens are then exactly what
+        the clip would give by itself; a longer window also sees the padding, so pad with zeros.
 
         Args:
-            lengths: frames of each clip, (B); longer than the batch counts as the batch's length.
+            lengths: frames of each clip, (B); a length beyond the batch's counts as the batch's.
             img_size: of the padded batch, in the input's order: `x.shape[2:]`.
 
         Returns:
@@ -122,7 +122,7 @@ class SizedStem(nn.Module):
             raise ValueError(f"lengths: expected shape (batch), got {tuple(frames.shape)}")
         n_f, n_t = self._mel_first(self.dynamic_feat_size(img_size))
         patch, stride = self._grid.patch[1], self._grid.stride[1]
-        # a patch is the clip's if this frame of it is: its last, or for a padded clip its first not in the one before
+        # a patch is the clip's if this frame of it is: its last, or with padding its first after the previous patch
         first = torch.arange(n_t, device=frames.device) * stride
         needed = first + patch - 1
         if self.dynamic_img_pad:
@@ -132,7 +132,7 @@ class SizedStem(nn.Module):
         return grid.flatten(1)
 
     def _fit(self, x: Tensor) -> Tensor:
-        """x with its size checked, and padded where that is asked for; `embed` refuses what is no spectrogram."""
+        """x with its size checked, and padded if that is asked for; `embed` refuses what is not a spectrogram."""
         if not isinstance(x, Tensor) or x.dim() != 4:
             return x
         if self.strict_img_size and self.img_size is not None and sizes_of(x)[2:] != self.img_size:
@@ -145,7 +145,7 @@ class SizedStem(nn.Module):
         return x
 
     def _arrange(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens (B, N, D) in the format asked for, `size` being that of the input."""
+        """Tokens (B, N, D) in the format asked for; `size` is that of the input."""
         if self.flatten or self.output_fmt == "NLC":
             return tokens
         if self.output_fmt == "NCL":

@@ -31,7 +31,7 @@ from .sizes import SizedStem
 
 __all__ = ["AaPE"]
 
-# What of a stem cannot change once it is made, those of a convolution among them.
+# Attributes of a stem that cannot change once it is made, including those of a convolution.
 SETTLED = frozenset(
     {"patch_size", "stride", "window", "kernel", "features", "band", "decay", "layout", "num_states", "encoder_dim"}
     | {"in_chans", "embed_dim", "in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups"}
@@ -52,14 +52,14 @@ def _factory(device: object, dtype: object) -> dict[str, Any]:
         raise TypeError(f"dtype: expected one of {', '.join(map(str, DTYPES))} or None, got {dtype!r}")
     if device is not None:
         try:
-            torch.device(device)  # type: ignore[call-overload]  # whatever the caller gave: torch is to judge it
+            torch.device(device)  # type: ignore[call-overload]  # of any type: torch is to judge it
         except (RuntimeError, TypeError) as error:
             raise ValueError(f'device: expected one such as "cpu" or "cuda:0", or None, got {device!r}') from error
     return {"device": device, "dtype": dtype}
 
 
 def _means(value: object, known: object) -> bool:
-    """Whether it is another way of writing `known`, as convolutions take it: 8 or [8, 8] for (8, 8)."""
+    """Whether `value` is another way to write `known` that convolutions accept: 8 or [8, 8] for (8, 8)."""
     if not isinstance(known, tuple):
         return False
     return list(known) == (list(value) if isinstance(value, tuple | list) else [value] * len(known)) or (
@@ -68,7 +68,7 @@ def _means(value: object, known: object) -> bool:
 
 
 def computes_conv(conv: nn.Conv2d) -> bool:
-    """Whether calling it convolves by its weight, and nothing else; its forward would be lost."""
+    """Whether calling it convolves with its weight and does nothing else; another forward would be lost."""
     kind = type(conv)
     own = kind.forward is nn.Conv2d.forward and kind.__call__ is nn.Conv2d.__call__
     return own and "forward" not in conv.__dict__ and convolves(conv)
@@ -84,48 +84,48 @@ class AaPE(SizedStem):
 
         e = ½ log1p(|y|²/ε²),   ε = 0.1;   n = (e − mean e) / sqrt(var e + 1e-5), over the S states of a token
 
-    y turns with the phase of the modulation, so that its mean over time is nothing; n stays. A small encoder estimates
+    y rotates with the phase of the modulation, so that its mean over time vanishes; n stays. A small encoder estimates
     the filters' decays and frequencies from the patch itself:
 
         r = W2 · SiLU(W1 · vec(patch) + b1) + b2
         α = α_lo (α_hi/α_lo)^σ(r_α),   ω = ω_lo + (ω_hi − ω_lo) σ(r_ω)
 
     Args:
-        img_size: (F, T) of the input; None takes any size that holds at least one patch.
+        img_size: (F, T) of the input; None accepts any size that holds at least one patch.
         patch_size: P_f × P_t, mel bins × frames; one int for a square patch.
         in_chans: channels C of the spectrogram.
         embed_dim: size D of a token.
         stride: S_f × S_t; the patch size unless given. Overlap and gaps are allowed.
-        num_states: S, filters a patch; at least 2 unless `features` is "complex".
+        num_states: S, filters per patch; at least 2 unless `features` is "complex".
         encoder_dim: hidden width of the encoder.
         window: K in frames, of P_t's parity; P_t unless given. With K > P_t a token also sees frames of its
-            neighbours, which masked pre-training must not have.
+            neighbours, which masked pre-training must avoid.
         kernel: "quadrature" (h(−d) = conj h(d); ours) or "bilateral" (the paper's quoted formula).
-        features: f, what of the responses reaches the token: "both" (y and n), "complex" (y) or "magnitude" (n).
-        band: (ω_lo, ω_hi) in rad/frame within [0, π]; `band_from_hz` converts. Unless given (π/S_t, π), the
-            alias-prone band; required where S_t = 1.
+        features: f, which part of the responses reaches the token: "both" (y and n), "complex" (y) or "magnitude" (n).
+        band: (ω_lo, ω_hi) in rad/frame within [0, π]; `band_from_hz` converts. Unless given, (π/S_t, π), the
+            alias-prone band; required if S_t = 1.
         decay: (α_lo, α_hi) in 1/frame; `decay_from_hz` converts. (1/K, 2) unless given.
         bias: whether `proj` has one.
         layout: "FT" for input (B, C, F, T); "TF" for (B, C, T, F). With "TF" `img_size`, `patch_size`, `stride`,
             `grid_size` and `proj.weight` follow the input's order (time, frequency) and tokens are time-major.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
-        norm_layer: what makes `norm` from D, the last thing the tokens go through; None for an identity.
+        norm_layer: makes `norm` from D, the last layer that the tokens go through; None for an identity.
         flatten: False for tokens as the convolution lays them out, "NCHW".
         output_fmt: "NCHW", "NHWC", "NCL" or "NLC", which takes precedence over `flatten`: N the batch, C the token's
             D, H × W the token grid in the input's order and L its tokens. A view of contiguous "NLC".
         strict_img_size: whether every input must have `img_size`; otherwise it only gives `grid_size`.
-        dynamic_img_pad: pad the ends of both axes with zeros until no frame or mel bin is left over behind the last
+        dynamic_img_pad: pad the ends of both axes with zeros until no frame or mel bin is left over after the last
             patch; otherwise what is left over is not used.
         device: of the parameters.
         dtype: of the parameters.
 
-    From `norm_layer` on these are the keywords of timm's stem: `timm.create_model(..., embed_layer=AaPE)`.
+    From `norm_layer` on, these are the keywords of timm's stem: `timm.create_model(..., embed_layer=AaPE)`.
 
     Shapes: x (B, C, F, T) -> tokens (B, N_f·N_t, D), contiguous, frequency-major (i·N_t + j); for layout "TF"
     x (B, C, T, F) -> time-major tokens.
 
     Precision: encoder and filters run in float32 (float64 for float64 input), the features are rounded once; the
-    product and the tokens have the input's dtype, or autocast's. Without autocast x must have `proj.weight`'s dtype.
+    product and the tokens have the input's dtype, or autocast's. Without autocast, x must have `proj.weight`'s dtype.
 
     Attributes: `proj` (the `nn.Conv2d` this replaces: its checkpoints load), `encoder`, `sblu`, `fusion`, `norm`;
     `img_size`, `patch_size`, `stride`, `grid_size` and `num_patches` (None without `img_size`), `window`, `band`,
@@ -142,7 +142,7 @@ class AaPE(SizedStem):
 
     # 2: the fusion has a plane for n. See `_load_from_state_dict`.
     _version = 2
-    # whether the stem holds the convolution's weight itself, in the place of one: `surgery.AaPEConv2d`
+    # whether the stem itself holds the weight of the convolution whose place it takes: `surgery.AaPEConv2d`
     _is_proj = False
 
     def __init__(
@@ -171,7 +171,7 @@ class AaPE(SizedStem):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # `surgery.AaPEConv2d` is an nn.Conv2d too, which is not made here
+        nn.Module.__init__(self)  # `surgery.AaPEConv2d` is an nn.Conv2d too: skip that constructor
         self.layout = check_name(layout, "layout", LAYOUTS)
         self.kernel = check_name(kernel, "kernel", KERNELS)
         self.features = check_name(features, "features", tuple(PLANES))
@@ -206,7 +206,7 @@ class AaPE(SizedStem):
         """A stem that computes what `conv` computes, until training moves its fusion weight from zero.
 
         Args:
-            conv: a patch embedding without padding, dilation and groups. Its weights are copied; device, dtype,
+            conv: a patch embedding without padding, dilation or groups. Its weights are copied; device, dtype,
                 training mode and `requires_grad` are kept.
             layout: order of the last two axes of conv's input, "FT" (B, C, F, T) or "TF" (B, C, T, F).
             options: any other keyword of `AaPE` that conv does not settle.
@@ -271,8 +271,8 @@ class AaPE(SizedStem):
                 reset()
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone: the biases, `encoder.b2` among them, which holds where in
-        the decay range and the band the filters sit."""
+        """Parameters that weight decay should leave alone: the biases, including `encoder.b2`, which holds where the
+        filters lie in the decay range and the band."""
         return {"proj.bias", "bias", "encoder.b1", "encoder.b2"} & dict(self.named_parameters()).keys()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class AaPE(SizedStem):
         x = self._fit(x)
         if not self._as_made_for_tokens():
             return self.norm(self._arrange(self._by_parts(x), sizes_of(x)[2:]))  # type: ignore[no-any-return]
-        proj, encoder = self.proj, self.encoder  # each costs a search
+        proj, encoder = self.proj, self.encoder  # each access costs a search
         tokens = embed(
             x,
             proj.weight,
@@ -310,7 +310,7 @@ class AaPE(SizedStem):
     def _as_made_for_tokens(self) -> bool:
         proj = self.proj
         if isinstance(proj, nn.Conv2d):
-            # a convolution does as these say when people set them; window and band of the filters cannot follow
+            # people set these on a convolution, which then follows them; the filters' window and band cannot
             for name, want in (("stride", self.stride), ("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1)):
                 got = getattr(proj, name)
                 if got != want and not _means(got, want):
@@ -330,7 +330,7 @@ class AaPE(SizedStem):
         return *sizes, self.kernel, self.decay, self.band, self.layout, self.backend
 
     def _project(self, x: Tensor) -> Tensor:
-        """The convolution alone, where the stem is in the place of one."""
+        """The convolution alone, if the stem is in the place of one."""
         return nn.Conv2d.forward(self.proj, x)
 
     def _leaf(self, x: Any) -> Any:
@@ -400,7 +400,7 @@ class AaPE(SizedStem):
                     f"{name}: cannot be set, as window, band and weights belong to {known}, got {value!r}; "
                     f"make another stem with {name}={value!r}"
                 )
-            value = known  # as it is written
+            value = known  # in its own notation
         super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> Any:
@@ -423,7 +423,7 @@ class AaPE(SizedStem):
             if not name.startswith("proj.") and beside in state_dict:
                 state_dict[prefix + name] = state_dict.pop(beside)
         # Version 1 had no n: a plane of zeros in its place gives the same tokens. Files such as safetensors' lose the
-        # version, which only n's plane could have changed.
+        # version, but versions differ in n's plane alone.
         fusion = state_dict.get(f"{prefix}fusion.weight")
         if (
             local_metadata.get("version", 1) < 2
@@ -435,7 +435,7 @@ class AaPE(SizedStem):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *context)
 
     def extra_repr(self) -> str:
-        """The arguments that settle what is computed, with the ranges in the units of the formulas."""
+        """The arguments that determine what is computed, with the ranges in the units of the formulas."""
         sizes = f"{self.in_chans}, {self.embed_dim}, patch_size={self.patch_size}, stride={self.stride}"
         image = "" if self.img_size is None else f"img_size={self.img_size}, grid_size={self.grid_size}, "
         return (

@@ -1,7 +1,7 @@
-"""`replace_stem` and `revert_stem`: AaPE into a model that is there already, and out of it again.
+"""`replace_stem` and `revert_stem`: put AaPE into an existing model, and take it out again.
 
-What is swapped is the `nn.Conv2d` of the model's patch embedding. All around it stays: the module that holds it, with
-its checks, attributes, hooks and output format, and the names under which checkpoints know its weight and bias.
+Only the `nn.Conv2d` of the model's patch embedding is swapped. All around it stays: the module that holds it, with its
+checks, attributes, hooks and output format, and the names under which checkpoints know its weight and bias.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in both
     """AaPE in the place of the `nn.Conv2d` of a patch embedding, as `replace_stem` puts it there.
 
-    Called like the convolution, x (B, C, F, T) -> (B, D, N_f, N_t), or (B, C, T, F) -> (B, D, N_t, N_f) for layout
-    "TF", and with its attributes: `weight`, `bias`, `in_channels`, `out_channels`, `kernel_size`, `stride`. The
-    output is laid out in memory as channels-last convolutions have it, so that `flatten(2).transpose(1, 2)` is a view.
+    It is called like the convolution, x (B, C, F, T) -> (B, D, N_f, N_t), or (B, C, T, F) -> (B, D, N_t, N_f) for
+    layout "TF", and has its attributes: `weight`, `bias`, `in_channels`, `out_channels`, `kernel_size`, `stride`. The
+    output has the memory layout of channels-last convolutions, so that `flatten(2).transpose(1, 2)` is a view.
 
-    It is an `nn.Conv2d` to those who ask: what converts, adapts (LoRA) or initialises convolutions takes it for the one
-    that it replaces, which is right, as its weight, bias and output are that one's.
+    It passes for an `nn.Conv2d`: code that converts, adapts (LoRA) or initialises convolutions takes it for the one it
+    replaces, which is right, as its weight, bias and output are that one's.
 
     Everything else is as in `AaPE`, `analyse` included; `proj` is the module itself. Source: ours.
     """
@@ -44,7 +44,7 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
     _carried: frozenset[str] = frozenset()
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
-        """A plain `nn.Conv2d` where it is called as that is: LoRA makes its convolutions by `type(conv)(...)`."""
+        """A plain `nn.Conv2d` if called like one: LoRA makes its convolutions by `type(conv)(...)`."""
         return nn.Conv2d(*sizes, **options) if sizes else super().__new__(cls)
 
     def __init__(self, **options: Any) -> None:
@@ -68,28 +68,28 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
 
 
 def replace_stem(model: Model, *, path: str | None = None, layout: str | None = None, **options: Any) -> Model:
-    """Swap the patch embedding of a ViT for AaPE, in place. The model computes what it computed, until it is trained.
+    """Swap the patch embedding of a ViT for AaPE, in place. The model computes the same as before until it is trained.
 
-    The convolution's weight and bias stay the very parameters they are (with their `requires_grad`, and in optimisers
-    that hold them), under the same names in the state dict; AaPE's own parameters come beside them, and are trained
-    unless you freeze them: an optimiser must be given them. Device, dtype and training mode are kept, and hooks on the
+    The convolution's weight and bias remain the same parameter objects (with their `requires_grad`, and in optimisers
+    that hold them), under the same names in the state dict. AaPE's own parameters are added beside them and are trained
+    unless you freeze them: pass them to the optimiser. Device, dtype and training mode are kept, and hooks on the
     convolution move to what replaces it.
 
     Args:
-        model: a ViT, whose tokens one `nn.Conv2d` makes: it is found by that (`aape_kernels.finder`). Make copies of
-            it, such as moving averages, and optimisers afterwards.
-        path: of the stem in `model`: an `nn.Conv2d`, or a module that holds just one. Needed where there are several,
-            or other convolutions beside it.
+        model: a ViT whose tokens come from one `nn.Conv2d`, by which the stem is found (`aape_kernels.finder`). Make
+            copies of the model, such as moving averages, and optimisers afterwards.
+        path: of the stem in `model`: an `nn.Conv2d`, or a module that holds just one. Needed if there are several, or
+            other convolutions beside it.
         layout: of the input of that convolution: "FT" (B, C, F, T), "TF" (B, C, T, F). Known for the models of
-            docs/models.md, for which it may be given too, if the model is fed otherwise; needed for others, and for
-            image models that were built higher than wide.
+            docs/models.md, but may be given if the model is fed otherwise; needed for others, and for image models that
+            were built taller than wide.
         options: keywords of `AaPE`: num_states, encoder_dim, window, kernel, band, decay, backend.
 
     Returns:
         `model` itself.
 
     Errors: `TypeError` or `ValueError` naming what was looked for and what came; `RuntimeError` if the new stem's
-    output has another shape than the old one's. In each case the model is left as it was.
+    output has a different shape from the old one's. In each case the model is left as it was.
     Source: ours.
 
     Examples:
@@ -128,8 +128,8 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
 def revert_stem(model: Model) -> Model:
     """Put an `nn.Conv2d` back wherever `replace_stem` put AaPE, in place, and drop AaPE's own parameters.
 
-    Weight and bias are the parameters that the model has now: right after `replace_stem` it is again what it was, and
-    after training it is what training made of it, without the branch.
+    Weight and bias are the parameters that the model has now: right after `replace_stem`, it becomes what it was
+    before; after training, it is the trained model without the branch.
 
     Returns:
         `model` itself.
@@ -187,7 +187,7 @@ def _resolve(model: nn.Module, path: str) -> str:
 
 
 def _check_plain(conv: nn.Conv2d, path: str) -> None:
-    """Refuse what only looks like a convolution of its weight: its forward would be lost."""
+    """Refuse what only looks like a convolution with its weight: its forward would be lost."""
     if not computes_conv(conv) or type(conv._parameters.get("weight")) is not nn.Parameter:
         raise ValueError(
             f"model: expected {path!r} to be an nn.Conv2d with a weight of its own (not parametrised, sharded, "
@@ -203,7 +203,7 @@ def _check_plain(conv: nn.Conv2d, path: str) -> None:
 
 @torch.no_grad()
 def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
-    """One small input through both, past their hooks."""
+    """Run one small input through both, bypassing their hooks."""
     height, width = (patch + n * step for patch, step, n in zip(stem.patch_size, stem.stride, (1, 2), strict=True))
     x = conv.weight.new_zeros(1, conv.in_channels, height, width)
     old, new = conv.forward(x).shape, stem.forward(x).shape
@@ -212,7 +212,7 @@ def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
 
 
 def _carry(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
-    """What else is written on the convolution, such as a library's marks; not functions, which may be the old one's."""
+    """Copy the convolution's other attributes, such as a library's marks; not functions, which may be bound to it."""
     found = {name: value for name, value in vars(conv).items() if name not in vars(stem) and not callable(value)}
     stem._carried = frozenset(found)
     for name, value in found.items():
@@ -220,7 +220,7 @@ def _carry(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
 
 
 def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """`new` wherever `old` is, with its hooks: the very dicts, so that the handles people hold still remove them."""
+    """Put `new` wherever `old` is, with the very dicts of its hooks, so that existing handles still remove them."""
     for name in vars(new):
         if "hook" in name:
             setattr(new, name, getattr(old, name))

@@ -1,4 +1,4 @@
-"""Weights: a stem's parameters, together from `functional` to the backends, flat only in the schemas of the ops."""
+"""Weights: a stem's parameters, kept together from `functional` to the backends, flat only in the ops' schemas."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ class Weights(NamedTuple):
 
     @property
     def planes(self) -> int:
-        """Of the features."""
+        """The number of planes of the features."""
         return self.fusion_w.shape[1]

@@ -1,6 +1,6 @@
-"""The CPU backend: SBLU, and in `cpu_stem` the whole stem, by the native module.
+"""The CPU backend: SBLU, and the whole stem in `cpu_stem`, computed by the native module.
 
-The functions take what the registered ops take, on tensors that `functional` has checked.
+The functions take the arguments of the registered ops; `functional` has checked the tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sblu_backward(
     """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
     dtype = working_dtype(x.dtype)
     wide = (decay.to(dtype), frequency.to(dtype), weight.to(dtype))
-    # zeros: x's gradient is added to, and an empty batch writes nothing
+    # zeros: the native call adds to x's gradient, and writes nothing for an empty batch
     out = [x.new_zeros(v.shape, dtype=dtype) if wanted else None for v, wanted in zip((x, *wide), need, strict=True)]
     if grad.numel() and any(need):
         native.sblu_backward(grad, x, *wide, out, grid, quadrature)

@@ -1,8 +1,8 @@
 """The whole stem on the CPU: one native call forward and one backward.
 
-Where tokens have 16 bits and the processor has instructions for such products, these are torch's; the native call then
-ends at their operand, [patch | features], and begins at the features' cotangent. On other processors tokens of 16 bits
-are rounded from those of the arithmetic's dtype.
+If tokens have 16 bits and the processor has instructions for such products, torch computes these: the native call then
+ends at their operand, [patch | features], and the backward begins at the features' cotangent. On other processors,
+tokens are computed in the arithmetic's dtype and rounded to 16 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
 
-# Tokens whose operand and cotangent the backward with 16 bits works on at once.
+# How many tokens' operand and cotangent the 16-bit backward works on at once.
 BLOCK = 1024
 
 
@@ -99,9 +99,9 @@ Options = tuple[PatchGrid, bool, list[float], list[float], bool]
 def _gradients(
     grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
-    """All of it in one native call."""
+    """All gradients in one native call."""
     work = working_dtype(x.dtype)
-    # of what no patch holds, x's gradient is zero, and it is added to
+    # zeros: the native call adds to x's gradient, which is zero outside all patches
     got = {"x": x.new_zeros(x.shape, dtype=work)} if "x" in wanted else {}
     got |= _empty(weights, wanted, work)
     given = [None if value is None else _rows(value, work) for value in weights]
@@ -111,7 +111,7 @@ def _gradients(
 
 
 def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """For the gradients of those weights that are wanted."""
+    """Empty tensors for the gradients of the wanted weights."""
     return {
         name: value.new_empty(value.shape, dtype=dtype)
         for name, value in weights._asdict().items()
@@ -126,7 +126,7 @@ def _in_order(gradients: dict[str, Tensor]) -> list[Tensor | None]:
 def _narrow_gradients(
     grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
-    """With torch's products in 16 bits, in blocks of clips; sums over blocks in their order."""
+    """With torch's 16-bit products, in blocks of clips; sums over blocks run in order."""
     work, out = working_dtype(x.dtype), weights.proj_w.dtype
     projection, fusion = weights.proj_w.flatten(1), weights.fusion_w.to(out).flatten(1)
     inner = {"proj_w", "proj_b", "fusion_w"}

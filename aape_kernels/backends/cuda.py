@@ -1,8 +1,7 @@
-"""The CUDA backend: the native module's kernels for NVIDIA GPUs, the matrix products by the library's GEMM.
+"""The CUDA backend: the native module's kernels for NVIDIA GPUs, with matrix products by the library's GEMM.
 
-The native module has a CUDA runtime of its own and no libtorch: it is handed pointers, the device and its current
-stream. Every call is checked, with `CUDA_LAUNCH_BLOCKING=1` for what the kernel itself does, and can be captured in a
-graph.
+The native module has its own CUDA runtime and no libtorch: it is handed pointers, the device and its current stream.
+Every call is checked (with `CUDA_LAUNCH_BLOCKING=1` for errors inside the kernel, too) and can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def reason(call: Call) -> str | None:
 
 @functools.cache
 def unusable() -> str | None:
-    """Why no GPU could be used from here, whatever its kind: the build or the driver; None if nothing is in the way."""
+    """Why no GPU of any kind can be used from here: the build or the driver; None if neither prevents it."""
     if not NATIVE_BUILT:
         return "the native module was not built; `AAPE_NATIVE=require pip install …` shows why"
     try:
@@ -69,7 +68,7 @@ def _refusal(major: int, minor: int) -> str | None:
     return f"it was built for {architectures}, the GPU has compute capability {major}.{minor}; {how}"
 
 
-# What torch.compiler.assume_constant_result sets, which would import all of dynamo: tracing asks, and takes the answer.
+# Set by hand, as torch.compiler.assume_constant_result imports all of dynamo: tracing asks, and takes the answer.
 _refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -79,9 +78,9 @@ def _version(number: int) -> str:
 
 @functools.cache
 def runs_on(architectures: str, major: int, minor: int) -> bool:
-    """Whether code for one of the `architectures`, "80-real,90" as CMake has them, runs on a GPU of that capability.
+    """Whether code for any of the `architectures`, "80-real,90" in CMake's notation, runs on a GPU of that capability.
 
-    Machine code runs on the same generation from its own minor version on, PTX on everything as new.
+    Machine code runs on its own generation from its minor version on, PTX on everything at least as new.
     """
     for entry in architectures.split(","):
         number, _, kind = entry.partition("-")
@@ -94,7 +93,7 @@ def runs_on(architectures: str, major: int, minor: int) -> bool:
 
 
 def _place(device: torch.device) -> tuple[int, int]:
-    """Index of the device and its current stream; (0, 0) for the CPU, where the tests emulate."""
+    """Index of the device and its current stream; (0, 0) on the CPU, where the tests emulate a GPU."""
     if device.type != "cuda":
         return 0, 0
     stream = torch.cuda.current_stream(device)
@@ -118,7 +117,7 @@ class CudaKernels(Kernels):
     most_states = 32  # lanes of a warp
 
     def _run(self, op: str, name: str, *arguments: Any) -> Any:
-        """Call the module's `name` for the device's current stream, with tensors, and tuples of tensors, as views."""
+        """Call the module's `name` on the device's current stream, passing tensors and tuples of them as views."""
         native, device = kernels(), self.x.device
         given = [_views(value) for value in arguments]
         with self.on_device():
@@ -129,7 +128,7 @@ class CudaKernels(Kernels):
                 raise RuntimeError(f"aape::{op}, backend 'cuda': {error} ({call})") from error
 
     def _states(self, decay: Tensor, frequency: Tensor) -> list[Tensor]:
-        """Both in the arithmetic's dtype and of one set of strides."""
+        """Both in the arithmetic's dtype and with the same strides."""
         wide = [decay.to(self.work), frequency.to(self.work)]
         return wide if wide[0].stride() == wide[1].stride() else [value.contiguous() for value in wide]
 
@@ -141,7 +140,7 @@ class CudaKernels(Kernels):
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`."""
+        """Write features into rows `out`; given `grad`, rows of their cotangent, also write that of y into `grad_y`."""
         states, wide = self._states(decay, frequency), weight.to(self.work)
         (like, *_) = (rows for rows in (out, grad) if rows is not None)
         self._run(
@@ -150,7 +149,7 @@ class CudaKernels(Kernels):
         )  # fmt: skip
 
     def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
-        """Write the features of y into rows `out`; with `grad`, rows of their cotangent, that of y in place of y."""
+        """Write features of y into rows `out`; given `grad`, rows of their cotangent, overwrite y with that of y."""
         (like, *_) = (rows for rows in (out, grad) if rows is not None)
         planes = [None if rows is None else rows.unflatten(1, (-1, self.states)) for rows in (out, grad)]
         self._run("embed", "standardise", like.shape[1] // self.states, y, *planes)
@@ -159,7 +158,7 @@ class CudaKernels(Kernels):
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
         grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
-        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
+        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y if given."""
         states, wide = self._states(decay, frequency), weight.to(self.work)
         out = self.by_token(grad_decay), self.by_token(grad_frequency)
         self._run(
@@ -201,7 +200,7 @@ class CudaKernels(Kernels):
         self._run("overlap_add", "overlap_add", windows, grad_x, tile, length, offset, add)
 
     def gather(self, out: Tensor) -> None:
-        """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
+        """Write the patches into rows (tokens, C·P_f·P_t) of any row stride."""
         self._run("gather", "gather", self.x, self.by_token(out))
 
     def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
@@ -217,7 +216,7 @@ class CudaKernels(Kernels):
     def adjoint(
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
-        """The backward of one pass, where tensor cores can do it."""
+        """The backward in one pass, if tensor cores can do it; else None."""
         if self.x.dtype != torch.bfloat16:
             return None
         units, planes = hidden.shape[1], grad.shape[1] // self.states
@@ -237,7 +236,7 @@ class CudaKernels(Kernels):
         return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial)
 
     def gradients(self, parts: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-        """Each in its weight's dtype and shape, all by one launch."""
+        """Each in its weight's dtype and shape, all in one launch."""
         alike = weights._asdict()
         got = {name: torch.empty_like(alike[name], memory_format=torch.contiguous_format) for name in parts}
         given = []

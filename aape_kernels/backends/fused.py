@@ -1,7 +1,7 @@
-"""SBLU and the stem out of fused kernels: what the GPU backends share, each with kernels of its own.
+"""SBLU and the stem built from fused kernels: what GPU backends share, each of which has its own kernels.
 
-A backend derives from `Kernels` and gets the functions that the registered ops ask for by `operations`. Matrix products
-are PyTorch's; nothing here waits for the device. Rows are tokens (b, i, j), in the order of the layout.
+A backend derives from `Kernels`, and `operations` then gives it the functions that the registered ops call. Matrix
+products are PyTorch's; nothing here waits for the device. Rows are tokens (b, i, j), in the order of the layout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .gradients import like_inputs
 
 __all__ = ["PARTIAL_SUMS", "Adjoint", "Kernels", "Operations", "operations"]
 
-# Most programs whose partial sums of the weight's gradient are added up afterwards.
+# At most so many programs compute partial sums of the weight's gradient, which are added up afterwards.
 PARTIAL_SUMS = 512
 
 
@@ -48,15 +48,15 @@ class Adjoint(NamedTuple):
 class Kernels:
     """One backend's kernels for one call.
 
-    In all of them decay and frequency are (B, N_f, N_t, S) of one set of strides, or with `ranges` the Lambda Encoder's
-    logits; they are in the arithmetic's dtype or in x's. `weight` is (S, C·P_f), contiguous.
+    In all of them, decay and frequency are (B, N_f, N_t, S) with the same strides or, given `ranges`, the Lambda
+    Encoder's logits; they are in the arithmetic's dtype or in x's. `weight` is (S, C·P_f), contiguous.
 
-    Features are rows (tokens, planes·S): [Re y | Im y], [n] or [Re y | Im y | n], as there are 2, 1 or 3 planes. n, the
+    Features are rows (tokens, planes·S): [Re y | Im y], [n] or [Re y | Im y | n] for 2, 1 or 3 planes. n, the
     standardised log-magnitudes (docs/maths.md §4), needs all states of a token at once.
 
     Attributes:
-        most_states: as many as one program can have all of. With more, `standardise` makes n of y in a pass of its own,
-            and kernels are not asked for it.
+        most_states: the most that one program holds at once. With more, `standardise` computes n from y in a separate
+            pass, and the other kernels are not asked for n.
     """
 
     most_states: int
@@ -70,7 +70,7 @@ class Kernels:
         self.work = working_dtype(x.dtype)
 
     def on_device(self) -> AbstractContextManager[object]:
-        """Where x is, for launches; nothing on a CPU, where the tests interpret and emulate."""
+        """A context on x's device, for launches; an empty one on a CPU, where the tests interpret and emulate."""
         return torch.cuda.device(self.x.device) if self.x.device.type == "cuda" else nullcontext()
 
     def by_token(self, rows: Tensor) -> Tensor:
@@ -85,21 +85,21 @@ class Kernels:
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write features into rows `out`; with `grad`, rows of their cotangent, also that of y into `grad_y`,
-        (tokens, 2S), contiguous, in the arithmetic's dtype. Rows of out and grad may lie apart; either may be missing.
+        """Write features into rows `out`; given `grad`, rows of their cotangent, also write that of y into `grad_y`,
+        (tokens, 2S), contiguous, in the arithmetic's dtype. out and grad have any row stride; either may be missing.
         """
         raise NotImplementedError
 
     def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
-        """Write the features of y (tokens, 2S), contiguous, in the arithmetic's dtype, into rows `out`; with `grad`,
-        their cotangent, that of y in place of y. Either may be missing; any number of states."""
+        """Write the features of y (tokens, 2S), contiguous, in the arithmetic's dtype, into rows `out`; given `grad`,
+        their cotangent, overwrite y with that of y. Either may be missing; for any number of states."""
         raise NotImplementedError
 
     def grad_states(
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
         grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
-        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
+        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y if given."""
         raise NotImplementedError
 
     def grad_weight(self, grad: Tensor, decay: Tensor, frequency: Tensor, ranges: LogitRanges | None = None) -> Tensor:
@@ -118,32 +118,32 @@ class Kernels:
         raise NotImplementedError
 
     def gather(self, out: Tensor) -> None:
-        """Fill rows (tokens, C·P_f·P_t), which may lie apart, with the patches."""
+        """Write the patches into rows (tokens, C·P_f·P_t) of any row stride."""
         raise NotImplementedError
 
     def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
-        """Write rows of hidden (tokens, H), of r (tokens, 2S), and of the operand [patch | features], which has as many
-        planes as its width leaves room for; none for the patches alone. The encoder's weights and the projection are
-        rows, contiguous."""
+        """Write rows of hidden (tokens, H), of r (tokens, 2S), and of the operand [patch | features], whose width tells
+        the number of planes: none for the patches alone. The encoder's weights and the projection are contiguous
+        rows."""
         raise NotImplementedError
 
     def adjoint(
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
-        """The stem's backward in one pass, from the features' cotangent, rows in x's dtype; None where a backend has no
+        """The stem's backward in one pass, from rows of the features' cotangent in x's dtype; None if a backend has no
         such kernel for this call. Weights as for `prologue`."""
         return None
 
     def gradients(self, parts: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-        """The weights' gradients from parts of matrices, or of three axes, over the first of which they are summed."""
+        """The weights' gradients from parts: matrices, or tensors of three axes, which are summed over the first."""
         return {name: part.sum(0) if part.dim() == 3 else part for name, part in parts.items()}
 
     def features(
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges,
         grad: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """Write features into rows `out`; with `grad`, their cotangent, (tokens, planes·S), return that of y,
-        (tokens, 2S) in the arithmetic's dtype. Any number of states. Either may be missing."""
+        """Write features into rows `out`; given `grad`, their cotangent (tokens, planes·S), return that of y,
+        (tokens, 2S) in the arithmetic's dtype. For any number of states; either may be missing."""
         rows = out if grad is None else grad
         if rows is None:
             return None
@@ -159,7 +159,7 @@ class Kernels:
 
 
 class Operations(NamedTuple):
-    """A backend's functions, as the registered ops ask for them."""
+    """A backend's functions, as the registered ops call them."""
 
     sblu: Callable[..., Tensor]
     sblu_backward: Callable[..., tuple[Tensor, ...]]
@@ -168,7 +168,7 @@ class Operations(NamedTuple):
 
 
 def operations(kernels: type[Kernels]) -> Operations:
-    """The four operations out of one backend's kernels."""
+    """The four operations, built from one backend's kernels."""
 
     def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
         """y (B, N_f, N_t, 2, S) in x's dtype; x is read through its strides."""
@@ -248,7 +248,7 @@ def _weight_rows(weight: Tensor) -> Tensor:
 
 
 def _as_rows(weights: Weights) -> Weights:
-    """The encoder's and the projection as the kernels take them."""
+    """The encoder's weights and the projection, as the kernels take them."""
     return weights._replace(
         w1=_weight_rows(weights.w1),
         b1=weights.b1.contiguous(),
@@ -261,7 +261,7 @@ def _as_rows(weights: Weights) -> Weights:
 def _stem_gradients(
     call: Kernels, grad: Tensor, weights: Weights, r: Tensor, hidden: Tensor, ranges: LogitRanges, wanted: set[str]
 ) -> dict[str, Tensor]:
-    """The gradients that are wanted, by one pass of the backend's over x, or in steps."""
+    """The wanted gradients, by the backend's single pass over x if it has one, else in steps."""
     out, flat = weights.proj_w.dtype, grad.reshape(call.rows, -1)
     rows = None
     if wanted & {"x", "w1", "b1", "w2", "b2", "sblu_w"}:
@@ -276,7 +276,7 @@ def _stem_gradients(
 def _by_products(
     call: Kernels, adjoint: Adjoint, flat: Tensor, weights: Weights, r: Tensor, ranges: LogitRanges, wanted: set[str]
 ) -> dict[str, Tensor]:
-    """After one pass: two matrix products, the biases by the column of ones."""
+    """What the single pass leaves: two matrix products, whose column of ones gives the biases' gradients."""
     logits, one = 2 * call.states, slice(adjoint.one, adjoint.one + 1)
     parts = {"sblu_w": adjoint.weight}
     if wanted & {"proj_w", "proj_b", "fusion_w"}:
@@ -299,7 +299,7 @@ def _by_steps(
     call: Kernels, flat: Tensor, rows: Tensor | None, weights: Weights, r: Tensor, hidden: Tensor,
     ranges: LogitRanges, wanted: set[str],
 ) -> dict[str, Tensor]:  # fmt: skip
-    """rows: the features' cotangent, where anything but the weights of the last product is wanted."""
+    """rows: the features' cotangent; None if only gradients of the last product's weights are wanted."""
     x, w2 = call.x, weights.w2.to(call.work)
     states, patch, out = call.states, call.patch, weights.proj_w.dtype
     need_product = bool(wanted & {"proj_w", "fusion_w"})
@@ -313,7 +313,7 @@ def _by_steps(
     features = None if operand is None else operand[:, patch:]
     grad_y = grad_hidden = None
     if rows is not None:
-        if planes != 2:  # back through n, which takes y of all states: features come with it
+        if planes != 2:  # going back through n needs y of all states: features come with it
             rows, features = call.features(decay, frequency, weight, features, ranges, rows), None
         assert rows is not None
         grad_y = call.by_token(rows.view(-1, 2, states))
@@ -351,7 +351,7 @@ def _by_steps(
 def _grad_x(
     call: Kernels, flat: Tensor, weights: Weights, grad_hidden: Tensor, grad_y: Tensor, r: Tensor, ranges: LogitRanges
 ) -> Tensor:
-    """Through the patches, which projection and encoder read, and through the windows."""
+    """The gradient through the patches, which projection and encoder read, and through the windows."""
     decay, frequency = call.by_token(r).chunk(2, dim=-1)
     w1, weight = weights.w1.to(call.work).flatten(1), _weight_rows(weights.sblu_w)
     windows = (flat @ weights.proj_w.flatten(1)).to(call.work).addmm_(grad_hidden, w1)

@@ -1,4 +1,4 @@
-"""What a backward op returns, from what a backend has computed."""
+"""From the gradients that a backend has computed to what a backward op returns."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["like_inputs"]
 
 
 def like_inputs(inputs: Mapping[str, Tensor | None], wanted: set[str], got: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """For every input, in order: its gradient, contiguous, in its shape and dtype; empty where it is not wanted.
+    """The gradient of every input, in order: contiguous, in the input's shape and dtype; empty if not wanted.
 
-    A wanted gradient that is not among those `got` is zero, as of an empty batch.
+    A wanted gradient that is missing from `got` is zero, as for an empty batch.
     """
     (like, *_) = (value for value in inputs.values() if value is not None)
     gradients = []

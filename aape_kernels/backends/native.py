@@ -1,4 +1,4 @@
-"""The native module: loaded on first use, chosen instruction set, and tensors as it takes them."""
+"""The native module: loading it on first use, choosing its instruction set, and passing it tensors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def sblu(
     grid: PatchGrid,
     quadrature: bool,
 ) -> None:
-    """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. All strides are taken."""
+    """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. Any strides will do."""
     load().sblu(
         instruction_set(),
         sizes(x, grid, weight.shape[0]),
@@ -111,7 +111,7 @@ class Stem:
         """Write the gradients of x and the weights, None where not needed.
 
         Args:
-            given: hidden, r, the cotangent of the tokens or that of the features, and the operand, to be written.
+            given: hidden, r, the cotangent of the tokens or of the features, and the operand, which is written.
         """
         load().embed_backward(*self.given, _views(weights), _views(given), _views(gradients), torch.get_num_threads())
 

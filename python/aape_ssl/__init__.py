@@ -1,4 +1,4 @@
-"""A slim trainer for audio ViTs with the AaPE stem: masked teacher–student pre-training, and what is done with it."""
+"""A slim trainer for audio ViTs with the AaPE stem: masked teacher–student pre-training, and what follows it."""
 
 import sys
 from importlib import import_module
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Where the modules were while all lay in one folder; scripts that name them go on to work.
+# Modules by the folder that they moved to when there was only one; scripts with the old names still work.
 FOLDERS = {
     "method": ("model", "masks", "objective", "diagnostics"),
     "sound": ("audio", "sources", "loader", "data"),
@@ -21,7 +21,7 @@ MOVED |= {"pretrain": "training.commands", "finetune": "training.commands"}
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Imports a module under the name that it had."""
+    """Imports a module under its old name."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.rpartition(".")
@@ -33,7 +33,7 @@ class _Moved(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        # the machinery has given it that of the old name
+        # the import machinery has set that of the old name
         module.__spec__ = self._spec
 
 

@@ -27,14 +27,14 @@ Parser = TypeVar("Parser", bound=ArgumentParser)
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Help without annotations' names: values where they can be counted, defaults where there are."""
+    """Help without annotations' names: the values if they can be counted, the default if there is one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         columns = min(shutil.get_terminal_size((100, 24)).columns, 110)
         super().__init__(*args, **kwargs | {"max_help_position": 36, "width": columns})  # type: ignore[no-untyped-call]
 
     def add_argument(self, action: Action) -> None:
-        """Unless `retouch` left it out."""
+        """Add an option unless `retouch` left it out."""
         if not getattr(action, "left_out", False):
             super().add_argument(action)
 
@@ -77,7 +77,7 @@ class ShortErrors:
 
 
 def short(parser: type[Parser], command: str, names: Mapping[str, str] = MappingProxyType({})) -> type[Parser]:
-    """That class of parsers, for `aape-ssl command`; `names` as for `named`."""
+    """A class of parsers like `parser`, for `aape-ssl command`; `names` as for `named`."""
 
     def init(self: Parser, *args: Any, **kwargs: Any) -> None:
         given = {"formatter_class": _Formatter, "allow_abbrev": False, "prog": f"aape-ssl {command}"}
@@ -87,7 +87,7 @@ def short(parser: type[Parser], command: str, names: Mapping[str, str] = Mapping
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
-    """A message that begins with an option under the shorter of its names."""
+    """A message that begins with an option, with the shorter of the option's names."""
     shorter = {long: name for name, long in names.items()}
     option, colon, rest = message.partition(": ")
     return f"{shorter.get(option, option)}{colon}{rest}"
@@ -139,7 +139,7 @@ def _unknown(argument: str, options: Collection[str]) -> str:
 
 
 def named(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """Options under the names that other commands have for them; a `--data` that names a class stays as it is."""
+    """Options with the names of other commands replaced by this one's; a `--data` that names a class stays as it is."""
     arguments = list(argv)
     for i, argument in enumerate(arguments):
         name, given, value = argument.partition("=")
@@ -149,12 +149,12 @@ def named(argv: Sequence[str], names: Mapping[str, str]) -> list[str]:
 
 
 def _is_class(value: str) -> bool:
-    """Or a configuration of one."""
+    """Whether it names a class, or a configuration of one."""
     return bool(re.fullmatch(r"([\w.]+\.)?[A-Z]\w*|\{.*\}|.*\.(yaml|json)", value)) and not Path(value).is_dir()
 
 
 def as_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
-    """`--methods=knn` and `--methods linear,knn` as jsonargparse writes lists, `--methods=[linear,knn]`."""
+    """`--methods=knn` and `--methods linear,knn` in jsonargparse's notation, `--methods=[linear,knn]`."""
     arguments: list[str] = []
     for argument in argv:
         before = arguments[-1] if arguments else ""
@@ -167,9 +167,9 @@ def as_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def in_options(message: str, groups: Mapping[str, Callable[..., Any]]) -> str:
-    """An error that begins with an argument's name, as `batch_size: …`, under the name of its option,
-    `--data.batch_size: …`; `groups` are the callables whose arguments the options are, by prefix."""
-    # of a union of classes jsonargparse says what each of them said
+    """An error that begins with an argument's name, as `batch_size: …`, with the name of its option instead,
+    `--data.batch_size: …`; `groups` are the callables whose arguments the options set, by prefix."""
+    # for a union of classes, jsonargparse says what each of them said
     inside = re.search(r"Does not validate .*- (\w+: expected .*?)(?:; - Expected|$)", message)
     message = inside[1] if inside else message
     name, colon, rest = message.partition(": ")
@@ -182,7 +182,7 @@ def in_options(message: str, groups: Mapping[str, Callable[..., Any]]) -> str:
 def retouch(parser: ArgumentParser, texts: Mapping[str, str], only: str) -> None:
     """Give options other help texts, and leave the others that begin with `only` out of the help; "" leaves out, too.
 
-    Help that is `SUPPRESS` would leave them out of configurations that are written.
+    With `SUPPRESS` as their help, written configurations would lack them as well.
     """
     actions: Iterable[Any] = parser._actions
     for action in actions:

@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files and folders that exist as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write what takes the place of `path` when all of it is written; nothing is left where that fails."""
+    """Where to write what replaces `path` once all of it is written; if that fails, nothing is left behind."""
     part = Path(f"{os.fspath(path)}.part")
     try:
         yield part

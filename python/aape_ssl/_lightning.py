@@ -1,4 +1,4 @@
-"""What is used of lightning. It imports torchvision where that is installed, also one built for another torch."""
+"""What is used from lightning. It imports torchvision if installed, even one built for another torch."""
 
 # ruff: noqa: E402, F401
 

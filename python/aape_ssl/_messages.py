@@ -7,25 +7,25 @@ from collections.abc import Collection
 
 
 def at_least(least: float, **arguments: float) -> None:
-    """Errors: `ValueError` naming the first argument that is less, or no number."""
+    """Errors: `ValueError` naming the first argument that is less, or not a number."""
     for name, value in arguments.items():
         if not value >= least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def one_of(known: Collection[str], **arguments: str) -> None:
-    """Errors: `ValueError` naming the first argument that is none of the known."""
+    """Errors: `ValueError` naming the first argument that is not among the known."""
     for name, value in arguments.items():
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about a name that there is not."""
+    """The end of a message about an unknown name."""
     near = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def one_line(text: object) -> str:
-    """Of what may have several."""
+    """A text, which may have several lines, as one line."""
     return " ".join(str(text).split())

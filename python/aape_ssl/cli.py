@@ -31,7 +31,7 @@ SSL = {
 
 
 def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
-    """Whether a library is missing, said in one line."""
+    """Whether a library is missing; if so, say it in one line."""
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         clone = f'pip install ".[{extra}]" in a clone of the repository'
@@ -57,7 +57,7 @@ def _seconds(text: str, zero: bool = False) -> float:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake is answered in two lines, as by the other commands."""
+    """A mistake is answered in two lines, like those of the other commands."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end."""
@@ -66,13 +66,13 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def unknown(self, argument: str) -> NoReturn:
-        """The same of an option that there is not."""
+        """The same for an unknown option."""
         name = argument.partition("=")[0]
         self.error(f"{name}: no such option{did_you_mean(name, self._option_string_actions)}")
 
 
 def _parser() -> tuple[_Parser, _Parser]:
-    """Of all commands, and of the demo."""
+    """The parsers of all commands, and of the demo."""
     parser = _Parser(prog="aape-ssl", description="Audio representation learning with the AaPE stem.")
     parser.add_argument("--version", action="version", version=f"aape-ssl {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""Libraries whose compiled parts were built for another torch than the one that is there."""
+"""Libraries whose compiled parts were built for another torch than the one installed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _schemas: list[object] = []  # a schema lives as long as its Library
 
 
 def mend() -> None:
-    """Let timm and transformers be imported where torchvision or torchaudio were built for another torch than is there.
+    """Let timm and transformers be imported even if torchvision or torchaudio were built for a different torch.
 
-    To be called before them. What is not installed, or imports as it is, is left alone.
+    Call it before importing them. Libraries that are not installed, or import as they are, are left alone.
     """
     if find_spec("torchaudio") is not None:
         import_kaldi()
@@ -27,9 +27,9 @@ def mend() -> None:
 def mend_torchvision() -> None:
     """Let `import torchvision` succeed beside a CPU build of torch, for which its usual wheels are not made.
 
-    lightning imports it, through torchmetrics, where it is installed. Its models are plain PyTorch, but it registers
-    fakes for its compiled operators, which must have schemas: they get some. Nothing happens where it is not installed
-    or imports as it is.
+    lightning imports it, through torchmetrics, if it is installed. Its models are plain PyTorch, but it registers fakes
+    for its compiled operators, which must have schemas: they get some here. Nothing happens if torchvision is not
+    installed or imports as it is.
     """
     import torch
 

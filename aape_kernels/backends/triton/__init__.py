@@ -1,6 +1,6 @@
-"""The Triton backend: SBLU and the stem's prologue as fused kernels, the matrix product by the library's GEMM.
+"""The Triton backend: SBLU and the stem's prologue as fused kernels, with the matrix product by the library's GEMM.
 
-Importing this package imports nothing of Triton: the kernels come when the registered ops first ask for them.
+Importing this package does not import Triton: the kernels are imported when the registered ops first need them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Asked only for names that the package does not have: no submodule may be called like one of these, as it would become
-# an attribute when it is imported.
+# Called only for names that the package does not have: no submodule may have one of these names, as importing it would
+# make it an attribute.
 def __getattr__(name: str) -> Any:
     if name in ("embed", "embed_backward", "sblu", "sblu_backward"):
         from . import launch

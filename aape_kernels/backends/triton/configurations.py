@@ -1,6 +1,6 @@
-"""Launch configurations: a small table, or with `AAPE_AUTOTUNE=1` the fastest of a few, searched once and kept.
+"""Launch configurations: from a small table, or with `AAPE_AUTOTUNE=1` the fastest of a few, searched once and kept.
 
-The table is keyed by compute capability and size class. What has no measured row takes the default.
+The table is keyed by compute capability and size class. Without a measured row, the default applies.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Configuration:
     """How a kernel is launched.
 
     Attributes:
-        tokens: tokens a program works on at once, a power of 2, at least 16.
-        num_warps: warps a program has.
+        tokens: tokens that a program works on at once, a power of 2, at least 16.
+        num_warps: warps per program.
         num_stages: depth of the software pipeline for loads in loops.
     """
 
@@ -37,11 +37,11 @@ class Configuration:
     num_stages: int
 
 
-# Below this many tokens programs take smaller blocks, so that every multiprocessor gets some.
+# Below this many tokens, programs take smaller blocks, so that every multiprocessor gets some.
 SMALL = 8192
 
-# (kernel, size class) -> configuration, where TABLE has nothing else for the capability, and on AMD: the largest blocks
-# that spill no register on any target of the tests.
+# (kernel, size class) -> configuration if TABLE has none for the capability, and on AMD: the largest blocks that spill
+# no register on any target of the tests.
 DEFAULTS = {
     ("sblu_fwd", "small"): Configuration(16, 4, 1),
     ("sblu_fwd", "large"): Configuration(16, 4, 1),
@@ -57,24 +57,24 @@ DEFAULTS = {
     ("gather", "large"): Configuration(32, 4, 1),
 }
 
-# (major compute capability, kernel, size class, whether products have 16-bit operands and states are few) -> what was
-# measured to be better there and spills nothing: on an H200, for 32,768 tokens of 32 states (benchmarks/results).
+# (major compute capability, kernel, size class, whether products have 16-bit operands and states are few) -> the
+# configuration that measured better, with no spills: on an H200, for 32,768 tokens of 32 states (benchmarks/results).
 TABLE = {
     (9, "sblu_bwd_weight", "large", False): Configuration(16, 2, 1),
     (9, "stem_fwd", "large", True): Configuration(32, 2, 1),
 }
 
-# What `AAPE_AUTOTUNE=1` tries: more tokens a warp spill registers in every kernel.
+# What `AAPE_AUTOTUNE=1` tries: more tokens per warp spill registers in every kernel.
 CANDIDATES = tuple(
     Configuration(tokens, warps, 1) for tokens in (16, 32, 64) for warps in (2, 4, 8) if tokens <= 16 * warps
 )
-# Kernels whose loops Triton pipelines: to the others the stages make no difference, in the machine code either.
+# Kernels whose loops Triton pipelines: for the others, the stages do not even change the machine code.
 PIPELINED = ("stem_fwd",)
 STAGES = (1, 2, 3)
 
 
 def candidates(kernel: str) -> tuple[Configuration, ...]:
-    """What a search tries for `kernel`."""
+    """The configurations that a search tries for `kernel`."""
     stages = STAGES if kernel in PIPELINED else STAGES[:1]
     return tuple(replace(candidate, num_stages=n) for n in stages for candidate in CANDIDATES)
 
@@ -90,9 +90,9 @@ def configuration(
     """The configuration for `kernel` on `rows` tokens.
 
     Args:
-        narrow: whether its products have 16-bit operands, and its blocks of states at most 32.
-        key: what else a search depends on: sizes and dtypes of the call, without those that follow the batch.
-        run: launches the kernel with a configuration; a search calls it many times, so it only writes its outputs.
+        narrow: whether its products have 16-bit operands and its blocks at most 32 states.
+        key: what else a search depends on: sizes and dtypes of the call, except those that vary with the batch.
+        run: launches the kernel with a configuration; a search calls it many times, so it must only write outputs.
     """
     size = "small" if rows < SMALL else "large"
     found = TABLE.get((_capability(device), kernel, size, narrow))
@@ -121,8 +121,8 @@ def cache_file() -> Path:
 
 
 def _searched(key: str, kernel: str, run: Callable[[Configuration], None], usual: Configuration) -> Configuration:
-    """The fastest candidate, kept in memory and in `cache_file()`; while a graph is being captured, when nothing can be
-    timed, what was found before or the usual one."""
+    """The fastest candidate, kept in memory and in `cache_file()`. While a graph is being captured, nothing can be
+    timed: then the one found before, or the usual one."""
     kept = _kept()
     if key not in kept:
         if torch.cuda.is_current_stream_capturing():
@@ -137,11 +137,11 @@ def _searched(key: str, kernel: str, run: Callable[[Configuration], None], usual
 def timed(
     key: str, run: Callable[[Configuration], None], chosen: Iterable[Configuration]
 ) -> dict[Configuration, float]:
-    """Milliseconds of each that can run, by `triton.testing.do_bench`.
+    """Milliseconds of each configuration that can run, by `triton.testing.do_bench`.
 
-    One that cannot is left out, whatever the reason: a search must not fail where the usual configuration works.
+    Those that cannot are left out, whatever the reason: a search must not fail where the usual configuration works.
 
-    Errors: `RuntimeError` where a candidate has left the device in an error, as an illegal access does: whatever comes
+    Errors: `RuntimeError` if a candidate has left the device in an error state, as an illegal access does: everything
         after it in this process fails, too.
     """
     times: dict[Configuration, float] = {}
@@ -176,8 +176,8 @@ def _kept() -> dict[str, Configuration]:
 
 
 def _keep(key: str, found: Configuration) -> None:
-    """Add to the cache, beside what other processes have put there: written elsewhere and renamed, so that no reader
-    sees half of it. A failure costs only another search."""
+    """Add to the cache, keeping what other processes have put there. It is written to another file and renamed, so
+    that no reader sees half of it. A failure costs only another search."""
     path = cache_file()
     temporary = None
     try:

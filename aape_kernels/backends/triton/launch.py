@@ -22,12 +22,12 @@ from .stem_kernels import gather_kernel, stem_fwd_kernel
 
 __all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
 
-# Lines and frames a program of the overlap-add has.
+# Lines and frames per program of the overlap-add.
 OVERLAP_BLOCK = (8, 128)
 # Elements of a patch, and hidden units, that the encoder's products take at once.
 PATCH_BLOCK = 32
 HIDDEN_BLOCK = 16
-# Most states a program has at once, and elements where a pass of its own standardises more of them.
+# Most states that a program holds at once, and elements per program of the separate pass that standardises more.
 STATE_BLOCK = 64
 STANDARDISE_BLOCK = 1024
 
@@ -38,12 +38,12 @@ def _precision(device: torch.device) -> str:
 
 
 def _narrow(a: Tensor, b: Tensor) -> bool:
-    """Whether a product of the two can take its 16-bit operands as they are; the interpreter's goes wrong on them."""
+    """Whether a product of the two can take its 16-bit operands as they are; the interpreter's goes wrong with them."""
     return a.dtype == b.dtype and a.dtype != torch.float32 and not interpreted()
 
 
 def _given(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Kernels get another tensor for one that is missing, and do not look at it."""
+    """The tensors, with `instead` for missing ones: kernels get it but do not look at it."""
     return [instead if value is None else value for value in tensors]
 
 
@@ -56,13 +56,13 @@ def _power_of_2(n: int, low: int, high: int) -> int:
 
 
 class TritonKernels(Kernels):
-    """Every kernel of one call: the grid's numbers, and the blocks they ask for."""
+    """Every kernel of one call, with the grid's sizes and the blocks that follow from them."""
 
     most_states = STATE_BLOCK
 
     def __init__(self, x: Tensor, states: int, grid: PatchGrid, quadrature: bool, time_major: bool) -> None:
         super().__init__(x, states, grid, quadrature, time_major)
-        # products want 16 of everything; below that multiply-adds
+        # products need 16 of everything; below that, multiply-adds
         self.dot = self.projected >= 16
         self.block_states = _power_of_2(states, 16 if self.dot else 1, STATE_BLOCK)
         self.block_rows = 1 if not self.dot else 32 if self.projected % 32 == 0 else 16
@@ -90,7 +90,7 @@ class TritonKernels(Kernels):
         self, name: str, kernel: Any, programs: Callable[[int], tuple[int, ...]], *arguments: Any, **sizes: Any
     ) -> None:
         """Run a kernel on the grid that `programs` gives for a block of tokens."""
-        # of 16 states two warps would compute each tile of the tensor cores, both the same
+        # with 16 states, two warps would compute each tile of the tensor cores, both the same one
         half = sizes.get("DOT", False) and sizes["BS"] <= 16
 
         def run(chosen: Configuration) -> None:
@@ -109,7 +109,7 @@ class TritonKernels(Kernels):
         self, decay: Tensor, frequency: Tensor, weight: Tensor, out: Tensor | None, ranges: LogitRanges | None = None,
         grad: Tensor | None = None, grad_y: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Write features into rows `out`; with `grad`, their cotangent, that of y into `grad_y` (tokens, 2S)."""
+        """Write features into rows `out`; given `grad`, their cotangent, write that of y into `grad_y` (tokens, 2S)."""
         self.launch(
             "sblu_fwd",
             sblu_fwd_kernel,
@@ -121,13 +121,13 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def planes(self, out: Tensor | None, grad: Tensor | None) -> dict[str, Any]:
-        """What a kernel is to know of rows of features and of their cotangent."""
+        """What a kernel must know about rows of features and of their cotangent."""
         rows = out if grad is None else grad
         assert rows is not None
         return {"PLANES": rows.shape[1] // self.states, "OUT": out is not None, "GRAD": grad is not None}
 
     def standardise(self, y: Tensor, out: Tensor | None, grad: Tensor | None = None) -> None:
-        """Write the features of y (tokens, 2S) into rows `out`; with `grad`, their cotangent, that of y over y."""
+        """Write features of y (tokens, 2S) into rows `out`; given `grad`, their cotangent, replace y by that of y."""
         block = triton.next_power_of_2(self.states)
         tokens = max(1, STANDARDISE_BLOCK // block)
         with self.on_device():
@@ -140,7 +140,7 @@ class TritonKernels(Kernels):
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_decay: Tensor,
         grad_frequency: Tensor, y: Tensor | None, ranges: LogitRanges | None = None,
     ) -> None:  # fmt: skip
-        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y where given."""
+        """Write rows (tokens, S) of the gradients of decay and frequency, or of their logits, and y if given."""
         self.launch(
             "sblu_bwd_state",
             sblu_bwd_state_kernel,
@@ -196,7 +196,7 @@ class TritonKernels(Kernels):
             )  # fmt: skip
 
     def gather(self, out: Tensor) -> None:
-        """Fill rows (tokens, C · P_f · P_t), which may lie apart, with the patches."""
+        """Write the patches into rows (tokens, C · P_f · P_t) of any row stride."""
         block = _power_of_2(self.patch, 16, 64)
         self.launch(
             "gather",
@@ -208,11 +208,11 @@ class TritonKernels(Kernels):
         )  # fmt: skip
 
     def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
-        """Patches are windows of P_t frames."""
+        """Sum patches as windows of P_t frames."""
         self.sum_windows(windows, grad_x, self.grid.patch[1], add=False)
 
     def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
-        """The operand [patch | features], hidden and r."""
+        """Write the operand [patch | features], hidden and r."""
         _, _, w1, b1, w2, b2, weight, _ = weights
         width = weights.hidden
         self.launch(

@@ -1,7 +1,7 @@
 """The features of a block of states: log-magnitudes as in `csrc/magnitudes.h`, standardised over the states of a token.
 
-A program has all S states of its tokens in one block [BN, BS]; lanes beyond S count for nothing. log1p is a polynomial
-of our own: the library's logarithm has lost 1 + q for small q before it starts.
+A program has all S states of its tokens in one block [BN, BS]; lanes beyond S do not count. log1p is a polynomial of
+our own: the library's logarithm takes 1 + q, which has already lost a small q to rounding.
 """
 
 import triton
@@ -19,7 +19,7 @@ def scaled(y_re, y_im):
 
 @triton.jit
 def log_magnitude(y_re, y_im):
-    """e = ½ log1p(|y|²/ε²), relative error under 3e-7, half of it of q = |y|²/ε²; NaN where y is not finite."""
+    """e = ½ log1p(|y|²/ε²), relative error under 3e-7, half of it from q = |y|²/ε²; NaN where y is not finite."""
     _, _, square, _, loud = scaled(y_re, y_im)
     q = square * 100.0
     whole = tl.where(loud, q, q + 1.0)
@@ -27,7 +27,7 @@ def log_magnitude(y_re, y_im):
     # 1 + q = 2ⁿ (1 + f) with f from √½ − 1 to √2 − 1
     n = (bits - 0x3F3504F3) >> 23
     f = (bits - (n << 23)).to(tl.float32, bitcast=True) - 1.0
-    # what 1 + q has rounded off is all there is of a quiet state
+    # of a quiet state, what 1 + q rounds off is all there is
     quiet = (q < 1.0) & (whole >= 1.0)
     f = tl.where(quiet, q, f)
     n = tl.where(loud, n + 144, tl.where(quiet, 0, n)).to(tl.float32)
@@ -42,7 +42,7 @@ def log_magnitude(y_re, y_im):
     p = 1.0 / 3 + v * p
     rest = n * 3.194618494528623e-05 - s * (f - 2.0 * v * p)
     log = n * 0.693115234375 + (f + rest)
-    # the bits of ∞ and NaN have no logarithm; q − q would say so too, but not once it is contracted
+    # the bits of ∞ and NaN have no logarithm: this adds NaN; q − q would, too, but not once it is contracted
     return 0.5 * log + square * 0.0
 
 
@@ -65,7 +65,7 @@ def standardise(y_re, y_im, m_s, S: tl.constexpr):
 
 @triton.jit
 def store_features(p_out, y_re, y_im, n, mask, S: tl.constexpr, PLANES: tl.constexpr):
-    """Planes [n], [Re y | Im y] or [Re y | Im y | n], S apart, from p_out [BN, BS] on."""
+    """Write planes [n], [Re y | Im y] or [Re y | Im y | n], S apart, starting at p_out [BN, BS]."""
     if PLANES != 1:
         tl.store(p_out, y_re, mask=mask)
         tl.store(p_out + S, y_im, mask=mask)
@@ -75,7 +75,7 @@ def store_features(p_out, y_re, y_im, n, mask, S: tl.constexpr, PLANES: tl.const
 
 @triton.jit
 def features_adjoint(p_grad, y_re, y_im, n, inverse, mask, S: tl.constexpr, PLANES: tl.constexpr):
-    """The cotangents of Re y and Im y, from those of the features: planes as in `store_features`, n among them."""
+    """The cotangents of Re y and Im y, from those of the features: planes as in `store_features`, including n."""
     g = tl.load(p_grad + (PLANES - 1) * S, mask=mask, other=0.0).to(tl.float32)
     mean, along = tl.sum(g, 1)[:, None] / S, tl.sum(g * n, 1)[:, None] / S
     g = (g - mean - n * along) * inverse
@@ -92,8 +92,8 @@ def standardise_kernel(
     p_y, p_out, p_grad, rows, f_row: tl.int64, g_row: tl.int64,
     S: tl.constexpr, PLANES: tl.constexpr, OUT: tl.constexpr, GRAD: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """If OUT, the features of y (tokens, 2S) in rows f_row apart; if GRAD, the cotangent of y in place of y, from that
-    of the features in rows g_row apart."""
+    """If OUT, write the features of y (tokens, 2S) into rows f_row apart; if GRAD, overwrite y with its cotangent,
+    computed from that of the features in rows g_row apart."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     o_s = tl.arange(0, BS)
     m_s = o_s < S

@@ -1,9 +1,9 @@
-"""SBLU in Triton: the forward kernel, and beside it one kernel for each gradient.
+"""SBLU in Triton: the forward kernel, and one kernel for each gradient.
 
-Every kernel recomputes what it needs from x and the states: nothing of the size tokens × window × states is ever in
-memory. Sums over tokens are partial sums of a fixed number of programs, added up afterwards in their order.
+Every kernel recomputes what it needs from x and the states: nothing of size tokens × window × states is ever in memory.
+Sums over tokens are partial sums of a fixed number of programs, added up afterwards in order.
 
-If RANGES, p_decay and p_frequency hold the Lambda Encoder's logits, and their gradients are those of the logits.
+If RANGES, p_decay and p_frequency hold the Lambda Encoder's logits, and the gradients are those of the logits.
 """
 
 import triton
@@ -26,14 +26,14 @@ from .window import (
 VARYING = (
     "rows", "n_f", "n_t", "frames", "x_sb", "x_sc", "s_b", "s_i", "s_j", "g_b", "g_i", "g_j", "y_row", "f_row", "g_row",
 )  # fmt: skip
-STRIDES_OF_X = ("x_sf", "x_st")  # 1 is worth a version of its own
+STRIDES_OF_X = ("x_sf", "x_st")  # a stride of 1 is worth a version of its own
 
 
 @triton.jit
 def load_states(
     p_decay, p_frequency, o_state, mask, decay_low, decay_ratio, band_low, band_width, RANGES: tl.constexpr
 ):  # fmt: skip
-    """α, ω [BN, BS] and what turns their gradients into those of what was given."""
+    """α, ω [BN, BS] and the factors that turn their gradients into those of the inputs."""
     decay = tl.load(p_decay + o_state, mask=mask, other=0.0).to(tl.float32)
     frequency = tl.load(p_frequency + o_state, mask=mask, other=0.0).to(tl.float32)
     slope_decay, slope_frequency = 1.0, 1.0
@@ -54,8 +54,8 @@ def sblu_fwd_kernel(
     TIME_MAJOR: tl.constexpr, PLANES: tl.constexpr, OUT: tl.constexpr, GRAD: tl.constexpr, BN: tl.constexpr,
     BS: tl.constexpr, BR: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """If OUT, features in rows f_row apart; if GRAD, also grad_y (tokens, 2S) in float32, from their cotangent in rows
-    g_row apart. With PLANES other than 2, the planes of y, a program has all states of its tokens."""
+    """If OUT, write features into rows f_row apart; if GRAD, also grad_y (tokens, 2S) in float32, from their cotangent
+    in rows g_row apart. Unless PLANES is 2, y alone, a program must have all states of its tokens."""
     tl.static_assert(S <= BS if PLANES != 2 else not GRAD)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
@@ -99,7 +99,7 @@ def sblu_bwd_state_kernel(
     TIME_MAJOR: tl.constexpr, RESPONSES: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr,
     DOT: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of decay and frequency; if RESPONSES also y, which the same Horner run gives."""
+    """Gradients of decay and frequency; if RESPONSES, also y, which the same Horner run gives."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     o_s = tl.program_id(1) * BS + tl.arange(0, BS)
     m_token, m_s = row < rows, o_s < S
@@ -236,11 +236,11 @@ def sblu_bwd_window_kernel(
         g_re = tl.load(p_grad + o_grad, mask=mask, other=0.0).to(tl.float32)
         g_im = tl.load(p_grad + o_grad + g_p, mask=mask, other=0.0).to(tl.float32)
         b_w = load_weight(p_w, o_r, m_r, o_s, m_s, R).to(tl.float32)  # [BR, BS]
-        tl.debug_barrier()  # what the last states left in p_windows is added to
+        tl.debug_barrier()  # this block of states adds to what the last one left in p_windows
         for m in range((K + 1) // 2):
             step = (K + 1) // 2 - 1 - m
             left, right = cotangents_of_u(g_re, g_im, q_re, q_im, QUADRATURE)
-            if K % 2 == 1:  # at the centre both are the same frame's
+            if K % 2 == 1:  # at the centre, both are the same frame
                 middle = 0.5 * (left + right)
                 left, right = tl.where(m == 0, middle, left), tl.where(m == 0, middle, right)
             if DOT:

@@ -1,4 +1,4 @@
-"""The arithmetic of one state, on blocks [tokens, states] of float32: as `csrc/sblu.h`, written in Triton.
+"""The arithmetic of one state, on float32 blocks [tokens, states]: `csrc/sblu.h`, written in Triton.
 
 Sines, cosines and exponentials are polynomials of our own: the library's sine falls back to a reduction that needs
 a stack, and its exponential loses expm1.
@@ -53,8 +53,8 @@ def sincos(x):
 def gain(decay, frequency, EVEN: tl.constexpr):
     """z = e^{−Λ}, the gain γ(Λ) and γ′(Λ), as six real blocks.
 
-    Even windows: γ = (1 − z)/Λ; odd ones: γ = 2 sinh(Λ/2)/Λ. Below |Λ| = 0.2 gain and derivative are series: both
-    cancel there. What the caller does not use, the compiler drops.
+    Even windows: γ = (1 − z)/Λ; odd ones: γ = 2 sinh(Λ/2)/Λ. Below |Λ| = 0.2, gain and derivative are
+    series, as both cancel there. The compiler drops what the caller does not use.
     """
     sin, cos = sincos(frequency * 0.5)
     norm = decay * decay + frequency * frequency

@@ -1,7 +1,7 @@
 """The stem's prologue in Triton: from x to the operand [patch | features] of the one product that makes the tokens.
 
-`stem_fwd_kernel` runs the Lambda Encoder and the SBLU for a block of tokens; `gather_kernel` cuts patches into rows
-again for the backward.
+`stem_fwd_kernel` runs the Lambda Encoder and the SBLU for a block of tokens; `gather_kernel` cuts the patches out
+again, as rows, for the backward.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .window import from_logits, polynomials, product, responses, sigmoid, token
 
 @triton.jit
 def patch_offsets(e, x_sc, x_sf, x_st, P_F: tl.constexpr, P_T: tl.constexpr):
-    """Element e = (c · P_F + p) · P_T + q of a patch, from its first pixel."""
+    """Offset of element e = (c · P_F + p) · P_T + q of a patch from its first pixel."""
     c, p, q = e // (P_F * P_T), e // P_T % P_F, e % P_T
     return c.to(tl.int64) * x_sc + p.to(tl.int64) * x_sf + q.to(tl.int64) * x_st
 
@@ -34,9 +34,9 @@ def stem_fwd_kernel(
     """operand = [patch | features], R · P_T and PLANES · S, in rows WIDTH apart; hidden (tokens, H) and r (tokens, 2S)
     in float32.
 
-    w1 (H, R · P_T), w2 (2S, H) and the rest of the weights are contiguous. Programs of one block of tokens and several
-    blocks of states each run the encoder; the first one stores the patches, which all of them have. Log-magnitudes, in
-    1 and 3 planes, want all states in one block; no planes are the patches alone.
+    w1 (H, R · P_T), w2 (2S, H) and the rest of the weights are contiguous. If one block of tokens has several
+    blocks of states, each program runs the encoder, and the first one stores the patches, which all of them have.
+    Log-magnitudes, in 1 and 3 planes, need all states in one block; no planes means the patches alone.
     """
     tl.static_assert(PLANES == 0 or PLANES == 2 or S <= BS)
     E: tl.constexpr = R * P_T

@@ -30,7 +30,7 @@ def sigmoid(x):
 
 @triton.jit
 def from_logits(r_decay, r_frequency, decay_low, decay_ratio, band_low, band_width):
-    """α, ω of the Lambda Encoder's logits, then dα/dr and dω/dr."""
+    """α, ω from the Lambda Encoder's logits, then dα/dr and dω/dr."""
     share = sigmoid(r_decay)
     exp, _ = exp_parts(decay_ratio * share)
     decay = decay_low * exp
@@ -43,7 +43,7 @@ def from_logits(r_decay, r_frequency, decay_low, decay_ratio, band_low, band_wid
 def load_rows(p_x, o_token, m_token, o_r, m_r, t, frames, x_st, WITHIN: tl.constexpr):
     """Pixels [BN, BR] of one frame of each token's window; 0 outside the clip.
 
-    t: the frame [BN], which WITHIN says lies in the clip.
+    t: the frame [BN]; WITHIN says that it lies in the clip.
     """
     m = m_token
     if not WITHIN:
@@ -127,7 +127,7 @@ def polynomials(
 ):  # fmt: skip
     """P⁺, P⁻ and, if DERIVATIVE, dP⁺/dz, dP⁻/dz by one Horner run from the window's ends to its centre.
 
-    Eight blocks (re, im of each); the bilateral kernel's P⁻ and what is not asked for are zeros.
+    Eight blocks (re, im of each); the bilateral kernel's P⁻ and derivatives not asked for are zeros.
     """
     zero = tl.zeros([BN, BS], tl.float32)
     plus_re, plus_im, minus_re, minus_im = zero, zero, zero, zero

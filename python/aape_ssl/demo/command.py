@@ -1,4 +1,4 @@
-"""`aape-ssl demo`: sound files → log-mel → AaPE → tokens, as a table and one picture a clip."""
+"""`aape-ssl demo`: sound files → log-mel → AaPE → tokens, as a table and one picture per clip."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from . import picture, stems
 __all__ = ["bundled_clips", "run", "tokens_per_second"]
 
 FRONT_END = audio.AUDIOSET128
-BUDGET = 0.4  # seconds of timing a clip, over all backends
-BUSY = 0.7  # processors in use of late, above which rates are not to be trusted; starting Python counts for some 0.2
+BUDGET = 0.4  # seconds of timing per clip, over all backends
+BUSY = 0.7  # processors in use lately, above which rates cannot be trusted; starting Python counts for some 0.2
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """A stem, and how clips are put before it.
+    """A stem, and how clips are prepared for it.
 
     Attributes:
         stem: the stem.
@@ -38,8 +38,8 @@ class Viewer:
         trained: whether its input is normalised as in training. The untrained bank looks at the log-mel less its
             level instead (`audio.remove_level`): its states are wide (±5.6 Hz at half height), and natural sound has
             so much energy below the alias-prone band that its slowest states would otherwise win in every patch.
-        front_end: that it was trained behind.
-        guessed: its file holds tensors only, which do not tell stride, window, kernel, band and decay range.
+        front_end: the one it was trained behind.
+        guessed: whether its file holds only tensors, which do not tell stride, window, kernel, band and decay range.
     """
 
     stem: AaPE
@@ -62,10 +62,10 @@ def bundled_clips() -> list[Path]:
 
 @torch.inference_mode()
 def tokens_per_second(stem: AaPE, x: Tensor, backends: Sequence[str]) -> list[float]:
-    """Tokens a second of AaPE on each backend, then of the plain Conv2d stem, for one clip at a time.
+    """Tokens per second of AaPE on each backend, then of the plain Conv2d stem, for one clip at a time.
 
-    The Conv2d stem is AaPE's own `proj`; both deliver contiguous (B, N, D) tokens. By the medians of torch's timer,
-    with the threads that torch has.
+    The Conv2d stem is AaPE's own `proj`; both deliver contiguous (B, N, D) tokens. Rates are from the medians of
+    torch's timer, with the threads that torch has.
     """
 
     def conv2d() -> Tensor:
@@ -157,7 +157,7 @@ def _clips(files: Sequence[Path]) -> tuple[list[sources.Clip], int]:
 
 
 def _piece(clip: sources.Clip, start: float, seconds: float) -> tuple[Tensor, float]:
-    """From `start` on, and how many seconds the clip has in all. Errors: `AudioError`."""
+    """The clip from `start` on, and how many seconds it has in all. Errors: `AudioError`."""
     whole = clip.seconds()
     if 0 < whole <= start:
         raise audio.AudioError(f"has {whole:.2f} s, nothing from --start {start:g} on")
@@ -167,12 +167,12 @@ def _piece(clip: sources.Clip, start: float, seconds: float) -> tuple[Tensor, fl
 
 
 def _others_load() -> float:
-    """Busy processors, of others too, in the last minute; 0 where the system does not say."""
+    """Processors busy in the last minute, also with others' work; 0 if the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _try_backends(names: Sequence[str]) -> None:
-    """One patch through each: what `AAPE_BACKEND` and `AAPE_CPU_ISA` ask for may not run here.
+    """Run one patch through each: what `AAPE_BACKEND` and `AAPE_CPU_ISA` ask for may not run here.
 
     Errors: `ValueError` or `RuntimeError` naming the variable, `ImportError` for a native module that does not load.
     """
@@ -184,7 +184,7 @@ def _try_backends(names: Sequence[str]) -> None:
 
 
 def _heading(viewer: Viewer, backends: Sequence[str], width: int, busy: float) -> str:
-    """What stands above the table's rows."""
+    """The lines above the table's rows."""
     sizes = f"{'x'.join(map(str, viewer.stem.patch_size))} patches, {viewer.front_end.mel_bins} mel bins"
     lines = [f"stem: {_printable(viewer.label)}; {sizes}"]
     if viewer.guessed:
@@ -202,7 +202,7 @@ def _heading(viewer: Viewer, backends: Sequence[str], width: int, busy: float) -
 
 
 def _look(log_mel: Tensor, name: str, viewer: Viewer, backends: Sequence[str], out: Path, start: float) -> str:
-    """One clip: its pictures, and its table row without name and length. Errors: `OSError`."""
+    """Write one clip's pictures and return its table row, without name and length. Errors: `OSError`."""
     stem, front_end = viewer.stem, viewer.front_end
     x = viewer.prepare(log_mel)
     responses = hear(stem, x[None], front_end.hop)
@@ -259,7 +259,7 @@ def _nyquist(viewer: Viewer) -> float:
 
 
 def _unique_names(files: Sequence[str]) -> list[str]:
-    """A picture's name for each file: its stem, numbered where others have it (whatever the case) already."""
+    """A picture's name for each file: its stem, numbered if another has it already (in any case)."""
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
@@ -273,7 +273,7 @@ def _unique_names(files: Sequence[str]) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """`text` with what the terminal's encoding lacks escaped; file names may hold anything."""
+    """`text` with characters escaped that the terminal's encoding lacks; file names may hold anything."""
     encoding = sys.stdout.encoding or "utf-8"
     return one_line(text.encode(encoding, "backslashreplace").decode(encoding))
 

@@ -1,4 +1,4 @@
-"""One picture a clip: what the stem's states found in every patch. Matplotlib's object interface, no global state."""
+"""One picture per clip: what the stem's states found in every patch. Matplotlib's object interface, no global state."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def draw(
 
     Args:
         log_mel: (F, T), the background.
-        front_end: what made it; for the axes.
+        front_end: the one that made it; for the axes.
         stem: for its grid, window, kernel and band.
-        responses: of the stem to the clip.
+        responses: the stem's responses to the clip.
         name, label: the clip's and the stem's, for the title.
-        start: seconds at which the clip was begun to be looked at, for the time axis.
+        start: seconds into the clip at which `log_mel` begins, for the time axis.
 
-    Above, what `aape_kernels.plot.responses` draws. Below, left, the energy of all patches and states over frequency;
-    right, the kernels of the strongest states.
+    At the top is what `aape_kernels.plot.responses` draws; at the bottom left, the energy of all patches and states
+    over frequency; at the bottom right, the kernels of the strongest states.
 
-    White rows low in the spectrogram are mel filters (nearly) without power: of 128 filters those below some 200 Hz
-    are narrower than the 31.25 Hz between the Fourier transform's frequencies, which hit its edge or miss it.
+    White rows low in the spectrogram are mel filters (nearly) without power: of 128 filters, those below some 200 Hz
+    are narrower than the 31.25 Hz between the Fourier transform's frequencies, which hit a filter's edge or miss it.
     """
     hop = front_end.hop
     band = band_hz(stem, hop)
@@ -78,12 +78,12 @@ def draw(
 
 
 def shortened(text: str, length: int = 48) -> str:
-    """For a title."""
+    """`text` cut to `length`, for a title."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def drawable(text: str) -> str:
-    """With what the font has no glyph for in Latin letters."""
+    """`text` with letters that the font lacks transcribed into Latin ones."""
     has = get_font(findfont(FontProperties())).get_charmap()
     return "".join(letter if ord(letter) in has else anyascii(letter) or "?" for letter in text)
 
@@ -128,7 +128,7 @@ def _energy_over_frequency(
 
 
 def distinct_states(responses: Heard, count: int = 4) -> list[int]:
-    """The strongest states whose filters differ: apart by the wider one's half width at half height, α/2π Hz."""
+    """The strongest states whose filters differ: by at least the wider one's half width at half height, α/2π Hz."""
     energy = responses.energy.flatten(0, 1).sum(0)
     weight = responses.energy.flatten(0, 1) / energy.clamp_min(1e-30)
     hz = (weight * responses.hz.flatten(0, 1)).sum(0)
@@ -148,7 +148,7 @@ def _kernels(
     hop: float,
     scale: ScalarMappable,
 ) -> None:
-    """Kernels of the strongest states, each as it stands in the patch where that state has the most energy."""
+    """Kernels of the strongest states, each as it is in the patch where that state has the most energy."""
     states = distinct_states(responses)
     flat = [plane.flatten(0, 1) for plane in (responses.energy, responses.hz, responses.decay)]
     where = flat[0][:, states].argmax(0)

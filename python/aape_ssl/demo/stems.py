@@ -34,12 +34,12 @@ class CheckpointError(ValueError):
 def untrained_stem(seed: int = 0) -> AaPE:
     """The default stem as a fixed filter bank, for looking at sound before anything is trained.
 
-    As initialised from `seed`, but for two weights:
+    Initialised from `seed`, except for two weights:
 
     - `encoder.w2` = 0: decay and frequency are the same for every patch. The S frequencies lie evenly over the
       alias-prone band, 1.46 Hz apart, with a decay at the geometric middle of its range.
-    - `sblu.weight` = 1/P_f: every state listens to the mean of its subband, so that responses compare from state to
-      state, and modulation common to the subband is not cancelled by random signs.
+    - `sblu.weight` = 1/P_f: every state listens to the mean of its subband, so that responses are comparable between
+      states, and modulation common to the subband is not cancelled by random signs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -51,10 +51,10 @@ def untrained_stem(seed: int = 0) -> AaPE:
 
 
 def load_encoders_stem(path: str | os.PathLike[str]) -> tuple[AaPE, FrontEnd] | None:
-    """The stem of what `aape-ssl` wrote, with all of its settings, and the front end that it was trained behind.
+    """The stem of an encoder that `aape-ssl` wrote, with all its settings, and the front end it was trained behind.
 
     Args:
-        path: a folder, of `aape-ssl export` or `finetune`; or a checkpoint of `aape-ssl pretrain`, whose teacher's.
+        path: a folder from `aape-ssl export` or `finetune`, or a checkpoint of `aape-ssl pretrain`: its teacher's stem.
 
     Returns: None for any other file.
     Errors: `CheckpointError`.
@@ -80,12 +80,12 @@ def load_stem(path: str | os.PathLike[str]) -> tuple[AaPE, str]:
 
     Args:
         path: `torch.save` of a state dict (read with `weights_only=True`) or `.safetensors`. The stem's parameters
-            may stand under a prefix such as `patch_embed.`, in a bigger state dict, itself under a key such as
-            `state_dict`. Of several stems the first is taken.
+            may have a prefix such as `patch_embed.`, in a bigger state dict, which may itself be under a key such as
+            `state_dict`. Of several stems, the first is taken.
 
-    Features and the sizes of patch, states, encoder and embedding follow from the tensors' shapes. What shapes do not
-    tell is taken as the defaults of `AaPE`: stride, window, kernel, band and decay range. Parameters become float32; a
-    stem of layout "TF" becomes the equal one of layout "FT" where its patch is not square (a square one does not tell
+    Features and the sizes of patch, states, encoder and embedding follow from the tensors' shapes. Stride, window,
+    kernel, band and decay range, which shapes do not tell, are the defaults of `AaPE`. Parameters become float32; a
+    stem of layout "TF" becomes the equal one of layout "FT" if its patch is not square (a square one does not tell
     its layout, which only reorders what `proj` sees).
 
     Errors: `CheckpointError`.
@@ -152,7 +152,7 @@ def _read_safetensors(path: str | os.PathLike[str]) -> Any:
 def _read_pickle(path: str | os.PathLike[str], expected: str) -> Any:
     with open(path, "rb") as file:
         start = file.read(8)
-    # a zip archive or, from before PyTorch 1.6, a bare pickle; of anything else torch.load tells but its first letter
+    # a zip archive or, from before PyTorch 1.6, a bare pickle; of anything else torch.load only names the first letter
     if not start.startswith((b"PK", b"\x80")):
         raise CheckpointError(f"{expected}, got {f'one that starts with {start!r}' if start else 'an empty one'}")
     try:
@@ -181,7 +181,7 @@ def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
 def strongest_frequency(responses: Heard) -> float:
     """The frequency in Hz of the state with the most energy, argmax_s Σ_patches |y_s|².
 
-    Where the encoder moves a state from patch to patch, the mean of its frequency weighted by its energy.
+    If the encoder moves a state from patch to patch, the mean of its frequency, weighted by its energy.
     """
     state = int(responses.energy.sum((0, 1)).argmax())
     energy = responses.energy[..., state].double() + 1e-30  # the plain mean where nothing responds

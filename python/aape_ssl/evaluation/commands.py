@@ -1,4 +1,4 @@
-"""`aape-ssl probe`, `embed` and `export`: functions, whose arguments are the commands'."""
+"""`aape-ssl probe`, `embed` and `export`: functions whose arguments are the commands' options."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _device(name: str | None) -> str:
 
 
 def _frames(given: int | None, encoder: AudioEncoder, clips: Sequence[Clip]) -> int:
-    """As in pre-training unless given; up to the longest clip, as what is beyond it would be silence."""
+    """As in pre-training unless given; at most those of the longest clip, as all beyond it would be silence."""
     if given is None:
         return encoder.frames
     encoder.encoder.check_frames(given)
@@ -74,7 +74,7 @@ def probe(
         frames: how much of each clip to encode, from its beginning; as in pre-training unless given.
         baselines: score random weights of the same sizes, and log-mel statistics, beside it.
         cache: folder for embeddings; ~/.cache/aape_ssl unless given.
-        scores: a .csv to write one line a test clip, row and method to.
+        scores: a .csv to write to, one line per test clip, row and method.
         device: cuda where there is one, unless given.
     """
     encoder, clips = load(checkpoint), find(data)
@@ -127,7 +127,7 @@ def embed_clips(encoder: AudioEncoder, clips: Sequence[Clip], frames: int, devic
 
 
 def _digest(path: Path) -> str:
-    """Of the weights, so that embeddings are not taken for those of another training of the same name."""
+    """A digest of the weights, so that embeddings are not taken for those of another training of the same name."""
     content = path / "model.safetensors" if path.is_dir() else path
     return hashlib.sha256(content.read_bytes()).hexdigest()
 
@@ -152,9 +152,9 @@ def embed(
 ) -> int:
     """Write embeddings of whole clips, however long, to an .npz or .parquet file.
 
-    A clip is encoded in consecutive windows, the last one padded with silence. Level frame has a row a column of
-    tokens: name, time (its centre, in seconds) and embedding (the column's tokens, concatenated along frequency); clip
-    has a row a clip, the mean of these, without time. Clips that cannot be decoded are left out and listed, and the
+    A clip is encoded in consecutive windows, the last one padded with silence. Level frame has one row per column
+    of tokens: name, time (its centre, in seconds) and embedding (its tokens, concatenated along frequency); level clip
+    has one row per clip, the mean of these, without time. Clips that cannot be decoded are left out and listed, and the
     exit status is 1.
 
     Args:

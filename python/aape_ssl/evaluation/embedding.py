@@ -1,4 +1,4 @@
-"""Embeddings of a frozen encoder: of labelled clips for probing, of sound files into npz or parquet."""
+"""Embeddings of a frozen encoder: of labelled clips for probing, of sound files as npz or parquet."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _windows(
     """Normalised log-mels of consecutive windows (W, F, frames), and the share of each that is the clip's own, (W).
 
     The last window is padded with silence. At most `most` windows. The clip begins `shift` frames after the first
-    window does, and what is before it counts as its own. Errors: `AudioError`.
+    window does, and the silence before it counts as its own. Errors: `AudioError`.
     """
     hop = round(front_end.hop * SAMPLE_RATE)
     step = frames * hop
@@ -87,7 +87,7 @@ def first_window(clip: Clip, front_end: FrontEnd, frames: int) -> Tensor:
 
 
 def own_columns(own: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How many columns of tokens (B) hold something of the clip, from the share of the window (B) that it reaches."""
+    """How many columns of tokens (B) hold something of the clip, given the share of the window (B) that it fills."""
     return (own * grid[1]).ceil().long().clamp(1, grid[1])
 
 
@@ -103,17 +103,17 @@ def embed(
 ) -> Floats:
     """Clip embeddings, (clips, N_f D): each clip's first `frames` frames, padded with silence, encoded and pooled.
 
-    Columns of tokens that hold padding only are left out of the mean.
+    Columns of tokens that hold only padding are left out of the mean.
 
     Args:
         encoder: (B, 1, F, frames), normalised -> tokens and grid.
         clips, front_end, frames: what to embed, as in training.
         batch_size, device: of the encoder's batches.
         shift: delays each clip by so many frames of silence. Its content moves against the patch grid and nothing of
-            its beginning is lost; `frames` frames are looked at all the same, so that what of the clip reaches beyond
-            them is not. Source: the paper tests robustness to shifts; this definition is ours.
+            its beginning is lost; still only `frames` frames are looked at, so that any part of the clip beyond them
+            is not. Source: the paper tests robustness to shifts; this definition is ours.
 
-    Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not compare;
+    Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not be comparable;
     `ValueError` for a negative shift.
     """
     if shift < 0:
@@ -145,7 +145,7 @@ def statistics(clips: Sequence[Clip], front_end: FrontEnd) -> Floats:
 
 
 def named(clip: Clip, compute: Callable[[Clip], T]) -> T:
-    """What `compute` gives; its `AudioError` begins with the clip's name."""
+    """What `compute` gives; an `AudioError` of its begins with the clip's name."""
     try:
         return compute(clip)
     except AudioError as error:
@@ -162,8 +162,8 @@ def cache_folder() -> Path:
 def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, compute: Callable[[], Floats]) -> Floats:
     """What `compute` gives, (clips, features), kept in an `.npz`; computed again for other clips or another `key`.
 
-    Clips are others by name, order, or the size and time of a file. `key`, which the file keeps as `about`, is whatever
-    else features depend on: checkpoint, front end, frames.
+    Clips differ if names, order, or a file's size or time do. `key`, which the file keeps as `about`, is whatever else
+    features depend on: checkpoint, front end, frames.
     """
     names = hashlib.sha256("\n".join([key, *map(_identity, clips)]).encode()).hexdigest()
     try:
@@ -201,9 +201,9 @@ def embed_files(
 ) -> dict[str, str]:
     """Embeddings of whole clips, however long, as one file of columns.
 
-    A clip is encoded in consecutive windows of `frames` frames, the last one padded with silence. Level "frame" has a
-    row a column of tokens: `name`, `time` (its centre, in seconds), `embedding` (N_f D, float32: tokens concatenated
-    along frequency); "clip" has a row a clip, the mean of these, without `time`. Columns of padding only are left out.
+    A clip is encoded in consecutive windows of `frames` frames, the last one padded with silence. Level "frame" has one
+    row per column of tokens: `name`, `time` (its centre, in seconds), `embedding` (N_f D, float32: tokens concatenated
+    along frequency); "clip" has one row per clip, their mean, without `time`. Columns of only padding are left out.
 
     Args:
         encoder, clips, front_end, frames, batch_size, device: as for `embed`.

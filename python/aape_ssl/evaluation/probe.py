@@ -39,11 +39,11 @@ Ints = NDArray[np.int64]
 Round = tuple[Ints, Ints, Ints]  # indices of train, validation and test clips
 
 
-# C of ½‖w‖² + C · Σ cross-entropy: the larger, the less regularised. With C = 10 the minimum is far off where the
-# derivatives are no longer told from zero, and what is found depends on where the solver stops
+# C of ½‖w‖² + C · Σ cross-entropy: the larger, the less regularised. With C = 10, derivatives can no longer be told
+# from zero even far from the minimum, and what is found depends on where the solver stops
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ITERATIONS = 10_000  # far more than was ever needed
-TOLERANCE = 1e-5  # of the derivatives; at 1e-4 up to 6 % of clips are classified otherwise than at 1e-7
+TOLERANCE = 1e-5  # of the derivatives; at 1e-4 up to 6 % of clips are classified differently than at 1e-7
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LinearProbe:
         mean, scale: (D) of the features it was fitted on, training and validation.
         model: the regression on standardised features.
         strength: the C of `STRENGTHS` that validation chose.
-        accuracy: on validation, of the probe with that C that was fitted on the training clips alone.
+        accuracy: on validation, of the probe with that C fitted on the training clips alone.
     """
 
     mean: Floats
@@ -72,11 +72,11 @@ class LinearProbe:
 def fit_logistic(train: tuple[Floats, Ints], validation: tuple[Floats, Ints]) -> LinearProbe:
     """Multinomial logistic regression of features (n, D) and classes (n), standardised, its C chosen on validation.
 
-    One model a C of `STRENGTHS` is fitted on the training clips, standardised by their own mean and standard deviation;
-    the C of the best accuracy on validation is taken, of equal ones the least; the probe is then fitted with it on
-    training and validation clips together, standardised anew.
+    One model per C of `STRENGTHS` is fitted on the training clips, standardised by their own mean and standard
+    deviation; the C with the best accuracy on validation is taken, of equal ones the least; the probe is then fitted
+    with it on training and validation clips together, standardised anew.
 
-    Errors: `ValueError` where the solver does not converge, or where there is only one class to learn.
+    Errors: `ValueError` if the solver does not converge, or if there is only one class to learn.
     """
     mean, scale = _moments(train[0])
     x, held = ((part[0] - mean) / scale for part in (train, validation))
@@ -97,7 +97,7 @@ def _moments(features: Floats) -> tuple[Floats, Floats]:
 
 @dataclass(frozen=True)
 class Weights:
-    """Of a logistic regression: weight (classes, D) and bias (classes); classes (classes) are what they stand for."""
+    """Of a logistic regression: weight (classes, D), bias (classes), and the classes (classes) that they stand for."""
 
     weight: Floats
     bias: Floats
@@ -112,7 +112,7 @@ class Weights:
 def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
     """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy, until no derivative is above `TOLERANCE`.
 
-    Torch's, as scikit-learn's `LogisticRegression` takes many times as long to the same minimum.
+    Solved by torch, as scikit-learn's `LogisticRegression` takes many times as long to reach the same minimum.
     """
     known, number = np.unique(classes, return_inverse=True)
     if len(known) < 2:
@@ -147,7 +147,7 @@ def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
 
 
 def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
-    """Classes (n) by the vote of the k training clips nearest by cosine; of equal votes the lower class.
+    """Classes (n) by the vote of the k training clips nearest by cosine; ties go to the lower class.
 
     Errors: `ValueError` for fewer than k training clips.
     """
@@ -162,11 +162,11 @@ def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
 def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[Round]:
     """Train, validation and test indices of each round; warns of groups with clips on more than one side.
 
-    Where the splits are train, valid and test there is one; each may go by a usual name of it (`sources.ALIASES`), in
-    any case. Otherwise each fold is tested once, the next one (of the last, the first) being validation and the others
-    training; `test` keeps the rounds of these test folds.
+    If the splits are train, valid and test, there is one; each may go by one of its usual names (`sources.ALIASES`), in
+    any case. Otherwise each fold is tested once, the next one (for the last, the first) being validation and the others
+    training; `test` keeps only the rounds of these test folds.
 
-    Errors: `ValueError` for splits or folds that make no round, or a test fold that is not there.
+    Errors: `ValueError` for splits or folds that make no round, or a test fold that does not exist.
     """
     given = sorted({clip.split for clip in clips})
     if "" in given:
@@ -175,7 +175,7 @@ def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[R
     of = np.array([split_name(clip.split) for clip in clips])
     names = sorted(set(of.tolist()))
     if any(name in ALIASES for name in names):
-        # one name a split: two might mean different things
+        # one name per split: two might mean different things
         if names != ["test", "train", "valid"] or len({name.casefold() for name in given}) > len(names):
             raise ValueError(f"clips: expected splits train, valid and test, or folds, got {', '.join(given)}")
         rounds = {"test": ("valid", ["train"])}
@@ -207,7 +207,7 @@ def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
 
 
 def check_labels(clips: Sequence[Clip], source: str) -> None:
-    """Errors: `ValueError` naming the argument data, which is of `source`, and the first clip without a label."""
+    """Errors: `ValueError` naming the argument data, which came from `source`, and the first clip without a label."""
     without = [clip.name for clip in clips if not clip.label]
     if len(without) == len(clips):
         raise ValueError(f"data: expected clips with labels, as of a manifest's column `label`, {source} has none")
@@ -216,7 +216,7 @@ def check_labels(clips: Sequence[Clip], source: str) -> None:
 
 
 def warn_of_unseen(train: Collection[str], test: Collection[str]) -> None:
-    """Of labels that are tested and never trained on."""
+    """Warn of labels that are tested and never trained on."""
     unseen = set(test) - set(train)
     if unseen:
         warnings.warn(
@@ -227,9 +227,9 @@ def warn_of_unseen(train: Collection[str], test: Collection[str]) -> None:
 
 
 def interval(values: NDArray[Any], groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of `values` (n), drawing whole groups: clips of one do not err independently.
+    """Bootstrap interval of the mean of `values` (n), drawing whole groups: errors within one are not independent.
 
-    For the difference between two encoders pass the difference of their `Score.correct`.
+    For the difference between two encoders, pass the difference of their `Score.correct`.
     """
     _, of = np.unique(np.asarray(groups), return_inverse=True)
     totals, counts = np.bincount(of, values), np.bincount(of)
@@ -244,8 +244,8 @@ class Score:
 
     Attributes:
         name, method: what was scored, and how.
-        size: features a clip.
-        correct: (test clips) 1 where it was classified correctly, else 0; in the rounds' order.
+        size: features per clip.
+        correct: (test clips) 1 if the clip was classified correctly, else 0; in the rounds' order.
         groups: of the test clips, for `interval`.
     """
 
@@ -257,7 +257,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """Over all test clips."""
+        """The share of test clips classified correctly."""
         return float(self.correct.mean())
 
 
@@ -268,7 +268,7 @@ def evaluate(
     methods: Sequence[str] = ("linear", "knn"),
     test: Sequence[str] | None = None,
 ) -> list[Score]:
-    """One `Score` a method, "linear" (`fit_logistic`) or "knn", of features (clips, D) over the rounds of `folds_of`.
+    """One `Score` per method, "linear" (`fit_logistic`) or "knn", of features (clips, D) over the rounds of `folds_of`.
 
     Errors: `ValueError` for features that are not finite or not of these clips, another method, a clip without a label,
     and as `folds_of`.
@@ -301,7 +301,7 @@ def evaluate(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """A line a score: accuracy in %, its 95 % interval over groups, and the feature size, which accuracy grows with."""
+    """One line per score: accuracy in %, its 95 % interval over groups, and feature size, which accuracy grows with."""
     width = max(len(score.name) for score in scores)
     lines = [f"{'':{width}}  method    features  accuracy  95 % interval"]
     for score in scores:

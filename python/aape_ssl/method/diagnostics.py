@@ -1,4 +1,4 @@
-"""What tells that pre-training collapses, and what the stem's filters do."""
+"""Diagnostics: whether pre-training collapses, and what the stem's filters do."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MAX_TOKENS = 4096
 def token_std(tokens: Tensor) -> Tensor:
     """Standard deviation over tokens of each channel of L2-normalised tokens (..., D), averaged over channels.
 
-    Healthy is about 1/√D. Rank-1 collapse barely moves it, constant collapse takes it to 0.
+    A healthy value is about 1/√D. Rank-1 collapse barely moves it, constant collapse takes it to 0.
     """
     return F.normalize(tokens.float().flatten(0, -2), dim=-1).std(0, correction=0).mean()
 
 
 def content_std(tokens: Tensor) -> Tensor:
-    """The same over clips, place by place, of tokens (B, N, D): near 0 where tokens say their place and nothing else.
+    """The same over clips, place by place, of tokens (B, N, D): near 0 if tokens tell their place and nothing else.
 
     Source: ours; such a collapse passes both `token_std` and `rankme`, as positions differ.
     """
@@ -41,7 +41,7 @@ def rankme(tokens: Tensor) -> Tensor:
 
         exp( −Σ p log p ),   p = singular values of the tokens / their sum
 
-    Not centred: the mean is what a constant collapse leaves. Source: arXiv 2210.02885. Of more than 4,096 tokens every
+    Not centred: the mean is what a constant collapse leaves. Source: arXiv 2210.02885. Of more than 4,096 tokens, every
     n-th is taken.
     """
     tokens = tokens.float().flatten(0, -2)
@@ -86,7 +86,7 @@ class FilterStatistics:
     """Where in their ranges the stem's decays and frequencies lie, over all patches and states of a batch.
 
     Attributes:
-        decay_at_bounds, frequency_at_bounds: share within 1 % of the range (the decay's is logarithmic) of an end.
+        decay_at_bounds, frequency_at_bounds: share within 1 % of the range (for the decay, logarithmic) from an end.
         decay, frequency: positions in the range, from 0 to 1, flat: for histograms.
     """
 
@@ -97,7 +97,7 @@ class FilterStatistics:
 
 
 def filter_statistics(stem: AaPE, x: Tensor) -> FilterStatistics:
-    """Of `stem.analyse(x)` for clips x (B, 1, F, T)."""
+    """Statistics of `stem.analyse(x)` for clips x (B, 1, F, T)."""
     decay, frequency = (values.float().flatten() for values in stem.analyse(x))
     low, high = stem.decay
     decay = (decay / low).log() / math.log(high / low)

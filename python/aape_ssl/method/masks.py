@@ -19,7 +19,7 @@ RATIOS: dict[str, float] = {"random": 0.7, "inverse_block": 0.8}
 
 
 class Masks(NamedTuple):
-    """M masks a clip, as token numbers i·N_t + j in ascending order; every mask has equally many of each.
+    """M masks per clip, as token numbers i·N_t + j in ascending order; all masks have equally many of each.
 
     Attributes:
         visible: what the student sees, int64 (B, M, N_v).
@@ -40,14 +40,14 @@ class MaskSampler:
 
         N_v = round((1 − ratio) N), at least 1 and at most N − 1, for every mask
 
-    - "random": the N_v tokens of the smallest noise.
+    - "random": the N_v tokens with the smallest noise.
     - "inverse_block": square blocks, which may hang over the edge of the grid, become visible in random order until
-      N_v tokens are; of the last block a random part. Off the edge all tokens are visible equally often.
+      N_v tokens are; of the last block, a random part. Away from the edge, all tokens are visible equally often.
 
     Args:
-        num_masks: M, masks a clip.
+        num_masks: M, masks per clip.
         kind: "random" or "inverse_block".
-        ratio: share of tokens that is masked, in (0, 1); unless given 0.7 for "random", 0.8 for "inverse_block".
+        ratio: share of tokens that is masked, in (0, 1); unless given, 0.7 for "random", 0.8 for "inverse_block".
         block: side of a block, in tokens.
         seed: ≥ 0, of the run.
 
@@ -84,7 +84,7 @@ class MaskSampler:
         step: optimiser steps done; micro_batch: which one of the step's accumulated batches.
         """
         visible = self.num_visible(grid)
-        # one generator a clip, so that its masks depend neither on the batch it is in nor on the rank
+        # one generator per clip, so that its masks depend neither on the batch it is in nor on the rank
         keys = [self._order(np.random.default_rng((self.seed, step, micro_batch, i)), grid) for i in index.tolist()]
         order = torch.stack(keys) if keys else torch.empty(0, self.num_masks, grid[0] * grid[1])
         ranks = order.argsort(-1)  # [B, M, N]

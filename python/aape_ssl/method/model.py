@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 StemName = Literal["aape", "aape-fixed", "conv", "conv+mlp"]
-PLANES = {"complex": 2, "magnitude": 1, "both": 3}  # of what AaPE's fusion sees, by its `features`
+PLANES = {"complex": 2, "magnitude": 1, "both": 3}  # that AaPE's fusion sees, by its `features`
 
 
 class Size(NamedTuple):
@@ -77,10 +77,10 @@ class FixedAaPE(AaPE):
     """AaPE whose filters are the same for every patch: `encoder.w2` is 0 and the encoder is frozen.
 
     Decays and frequencies stay at their initial values, the frequencies evenly over the band; filters, magnitudes and
-    fusion are AaPE's and learn as they do there. Arguments and parameters are AaPE's too: a checkpoint of one loads
+    fusion are AaPE's and learn as in AaPE. Arguments and parameters are AaPE's too: a checkpoint of one loads
     into the other. `requires_grad_(True)` on the whole lets the encoder learn.
 
-    Source: ours; what choosing the filters by the patch brings, beyond having filters.
+    Source: ours; it shows what choosing the filters by the patch brings, beyond having filters.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -88,7 +88,7 @@ class FixedAaPE(AaPE):
         self._fix()
 
     def reset_parameters(self) -> None:
-        """As the constructor leaves them."""
+        """Initialise as the constructor does."""
         super().reset_parameters()
         self._fix()
 
@@ -103,16 +103,16 @@ class ConvMLPStem(ConvStem):
         token = W_p · vec(patch) + b_p + W_y · SiLU(W2 · SiLU(W1 · vec(patch) + b1) + b2)
 
     with W_y (D, pS) as wide as AaPE's fusion, p = 3 planes for the features "both", 2 for "complex". The hidden width
-    h makes the parameters as many as AaPE's, to within half of a hidden unit's (P + 1 + pS), P being the pixels of a
-    patch: AaPE's encoder (W1, b1, W2, b2) and projection B have H (P + 1) + 2S (H + 1) + S C P_f, and so
+    h makes the parameters as many as AaPE's, to within half of a hidden unit's (P + 1 + pS), where P is the pixels of
+    a patch: AaPE's encoder (W1, b1, W2, b2) and projection B have H (P + 1) + 2S (H + 1) + S C P_f, and so
 
         h = round( (H (P + 1) + 2S (H + 1) + S C P_f − pS) / (P + 1 + pS) )
 
     Args:
         patch_size, in_chans, embed_dim: of the convolution.
-        num_states, encoder_dim, features: S, H and what tells p, of the AaPE whose size it has.
+        num_states, encoder_dim, features: S, H and what tells p, of the AaPE whose size it matches.
 
-    Source: ours; whether AaPE's gain is its filters', or that of any branch of its size.
+    Source: ours; it shows whether AaPE's gain comes from its filters, or from any branch of its size.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
     """A ViT over the visible tokens of M masks a clip, or over all of them.
 
     Stem, 2-D sin-cos positions, pre-norm transformer layers without dropout (`nn.TransformerEncoderLayer`, SDPA), a
-    last layer norm. The stem runs once a clip, whatever M is.
+    last layer norm. The stem runs once per clip, whatever M is.
 
     Args:
         size: "tiny" (D 192, 12 layers, 3 heads), "small" (384, 12, 6), "base" (768, 12, 12), or (D, layers, heads).
@@ -222,7 +222,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def grid(self, x: Tensor) -> tuple[int, int]:
-        """The token grid (N_f, N_t) of x (B, 1, F, T); bins and frames behind the last whole patch are not used."""
+        """The token grid (N_f, N_t) of x (B, 1, F, T); bins and frames after the last whole patch are not used."""
         if x.dim() != 4 or x.shape[1] != 1:
             raise ValueError(f"x: expected shape (batch, 1, mel bins, frames), got {tuple(x.shape)}")
         n_f, n_t = x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]
@@ -231,12 +231,12 @@ class Encoder(nn.Module):
         return n_f, n_t
 
     def check_frames(self, frames: int) -> None:
-        """Whether a crop of so many frames holds a patch. Errors: `ValueError`."""
+        """Check that a crop of so many frames holds a patch. Errors: `ValueError`."""
         if frames < self.patch_size[1]:
             raise ValueError(f"frames: expected at least {self.patch_size[1]}, those of a patch, got {frames}")
 
     def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """What the first layer gets: x (B, 1, F, T) -> (B, N, D), or (B·M, N_v, D) for `visible` (B, M, N_v)."""
+        """The input of the first layer: x (B, 1, F, T) -> (B, N, D), or (B·M, N_v, D) for `visible` (B, M, N_v)."""
         positions = sincos_positions(self.grid(x), self.size.dim, x.device)
         tokens: Tensor = self.stem(x)
         tokens = tokens + positions.to(tokens)
@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         return outputs[-top:]
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone beside biases and norms: the stem's own."""
+        """Parameters that weight decay should leave alone besides biases and norms: the stem's own."""
         return {f"stem.{name}" for name in self.stem.no_weight_decay()} if isinstance(self.stem, AaPE) else set()
 
 
@@ -274,7 +274,7 @@ class CrossAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, queries: Tensor, context: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """queries (B, N_q, D), context (B, N_v, D) -> (B, N_q, D), and weights (B, N_q, N_v), of all heads' mean."""
+        """queries (B, N_q, D), context (B, N_v, D) -> (B, N_q, D), and weights (B, N_q, N_v), the mean over heads."""
         attended, weights = self.attention(self.norm1(queries), context, context, need_weights=need_weights)
         queries = queries + attended
         return queries + self.mlp(self.norm2(queries)), weights
@@ -288,7 +288,7 @@ class Predictor(nn.Module):
     Queries do not attend to one another: each prediction depends on the visible tokens and its own position alone.
 
     Args:
-        encoder_dim: D of the tokens that come in and of the predictions.
+        encoder_dim: D of the input tokens and of the predictions.
         dim: width of the predictor; D unless given.
         depth, heads: of the predictor.
 
@@ -315,9 +315,9 @@ class Predictor(nn.Module):
         return predictions.unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
 
     def attention(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What share of the queries' attention each visible token gets, (B, M, N_v); 1 in all.
+        """The share of the queries' attention that each visible token gets, (B, M, N_v); 1 in all.
 
-        Mean over queries, heads and layers, for the arguments of `forward`. Of all pairs, which `forward` never holds.
+        Mean over queries, heads and layers, for the arguments of `forward`. It holds all pairs; `forward` never does.
         """
         queries, context = self._embed(tokens, visible, masked, grid)
         shares = []

@@ -82,7 +82,7 @@ def nt_xent(views: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, T
 
         −log( e^{s⁺/τ} / (e^{s⁺/τ} + Σ e^{s⁻/τ}) ),   mean over ordered pairs of views of one clip
 
-    s is the cosine; s⁺ that of the pair, s⁻ those with every view of other clips. The clip's remaining views are no
+    s is the cosine; s⁺ that of the pair, s⁻ those with every view of other clips. The clip's remaining views are not
     negatives, nor are views of the same clip elsewhere in the batch. For M = 2 this is SimCLR's. Without other clips
     it is 0.
 
@@ -92,7 +92,7 @@ def nt_xent(views: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, T
         temperature: τ.
 
     Returns: the loss, the mean cosine of a pair and the share of views whose nearest view is a positive; the latter
-    two without gradient. With several ranks, the loss of this rank's views: DDP's mean is the global batch's.
+    two without gradient. With several ranks, the loss is that of this rank's views: DDP's mean is the global batch's.
     Source: SimCLR (arXiv 2002.05709); more than two views, ours.
     """
     views = F.normalize(views, dim=-1)
@@ -103,8 +103,8 @@ def nt_xent(views: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, T
     negative = torch.einsum("bmp,cnp->bmcn", views, others) / temperature
     negative = negative.masked_fill(same[:, None, :, None], -1e30).flatten(2)  # [B, M, all views]
     cosine = torch.einsum("bmp,bnp->bmn", views, views)
-    # off the diagonal without a mask, whose number of elements torch.compile cannot know: in row-major order, behind
-    # the first element, every (M + 1)-th is on it
+    # off the diagonal, without a mask, whose number of elements torch.compile cannot know: in row-major order, after
+    # the first element, every (M + 1)-th is on the diagonal
     pairs = cosine.flatten(1)[:, 1:].unflatten(1, (count - 1, count + 1))[..., :-1]
     positive = pairs.reshape(-1, count, count - 1) / temperature  # [B, M, M − 1]
     loss = F.softplus(negative.logsumexp(-1, keepdim=True) - positive).mean()
@@ -117,15 +117,15 @@ class Pretraining(nn.Module):
 
         L = w_r · mean (prediction − target)² + w_c · NT-Xent(views)
 
-    The student encodes the visible tokens of each mask; a predictor regresses the teacher's normalised mean of its top
-    layers (`normalised_targets`) at the masked tokens; the mean of a mask's visible tokens, through a two-layer
+    The student encodes the visible tokens of each mask; a predictor regresses the normalised mean of the teacher's
+    top layers (`normalised_targets`) at the masked tokens; the mean of a mask's visible tokens, through a two-layer
     projection, is the clip's view under that mask (`nt_xent`). The teacher, an exponential moving average of stem and
     encoder, sees the whole clip, once for all masks, and gets no gradient.
 
     Args:
         encoder: the student; the teacher starts as its copy.
         predictor: of the same D.
-        top_layers: K, how many of the teacher's last layers the target averages; all where it has fewer.
+        top_layers: K, how many of the teacher's last layers the target averages; all if it has fewer.
         regression_weight, contrastive_weight: w_r and w_c; with w_c = 0 there is no projection.
         temperature: τ.
         projection_dim: of the views.

@@ -29,7 +29,7 @@ __all__ = [
 
 Part = Literal["teacher", "student"]
 
-# Sizes and features of the stems that a checkpoint does not say the sizes of.
+# Earlier default sizes and features of stems, for checkpoints that do not state them.
 EARLIER = (
     {"num_states": 32, "encoder_dim": 64, "features": "both"},
     {"num_states": 32, "encoder_dim": 64, "features": "complex"},
@@ -42,10 +42,10 @@ class CheckpointError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """A training that was told to end has written its checkpoint.
+    """A training that was told to stop has written its checkpoint.
 
     Attributes:
-        signal: the number of the signal that told it, 0 on processes that got none.
+        signal: the number of the signal that stopped it, 0 on processes that got none.
     """
 
     def __init__(self, signal: int) -> None:
@@ -54,10 +54,10 @@ class StoppedError(RuntimeError):
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes to a temporary file beside the checkpoint, which it replaces only when all of it is on the disk.
+    """Writes to a temporary file beside the checkpoint, which it replaces only once all of it is on the disk.
 
-    Whatever happens, the name is that of a whole checkpoint: the one before, or the new one. Lightning's own waits for
-    no disk (`fsync`). Reads with `weights_only=True`.
+    Whatever happens, the name is that of a whole checkpoint, the previous or the new one. Lightning's own does not wait
+    for the disk (`fsync`). Reads with `weights_only=True`.
 
     Errors: `CheckpointError`.
     """
@@ -76,7 +76,7 @@ class AtomicCheckpointIO(CheckpointIO):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
-        except (OSError, RuntimeError) as error:  # torch.save makes RuntimeErrors of a file's OSErrors
+        except (OSError, RuntimeError) as error:  # torch.save turns a file's OSErrors into RuntimeErrors
             temporary.unlink(missing_ok=True)
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             kept = "; the one written before is kept, to resume from" if path.exists() else ""
@@ -105,7 +105,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove it, if there."""
+        """Remove it, if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
@@ -126,11 +126,11 @@ def _sync_folder(folder: Path) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` in a folder: written anew every so many optimiser steps, and after the last one.
 
-    Only after a step, never between accumulated batches, whose gradients no checkpoint holds; and after the validation
-    that an epoch ends with, which a resumed run would not make up for. Lightning's own callback would call the file of
-    a resumed run `last-v1.ckpt`.
+    It is written only after a step, never between accumulated batches, whose gradients no checkpoint holds; and after
+    the validation that ends an epoch, which a resumed run would not make up for. Lightning's own callback would name a
+    resumed run's file `last-v1.ckpt`.
 
-    Asked to `stop`, it writes after the step that is under way, and raises `StoppedError`, on all processes at once.
+    Asked to `stop`, it writes after the current step and raises `StoppedError`, on all processes at once.
 
     Args:
         folder: where.
@@ -145,11 +145,11 @@ class LastCheckpoint(Checkpoint):
         self._asked: int | None = None
 
     def stop(self, signal: int) -> None:
-        """Ask for an end, as `signal` has."""
+        """Ask the training to end, as `signal` did."""
         self._asked = signal
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run has what it came from."""
+        """A resumed run already has the checkpoint that it came from."""
         self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
@@ -173,7 +173,7 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it where the end was not known in steps."""
+        """Write it if the last step was not known beforehand."""
         if trainer.global_step != self._saved:
             self._save(trainer)
 
@@ -183,7 +183,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def check_resumable(path: str | os.PathLike[str]) -> None:
-    """Lightning fails without a name, or begins anew, where a checkpoint lacks what it resumes from.
+    """Refuse a checkpoint that lacks what Lightning resumes from: it would fail without naming it, or begin anew.
 
     Errors: `CheckpointError`.
     """
@@ -194,16 +194,16 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
 
 
 def _below(prefix: str, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of the module of that name, its parameters by their names in it."""
+    """The parameters of the module at `prefix`, by their names in it."""
     state = checkpoint.get("state_dict", {})
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for another checkpoint's.
+    """The options of a checkpoint of pre-training, as today's `Encoder` takes them; none for other checkpoints.
 
-    Options that were left out are those that were the defaults when it was made: 32 states and an encoder of 64 before
-    they were 16 and 32, and of these the first had responses only, features "complex", as had the MLP of their size.
+    Options that were left out had the defaults of the time: 32 states and an encoder of 64 before they were 16 and 32,
+    and of these the first had responses only, features "complex", as had the MLP of their size.
     """
     options = dict(checkpoint.get("options", {}))
     stem, given = options.get("stem"), options.get("stem_options") or {}
@@ -222,7 +222,7 @@ def made_with(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def read_pretraining(
     path: str | os.PathLike[str], part: Part = "teacher"
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
-    """Of a checkpoint of pre-training: the encoder's weights, its options, and what `ClipData` says of its input.
+    """From a checkpoint of pre-training: the encoder's weights, its options, and what `ClipData` says of its input.
 
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """

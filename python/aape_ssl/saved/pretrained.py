@@ -1,4 +1,4 @@
-"""A pre-trained encoder on its own: log-mel in, tokens out, with all that it needs to be used."""
+"""A pre-trained encoder on its own: log-mel in, tokens out, with all that is needed to use it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AudioEncoder(
     paper_url="https://arxiv.org/abs/2512.03637",
     model_card_template=CARD,
 ):
-    """An `Encoder` with its front end and, after fine-tuning, its classifier; behaves as a timm model does.
+    """An `Encoder` with its front end and, after fine-tuning, its classifier; it behaves like a timm model.
 
     `save_pretrained(folder)` writes the weights (`model.safetensors`) and the arguments below (`config.json`),
     `from_pretrained(folder or name on the Hub)` reads them, and `push_to_hub(name)` uploads them.
@@ -137,8 +137,8 @@ class AudioEncoder(
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N_f·N_t, D) -> logits (B, classes), or pooled tokens for `pre_logits` or without a head.
 
-        Pooled (B, N_f·D): the mean over time of what all frequencies of a time step say, one after another, which is
-        what probes read, too. Source: EVAR, M2D.
+        Pooled (B, N_f·D): the mean over time of each time step's tokens, concatenated along frequency, as probes take
+        it, too. Source: EVAR, M2D.
         """
         pooled = tokens.unflatten(1, (self.num_features // self.embed_dim, -1)).mean(2).flatten(1)
         return pooled if pre_logits else self.head(pooled)  # type: ignore[no-any-return]
@@ -148,7 +148,7 @@ class AudioEncoder(
         return self.forward_head(self.forward_features(x))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay should leave alone beside biases and norms."""
+        """Parameters that weight decay should leave alone besides biases and norms."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def generate_model_card(self, **given: Any) -> ModelCard:
@@ -169,9 +169,9 @@ class AudioEncoder(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> AudioEncoder:
-        """What `save_pretrained` wrote into a folder, or uploaded as "owner/name".
+        """Load what `save_pretrained` wrote into a folder, or uploaded as "owner/name".
 
-        Errors: `CheckpointError` for a folder that is not there, before the network is asked; huggingface_hub's.
+        Errors: `CheckpointError` for a folder that is not there, before any network access; huggingface_hub's.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(name) and not may_be_on_the_hub(name):
@@ -180,13 +180,13 @@ class AudioEncoder(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **given: Any) -> AudioEncoder:
-        # the mixin would leave weights random that the file lacks, and prints that it loads
+        # the mixin would leave weights that the file lacks random, and prints that it loads
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(strict=strict, **given)  # type: ignore[no-any-return]
 
 
 def load(path: str | os.PathLike[str]) -> AudioEncoder:
-    """What `aape-ssl export` or `finetune` wrote (a folder), or the teacher of a checkpoint of pre-training (a file).
+    """Load what `aape-ssl export` or `finetune` wrote (a folder), or the teacher of a pre-training checkpoint (a file).
 
     Errors: `CheckpointError` naming the path.
     """

@@ -35,7 +35,7 @@ __all__ = [
 
 SAMPLE_RATE = 16_000  # Hz
 
-# times full scale; powers of what is louder leave float32
+# times full scale; powers of louder samples overflow float32
 LOUDEST = 1e12
 
 
@@ -79,15 +79,15 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
     """A sound file as a mono waveform at 16 kHz.
 
     Args:
-        file: path or open binary file of whatever libsndfile reads: wav, flac, ogg, mp3, aiff; any sampling rate, any
-            number of channels, which are averaged. Resampled by soxr ("HQ").
+        file: path or open binary file of any format that libsndfile reads: wav, flac, ogg, mp3, aiff; any sampling
+            rate, any number of channels, which are averaged. Resampled by soxr ("HQ").
         seconds: how much to read; all unless given.
-        at: which piece of a file that is longer: 0 its start, 1 its end, in between a piece in between.
+        at: which piece of a longer file: 0 its start, 1 its end, in between a piece in between.
 
     Returns:
         (samples), float32, full scale ±1.
 
-    Errors: `AudioError` for a file that is missing, unreadable, without samples, or with ones that are not finite or
+    Errors: `AudioError` for a file that is missing, unreadable, without samples, or with samples that are not finite or
     beyond `LOUDEST`.
     """
     import soundfile
@@ -120,10 +120,10 @@ class FrontEnd(ABC):
 
     Attributes:
         mel_bins: F.
-        mean, std: of the log-mel values over the training set; `measure` takes them from other data.
+        mean, std: of the log-mel values over the training set; `measure` computes them from other data.
         length, hop: of a frame, in seconds.
         low, high: edges of the filter bank, in Hz.
-        spread: how many `std` become 1 by `normalise`.
+        spread: how many `std` are 1 after `normalise`.
     """
 
     mel_bins: int
@@ -141,7 +141,7 @@ class FrontEnd(ABC):
         waveform (..., samples) at 16 kHz -> (..., F, T) float32, contiguous, on the waveform's device; T = 0 where the
         waveform is shorter than one frame.
 
-        Errors: `TypeError` for samples that are no floating-point numbers.
+        Errors: `TypeError` for samples that are not floating-point numbers.
         """
         if not isinstance(waveform, Tensor):
             raise TypeError(f"waveform: expected a tensor, got {type(waveform).__name__}")
@@ -153,7 +153,7 @@ class FrontEnd(ABC):
 
     @abstractmethod
     def _log_mel(self, waveform: Tensor) -> Tensor:
-        """The same of float32 samples, one frame of them at least."""
+        """The same for float32 samples, at least one frame of them."""
 
     @abstractmethod
     def seconds(self, frames: int) -> float:
@@ -182,7 +182,7 @@ class FrontEnd(ABC):
         return (log_mel - self.mean) / (self.spread * self.std)
 
     def check(self, waveform: Tensor) -> Tensor:
-        """`waveform` (samples), if it holds a frame: what is shorter would be silence that something else adds.
+        """`waveform` (samples), if it holds a frame: a shorter one would be silence that something else adds.
 
         Errors: `AudioError`.
         """
@@ -261,7 +261,7 @@ class MelSpectrogram(FrontEnd):
         return (power + torch.finfo(torch.float32).eps).log()
 
     def seconds(self, frames: int) -> float:
-        """Between the first and the last frame's centres, but one frame at least."""
+        """From the first frame's centre to the last one's, but at least one frame."""
         return max((frames - 1) * self.hop, self.length)
 
     @staticmethod
@@ -275,7 +275,7 @@ class MelSpectrogram(FrontEnd):
 
 @lru_cache(maxsize=8)
 def _mel_transform(front_end: MelSpectrogram, device: torch.device) -> torch.nn.Module:
-    import_kaldi()  # torchaudio as a whole imports after it
+    import_kaldi()  # after it, torchaudio as a whole can be imported
     from torchaudio.transforms import MelSpectrogram as Transform
 
     module: torch.nn.Module = Transform(
@@ -291,7 +291,7 @@ def _mel_transform(front_end: MelSpectrogram, device: torch.device) -> torch.nn.
     return module.to(device)
 
 
-# mean and standard deviation of AudioSet, as AST and EAT, and M2D, publish them
+# mean and standard deviation of AudioSet, as published by AST and EAT, and by M2D
 AUDIOSET128 = KaldiFbank(mel_bins=128, mean=-4.268, std=4.569)
 M2D80 = MelSpectrogram(mel_bins=80, mean=-7.1, std=4.2, low=50.0)
 FRONT_ENDS: dict[str, FrontEnd] = {"audioset128": AUDIOSET128, "m2d80": M2D80}
@@ -344,10 +344,10 @@ def modulation_share(log_mel: Tensor, stride: int) -> float:
 
 
 def remove_level(log_mel: Tensor, stride: int) -> Tensor:
-    """The log-mel less its moving average: what modulates faster than the sequence of patches can carry.
+    """The log-mel minus its moving average: the modulation that is too fast for the sequence of patches to carry.
 
     The average is under a Hann window of 2 S_t frames, whose gain is 1 for a steady level and ½ at ω = π/S_t, the
-    lower edge of the alias-prone band; so the difference has ½ there and nears 1 from twice that on. At the ends of
+    lower edge of the alias-prone band; so the difference has ½ there and is near 1 from twice that on. At the ends of
     the clip the average is over the frames that exist.
 
     log_mel (F, T) -> (F, T). Source: ours.

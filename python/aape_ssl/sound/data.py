@@ -22,8 +22,8 @@ MEASURED = 512  # clips; at 2 s each 17 minutes of sound
 
 
 class CropsData(LightningDataModule):
-    """Trains on `Crops` of clips, a share of them a process. When training ends, workers do, and the clips that could
-    not be decoded are listed on stderr.
+    """Trains on `Crops` of clips, a share of them per process. When training ends, workers do too, and the clips that
+    could not be decoded are listed on stderr.
 
     Args:
         front_end: log-mel and its statistics.
@@ -40,7 +40,7 @@ class CropsData(LightningDataModule):
         self.loader: ClipLoader | None = None
 
     def crops_of(self, clips: Sequence[Clip]) -> ClipLoader:
-        """From the trainer's epoch on; instead of the loader before (`reload_dataloaders_every_n_epochs`)."""
+        """A loader from the trainer's epoch on, replacing the previous one (`reload_dataloaders_every_n_epochs`)."""
         trainer, before = self.trainer, self.loader
         rank, world, epoch = (trainer.global_rank, trainer.world_size, trainer.current_epoch) if trainer else (0, 1, 0)
         crops = Crops(clips, self.front_end, **self.crops_options)
@@ -65,9 +65,9 @@ class CropsData(LightningDataModule):
 class ClipData(CropsData):
     """Random log-mel crops of a set of clips, to pre-train on.
 
-    A batch is {"log_mel": (B, 1, F, frames) float32, normalised, "index": (B) int64}; what it holds depends on seed,
-    epoch and index only (`Crops`). Checkpoints hold the loader's place, by Lightning's protocol for stateful loaders,
-    and the statistics: a run that is resumed goes on with the same bits.
+    A batch is {"log_mel": (B, 1, F, frames) float32, normalised, "index": (B) int64}; what it holds depends only on
+    seed, epoch and index (`Crops`). Checkpoints hold the loader's place, by Lightning's protocol for stateful loaders,
+    and the statistics: a resumed run continues with the same bits.
 
     Args:
         data: a folder, a `.csv` manifest, or `.tar` shards (`sources.find`).
@@ -81,7 +81,7 @@ class ClipData(CropsData):
         seed: of order and crops.
         mix: largest share of another clip mixed in, as powers; 0, the default, for none.
         resize_crop: least height and width of the box that is stretched to the full crop; 1, the default, for none.
-        on_device: compute log-mels there for the whole batch; by default workers do.
+        on_device: compute log-mels on the device for the whole batch; by default, workers do.
         max_failed: training stops when more than this share of the clips cannot be decoded.
 
     Errors: `ValueError` that names the argument or the file.
@@ -133,7 +133,7 @@ class ClipData(CropsData):
         failed: dict[str, str] = {}
         for index in rng.permutation(len(self.clips))[:MEASURED].tolist():
             try:
-                # as long as it is: the zeros after a short clip are not the data's
+                # as long as the clip is: zeros after a short one are not data
                 yield self.clips[index].load(self.front_end.seconds(self.frames), rng.random())
             except AudioError as error:  # reported when training meets it
                 failed[self.clips[index].name] = str(error)
@@ -142,7 +142,7 @@ class ClipData(CropsData):
             raise SourceError(f"{self.data}: none of {len(failed)} clips could be decoded: {name}: {why}")
 
     def train_dataloader(self) -> ClipLoader:
-        """The loader, this process's share of it under a trainer with several."""
+        """The loader; with several processes, this one's share of it."""
         self.setup()
         return self.crops_of(self.clips)
 
@@ -151,7 +151,7 @@ class ClipData(CropsData):
         return features(batch, self.front_end, self.frames) if "waveform" in batch else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What the encoder's input is; the place is the loader's."""
+        """What the encoder's input is; the loader keeps its own place."""
         statistics = {"mean": self.front_end.mean, "std": self.front_end.std}
         return {"front_end": self.front_end_name, "frames": self.frames, **statistics}
 

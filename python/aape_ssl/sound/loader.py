@@ -1,7 +1,7 @@
 """Batches of log-mel crops whose order and content depend on (seed, epoch, index) alone; a loader that can be resumed.
 
-Not on the number of workers, nor on how often the run was interrupted: every random number of a clip is drawn from a
-generator of its own.
+They depend neither on the number of workers nor on how often the run was interrupted: every random number of a clip is
+drawn from the clip's own generator.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .sources import Clip
 
 __all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resize_crop"]
 
-ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag stands first
+ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag comes first
 Key = tuple[int, int]  # epoch, index
 Batch = dict[str, Any]
 
@@ -61,7 +61,7 @@ def resize_crop(log_mel: Tensor, box: Tensor) -> Tensor:
 def features(batch: Batch, front_end: FrontEnd, frames: int) -> Batch:
     """Waveforms of a batch (`Crops`) to {"log_mel": (B, 1, F, T) float32, normalised, "index": (B) int64}.
 
-    On the device that they are on.
+    Computed on the waveforms' device.
     """
     x = front_end.log_mel(batch["waveform"])[..., :frames]
     if "other" in batch:
@@ -74,7 +74,7 @@ def features(batch: Batch, front_end: FrontEnd, frames: int) -> Batch:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker: sums that several threads share out differ in their last bits."""
+    """One thread, as in a worker: sums that are split over several threads differ in their last bits."""
     threads = torch.get_num_threads()
     if threads > 1:
         torch.set_num_threads(1)
@@ -88,8 +88,8 @@ def _one_thread() -> Iterator[None]:
 class Crops(Dataset[Any]):
     """Random crops of clips, fetched a batch at a time by (epoch, index).
 
-    A clip shorter than the crop is padded with zeros at its end. One that cannot be decoded is replaced by another,
-    drawn from those not in the batch, whose index the batch then has, and reported.
+    A clip shorter than the crop is padded with zeros at its end. One that cannot be decoded is reported and replaced
+    by another, drawn from those not in the batch, whose index the batch then has.
 
     Args:
         clips: the set.
@@ -97,11 +97,11 @@ class Crops(Dataset[Any]):
         frames: T of a crop.
         seed: of crops, mixing and boxes.
         mix: largest share λ of another random clip, drawn uniformly from [0, mix) for each clip; 0: no mixing (the
-            default). Decodes two files a clip.
+            default). Decodes two files per clip.
         resize_crop: least height and width of the box for `resize_crop`, each drawn uniformly up to 1; 1: none (the
             default).
         waveforms: leave `features` to the caller, for a whole batch on the device.
-        max_failed: share of the clips that may fail; all of them never may.
+        max_failed: share of the clips that may fail, but never all of them.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Crops(Dataset[Any]):
         index, waveform, other, ratio, box = [], [], [], [], []
         for epoch, wanted in keys:
             rng = np.random.default_rng([CROP, self.seed, epoch, wanted])
-            # all of them always, so that no option moves the crops
+            # always all of them, so that no option moves the crops
             at, share, partner, at_partner, *sides = rng.random(8)
             used, piece = self._decode(wanted, at, taken, rng, failed)
             index.append(used)
@@ -181,7 +181,7 @@ class Crops(Dataset[Any]):
     def _decode(
         self, wanted: int, at: float, taken: set[int], rng: np.random.Generator, failed: dict[int, str]
     ) -> tuple[int, Tensor]:
-        """The wanted clip, or the first other that can be decoded: those that the batch has already come last."""
+        """The wanted clip, or the first other that can be decoded: those already in the batch come last."""
         try:
             return wanted, self.waveform(wanted, at)
         except audio.AudioError as error:
@@ -204,8 +204,8 @@ class Crops(Dataset[Any]):
 class _Order(Sampler[list[Key]]):
     """What is left of an epoch, as one process's batches.
 
-    Apart from `ClipLoader`, which holds the DataLoader that holds this: in a reference cycle, workers are not told to
-    end before their pipes are closed, and are waited for.
+    Separate from `ClipLoader`, which holds the DataLoader that holds this: in a reference cycle, workers would not be
+    told to end before their pipes are closed, and would be waited for.
     """
 
     def __init__(self, clips: int, seed: int, batch_size: int, rank: int, world: int) -> None:
@@ -220,18 +220,18 @@ class _Order(Sampler[list[Key]]):
 
 
 class ClipLoader:
-    """Shuffled batches of `Crops`, each epoch in an order of its own; what is left over at its end is dropped.
+    """Shuffled batches of `Crops`, each epoch in its own order; what is left over at the end of one is dropped.
 
-    The batches of `world` processes laid side by side are the batches of one process with `world` times the size.
-    Iterating again begins the next epoch. After `load_state_dict` it continues with the batch after the last one that
-    was given when `state_dict` was called: the same bits, with any number of workers.
+    The batches of `world` processes, laid side by side, are those of one process with `world` times the size.
+    Iterating again begins the next epoch. After `load_state_dict`, it continues with the batch after the last one that
+    had been given when `state_dict` was called: the same bits, with any number of workers.
 
     Args:
         data: the crops.
         batch_size: clips of this process in a batch.
         workers: processes that load; 0 loads in this one.
         rank, world: which process this is, of how many.
-        epoch: to begin with.
+        epoch: the one to begin with.
 
     Attributes:
         failed: index and reason of every clip that could not be decoded.
@@ -264,12 +264,12 @@ class ClipLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the last batch was of."""
+        """The epoch of the last batch."""
         return self._order.epoch
 
     @property
     def given(self) -> int:
-        """How many batches of the epoch were given."""
+        """How many batches of the epoch have been given."""
         return self._order.given
 
     def __len__(self) -> int:
@@ -302,14 +302,14 @@ class ClipLoader:
         return "\n".join([*lines, "  ..."] if most is not None and len(self.failed) > most else lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """Its place; plain numbers and strings, for `torch.load(weights_only=True)`."""
+        """Its place, in plain numbers and strings for `torch.load(weights_only=True)`."""
         state = {"epoch": self.epoch, "given": self.given, "failed": dict(self.failed)}
         return state | self._identity()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`.
 
-        Errors: `ValueError` where the clips, the seed or the batch size over all processes are others.
+        Errors: `ValueError` if the clips, the seed or the batch size over all processes differ.
         """
         for name, here in self._identity().items():
             if state[name] != here:

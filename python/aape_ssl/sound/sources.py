@@ -37,7 +37,7 @@ class Clip:
     """One sound of a set.
 
     Attributes:
-        name: what reports call it, and what tells it from the others: its path, or `shard.tar/member`.
+        name: identifies it, in reports and among the others: its path, or `shard.tar/member`.
         path: of the file, or of the shard that holds it.
         label, split, group: as the manifest says, else ""; a folder's clips are labelled by the folder they lie in.
             Clips of one group (a recording, a syllable, an instrument's samples) belong on one side of any split.
@@ -59,7 +59,7 @@ class Clip:
             return 0.0
 
     def check(self) -> None:
-        """Whether it is there and looks like sound: by its header where it is a file. Errors: `AudioError`."""
+        """Check that it exists and looks like sound: by its header if it is a file. Errors: `AudioError`."""
         if self.span is None:
             audio.duration(self.path)
         else:
@@ -82,7 +82,7 @@ class Clip:
 
 
 def split_name(text: str) -> str:
-    """Of a split under one of its usual names, whatever the case, "train", "valid" or "test"; else what was given."""
+    """From one of the usual names of a split, in any case, to "train", "valid" or "test"; any other as given."""
     return CANONICAL.get(text.strip().casefold(), text)
 
 
@@ -90,8 +90,8 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
     """The clips of a source, in an order that depends on their names only.
 
     Args:
-        source: a folder, searched recursively for files that end in one of `SUFFIXES`, or for `.tar` shards where it
-            holds those; a `.csv` manifest (`read_manifest`); one sound file; one shard; or several by a pattern such
+        source: a folder, searched recursively for files that end in one of `SUFFIXES`, or for `.tar` shards if it
+            holds any; a `.csv` manifest (`read_manifest`); one sound file; one shard; or several by a pattern such
             as `shards/train-*.tar`.
         splits: keep only the manifest's clips of these splits (or folds); all unless given. A folder's or a shard's
             clips have none.
@@ -139,12 +139,12 @@ def _folder(folder: Path) -> Iterator[Clip]:
 
 
 def _printable(name: str) -> str:
-    """A file's name with what is no UTF-8 in it as \\xff: reports and manifests hold it."""
+    """A file's name, with bytes that are not UTF-8 as \\xff: reports and manifests hold it."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _shard(path: Path) -> Iterator[Clip]:
-    """One clip a sound in the archive; `key.cls`, where it has one, is the label of `key.flac`.
+    """One clip per sound in the archive; `key.cls`, if it has one, is the label of `key.flac`.
 
     The index of offsets is read here, once, so that clips can be drawn in any order and a resumed run needs no replay.
     """
@@ -171,8 +171,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
     Its first line names the columns: `file`, relative to the manifest's folder unless absolute; optionally `label`,
     `split` or `fold`, and `group`, in any case. Others are ignored. Spaces around names and cells do not count.
 
-    Errors: `SourceError` naming the manifest, and the line where it is a line's fault. Whether the files exist is not
-    looked at: one that does not is a clip that cannot be decoded.
+    Errors: `SourceError` naming the manifest, and the line if a line is at fault. Whether the files exist is not
+    checked: a missing one is a clip that cannot be decoded.
     """
     folder = Path(path).parent
     clips: list[Clip] = []
@@ -224,9 +224,9 @@ def _split_column(line: str, columns: list[str]) -> str:
 
 
 def write_manifest(path: str | os.PathLike[str], clips: Collection[Clip], split: str = "fold") -> None:
-    """`file,label,fold,group` for `read_manifest`, `file` being each clip's name.
+    """Write `file,label,fold,group` for `read_manifest`, with each clip's name as `file`.
 
-    No half of a manifest is ever found.
+    Nobody ever finds half a manifest.
     """
     with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

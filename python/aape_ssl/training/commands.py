@@ -39,7 +39,7 @@ class Pretrain(Run):
     parts = MappingProxyType({"model.masks.": MaskSampler, "model.predictor_": Predictor, "model.stem_options: ": AaPE})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The monitor's too."""
+        """Add the monitor's option, too."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--monitor_every", type=int, default=100, help="optimiser steps between diagnostics")
 
@@ -66,7 +66,7 @@ class Finetune(Run):
     of_the_trainer = MappingProxyType({"max_epochs": 50})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data is prepared as the checkpoint wants it."""
+        """Let the data be prepared as the checkpoint needs it."""
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.checkpoint", "data.checkpoint")
 

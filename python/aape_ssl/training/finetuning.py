@@ -36,7 +36,7 @@ class LabelledClips(CropsData):
     Args:
         data: a `.csv` manifest with the columns file, label, split (train, valid, test) or fold, and group.
         checkpoint: whose front end prepares the clips.
-        test: the fold to hold out, the next one (of the last, the first) validating; "test" for a manifest with splits.
+        test: the fold to hold out; the next one (for the last, the first) validates. "test" for a manifest with splits.
         frames: T of a crop, and of what is validated on; as in pre-training unless given.
         multi_label: clips have several labels, separated by ";".
         batch_size: clips of one process in a batch.
@@ -48,7 +48,7 @@ class LabelledClips(CropsData):
     Attributes:
         labels: the classes, sorted; set by `setup`, as are `train`, `valid` and `test`, lists of clips.
 
-    Errors: `ValueError` naming the argument; `AudioError` where a clip to validate or test on cannot be decoded.
+    Errors: `ValueError` naming the argument; `AudioError` if a clip to validate or test on cannot be decoded.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LabelledClips(CropsData):
             rank_zero_warn(
                 f"labels: {several.name} has {several.label!r} as one label; multi_label takes it for several"
             )
-        for clip in tested:  # not at the end of a training
+        for clip in tested:  # now, not at the end of a training
             named(clip, Clip.check)
 
     def labels_of(self, clip: Clip) -> list[str]:
@@ -115,7 +115,7 @@ class LabelledClips(CropsData):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of this process; what is left over is dropped."""
+        """Batches of this process; what is left over is dropped."""
         return len(self.train) // (self.batch_size * (self.trainer.world_size if self.trainer else 1))
 
     def train_dataloader(self) -> ClipLoader:
@@ -127,15 +127,15 @@ class LabelledClips(CropsData):
         return loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's place: of a checkpoint at an epoch's end Lightning restores none."""
+        """The loader's place: Lightning restores none from a checkpoint at an epoch's end."""
         return {"loader": self.loader.state_dict()} if self.loader else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """For the loader that is yet to be made."""
+        """Keep the place for the loader that is yet to be made."""
         self._place = state.get("loader")
 
     def val_dataloader(self) -> Any:
-        """The clips to validate on, alike but in their order."""
+        """Batches of the same form, of the clips to validate on, in their order."""
         return self.windows(self.valid)
 
     def windows(self, clips: Sequence[Clip]) -> Any:
@@ -162,7 +162,7 @@ class FinetuningModule(SteppingModule):
     Cross-entropy, or binary cross-entropy of each class for multi-label clips. AdamW, warm-up and cosine
     (`warmup_cosine`) over all steps of the trainer's `max_epochs` or `max_steps`, one of which must be given; layer
     l of L learns at lr · layer_decay^(L + 1 − l), the stem being layer 0 and the head L + 1. No decay of biases, norms
-    and the stem's `no_weight_decay()`. Logs `valid/accuracy`, or `valid/map` (macro average over the classes that
+    or the stem's `no_weight_decay()`. Logs `valid/accuracy`, or `valid/map` (macro average over the classes that
     occur) for multi-label clips.
 
     Args:
@@ -201,7 +201,7 @@ class FinetuningModule(SteppingModule):
 
     @property
     def clips(self) -> LabelledClips:
-        """What it trains on."""
+        """The clips that it trains on."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, LabelledClips)
         return data
@@ -249,19 +249,19 @@ class FinetuningModule(SteppingModule):
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Scores of one batch of clips."""
         logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]
-        # as probabilities: of scores it would guess, batch by batch, whether they are
+        # as probabilities: given scores, it would guess batch by batch whether they are
         scores, classes = (logits.sigmoid(), targets.long()) if self.clips.multi_label else (logits, targets.argmax(1))
         self.quality.update(scores, classes)
 
     def on_validation_epoch_end(self) -> None:
-        """The score of all clips; of several labels, its mean over the classes that occur."""
+        """The score of all clips; for multi-label clips, its mean over the classes that occur."""
         found = self.quality.compute()
         found = found[self._valid.any(0)].mean() if self.clips.multi_label else found
         self.quality.reset()
         self.log(f"valid/{self.name}", found, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with a rate a layer, and warm-up and cosine over all steps."""
+        """AdamW with one rate per layer, and warm-up and cosine over all steps."""
         trainer, data = self.trainer, self.clips
         steps = trainer.max_steps
         if steps < 1:
@@ -289,7 +289,7 @@ class FinetuningModule(SteppingModule):
 
 
 def _depth(name: str, last: int) -> int:
-    """Of a parameter of `AudioEncoder`: 0 for the stem, 1 … L for the layers, `last` for last norm and head."""
+    """Depth of a parameter of `AudioEncoder`: 0 for the stem, 1 … L for the layers, `last` for last norm and head."""
     part, _, rest = name.removeprefix("encoder.").partition(".")
     return 0 if part == "stem" else int(rest.partition(".")[0]) + 1 if part == "layers" else last
 
@@ -304,6 +304,6 @@ def mean_average_precision(scores: NDArray[np.float32], targets: NDArray[np.floa
 
 @torch.inference_mode()
 def predict(encoder: AudioEncoder, data: LabelledClips, device: torch.device | str = "cpu") -> NDArray[np.float32]:
-    """Logits (clips, classes) of the clips that are held out."""
+    """Logits (clips, classes) of the held-out clips."""
     encoder = encoder.to(device).eval()
     return torch.cat([encoder(batch["log_mel"].to(device)).cpu() for batch in data.windows(data.test)]).numpy()

@@ -32,18 +32,18 @@ class CollapseWarning(UserWarning):
 
 
 class Monitor(Callback):
-    """Every so many optimiser steps, of the step's last micro-batch on this process:
+    """Every so many optimiser steps, reports on the step's last micro-batch on this process:
 
     - token std, content std, RankMe (`diagnostics.of_terms`), with a `CollapseWarning` when they say collapse;
-    - of an AaPE stem the shares of decay and frequency at the bounds of their ranges, their histograms, and the norm
-      of its encoder's gradient; of any stem with a branch ‖branch‖ / ‖W_p vec(patch)‖;
+    - for an AaPE stem, the shares of decay and frequency at the bounds of their ranges, their histograms, and the norm
+      of its encoder's gradient; for any stem with a branch, ‖branch‖ / ‖W_p vec(patch)‖;
     - the first clip's spectrogram, what its first mask leaves of it, and how the predictor attends to that.
 
     Histograms and pictures go to TensorBoard, the rest to every logger; the latest picture to `folder`, too.
 
     Args:
         every_n_steps: optimiser steps.
-        folder: where the latest picture lies as `monitor.png`; nowhere unless given.
+        folder: where to keep the latest picture as `monitor.png`; nowhere unless given.
 
     Attributes:
         last: the values that were logged last.
@@ -123,7 +123,7 @@ def first_attention(objective: Pretraining, x: Tensor, masks: Masks) -> Tensor:
 
 def picture(log_mel: Tensor, masks: Masks, patch: tuple[int, int], attention: Tensor) -> Figure:
     """The first clip (F, T); what its first mask leaves of it; and how the predictor attends to that, (N_v), as shares
-    of the highest in dB, as one patch often gets several times what the others do."""
+    of the highest in dB, because one patch often gets several times as much as the others."""
     x = log_mel.detach().float().cpu()
     (bins, frames), visible = x.shape, masks.visible[0, 0].cpu()
     grid = bins // patch[0], frames // patch[1]

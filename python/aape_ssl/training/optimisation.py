@@ -13,7 +13,7 @@ __all__ = ["adamw", "check_rates", "decays", "warmup_cosine"]
 
 
 def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-    """AdamW takes a negative decay of weights, which makes them grow.
+    """Check what AdamW does not: it accepts a negative weight decay, which makes weights grow.
 
     Errors: `ValueError` naming the argument.
     """
@@ -25,7 +25,7 @@ def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> N
 
 
 def warmup_cosine(step: int, warmup: int, steps: int) -> float:
-    """Share of the highest learning rate at a step, from 0; 0 from `steps` on.
+    """Share of the highest learning rate at a step, counted from 0; 0 from `steps` on.
 
     (s + 1)/warmup,   then   ½ (1 + cos(π (s − warmup)/(steps − warmup)))
     """
@@ -35,12 +35,12 @@ def warmup_cosine(step: int, warmup: int, steps: int) -> float:
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float], warmup: int, steps: int) -> dict[str, Any]:
-    """AdamW of groups that have `lr` and `weight_decay`, and `warmup_cosine` every step, as Lightning takes them."""
+    """AdamW for groups that have `lr` and `weight_decay`, and `warmup_cosine` every step, as Lightning takes them."""
     optimizer = torch.optim.AdamW(groups, betas=betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def decays(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
-    """Whether weight decay applies: to matrices and kernels, but those that a model asks to leave alone."""
+    """Whether weight decay applies: to matrices and kernels, except those that a model asks to leave alone."""
     return parameter.dim() > 1 and name not in exempt

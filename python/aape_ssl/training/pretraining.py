@@ -30,26 +30,26 @@ class PretrainingModule(SteppingModule):
     """Pre-trains an `Encoder` by the objective `Pretraining`; batches are {"log_mel": (B, 1, F, T), "index": (B)}.
 
     AdamW, with warm-up and cosine (`warmup_cosine`) over the trainer's `max_steps`, which must be given; no decay of
-    biases, norms, the mask token and the stem's `no_weight_decay()`. Accumulation, clipping and precision are the
-    trainer's. Masks are drawn from (seed, optimiser step, micro-batch, clip): nothing here draws from a global
-    generator but the initial weights.
+    biases, norms, the mask token or the stem's `no_weight_decay()`. Accumulation, clipping and precision are the
+    trainer's. Masks are drawn from (seed, optimiser step, micro-batch, clip): only the initial weights are drawn
+    from a global generator.
 
     Args:
         size: of the encoder: tiny, small, base, or [width, depth, heads].
-        stem: aape; the controls aape-fixed (filters that no patch moves), conv and conv+mlp.
+        stem: aape; the controls aape-fixed (filters do not adapt to patches), conv and conv+mlp.
         patch_size: mel bins and frames of a patch, or one for both.
-        stem_options: a dict of more of the stem's arguments, such as {"num_states": 32}.
+        stem_options: a dict of further arguments of the stem, such as {"num_states": 32}.
         predictor_dim: the predictor's width; half of the encoder's unless given.
-        predictor_depth: its layers.
-        predictor_heads: its attention heads.
+        predictor_depth: the predictor's layers.
+        predictor_heads: the predictor's attention heads.
         masks: `MaskSampler`.
         top_layers: the teacher's last layers whose mean is the target.
         regression_weight: of the loss's first term.
-        contrastive_weight: of its second; 0 leaves it out.
+        contrastive_weight: of the loss's second term; 0 leaves it out.
         temperature: of the contrastive term.
-        projection_dim: its vectors' length.
+        projection_dim: length of the contrastive term's vectors.
         ema: the teacher's decay, first and last.
-        ema_steps: optimiser steps from the one to the other.
+        ema_steps: optimiser steps from the first decay to the last.
         lr: the highest, for the batch as it is (not scaled by its size).
         betas: AdamW's.
         weight_decay: AdamW's.
@@ -57,7 +57,7 @@ class PretrainingModule(SteppingModule):
         compile: whether to run the objective through `torch.compile`; layer by layer where it is sharded.
 
     Errors: `ValueError` naming the argument, or the trainer's, such as weights in 16 bits; `NonFiniteError` while
-    training. Loading a checkpoint of other options is a `ValueError` that names them.
+    training. Loading a checkpoint with other options is a `ValueError` that names them.
     Source: M2D's optimisation (AdamW (.9, .95), 3e-4 at batch 256, weight decay .05); the rest as `Pretraining` says.
     """
 
@@ -107,7 +107,7 @@ class PretrainingModule(SteppingModule):
         self._micro_batches: list[tuple[Terms, Tensor]] = []
 
     def configure_model(self) -> None:
-        """Shard and compile the objective where trainer and options say so.
+        """Shard and compile the objective if trainer and options say so.
 
         Errors: `ValueError` for strategies that shard in another way (`check_strategy`).
         """
@@ -141,7 +141,7 @@ class PretrainingModule(SteppingModule):
         return {"loss": loss, "terms": terms, "masks": masks}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The teacher's decay is logged, too."""
+        """Log the teacher's decay, too."""
         super().on_before_optimizer_step(optimizer)
         self.log("train/ema_decay", self.objective.decay)
 
@@ -157,7 +157,7 @@ class PretrainingModule(SteppingModule):
         return f"optimiser step {self.global_step}: the norm of the gradient is {float(norm)}, with finite losses"
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One real step, once for all accumulated micro-batches, and the teacher's after it."""
+        """One real step for all accumulated micro-batches, and the teacher's step after it."""
         super().optimizer_step(*args, **kwargs)
         if not self.skipped:
             self.objective.update_teacher()
@@ -184,7 +184,7 @@ class PretrainingModule(SteppingModule):
     # --- checkpoints ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the options, so that a checkpoint says what it holds."""
+        """Add the options, so that a checkpoint says what it holds."""
         checkpoint["options"] = self.options
         checkpoint["trainer"] = self._of_the_trainer()
 
@@ -203,7 +203,7 @@ class PretrainingModule(SteppingModule):
                 )
 
     def _of_the_trainer(self) -> dict[str, Any]:
-        """What changes a run too, but may be changed on purpose."""
+        """The trainer's options that change a run too, but may be changed on purpose."""
         names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "max_steps", "precision")
         return {name: getattr(self.trainer, name) for name in names}
 

@@ -51,14 +51,14 @@ HELP = {
     "trainer.accumulate_grad_batches": "batches an optimiser step",
     "trainer.gradient_clip_val": "largest norm of the gradient",
 }
-"""In place of lightning's texts. Of its trainer's options the help has these, `--trainer.help` has all."""
+"""In place of lightning's texts. Of its trainer's options, the help lists these, `--trainer.help` all."""
 REFUSED = (CheckpointError, MisconfigurationException, NonFiniteError, TooManyFailedError, OSError, ValueError)
 """What ends a command with a line on stderr, and status 2."""
 
 
 class StopOnSignals(Callback):
     """SIGTERM, which SLURM and others send before they kill, and the first SIGINT end a training after its step, with a
-    checkpoint; the second SIGINT ends it at once. Before the first step there is nothing to keep: they end it at once.
+    checkpoint; the second SIGINT ends it at once. Before the first step, any of them does: there is nothing to keep.
 
     Args:
         last: writes the checkpoint.
@@ -69,11 +69,11 @@ class StopOnSignals(Callback):
         self.last, self._before = last, dict[signal.Signals, Any]()
 
     def arm(self) -> None:
-        """From before the trainer sets anything up."""
+        """Handle signals from before the trainer sets anything up."""
         self._handle(self._leave)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Instead of the trainer's, of which SIGTERM's ends a run without a checkpoint."""
+        """Replace the trainer's handlers: its SIGTERM handler ends a run without a checkpoint."""
         self._handle(self._ask)
 
     def _handle(self, handler: Callable[[int, Any], None]) -> None:
@@ -93,7 +93,7 @@ class StopOnSignals(Callback):
         os.write(2, f"aape-ssl: {signal.Signals(number).name}: ends after this step\n".encode())
 
     def disarm(self) -> None:
-        """As they were."""
+        """Restore the handlers as they were."""
         for name, handler in self._before.items():
             signal.signal(name, handler)
         self._before = {}
@@ -106,20 +106,20 @@ class Run(LightningCLI):
     module_type: ClassVar[type[LightningModule]]
     data_type: ClassVar[type[LightningDataModule]]
     usual_data: ClassVar[type[LightningDataModule] | None] = None
-    """Where `--data` may name another class of data module: what it is unless it does."""
+    """The default class of data module, if `--data` may name another one."""
     presets: ClassVar[Mapping[str, Path]] = {}
     checkpoint_every: ClassVar[int] = 1000
     all_help: ClassVar[bool] = False
     of_the_trainer: ClassVar[Mapping[str, Any]] = {}
-    """Defaults."""
+    """Defaults of the trainer's options."""
     names: ClassVar[Mapping[str, str]] = {"--data": "--data.data"}
-    """Options under the names that the other commands have for them."""
+    """Options by the names that the other commands have for them."""
     usage: ClassVar[str] = ""
     parts: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    """Of the model, whose options are its; by what comes before their names."""
+    """Parts of the model, whose options are among its own, by the prefix of their names."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What a run has beside model, data and trainer."""
+        """Add the options of a run besides those of model, data and trainer."""
         out = Path(f"{self.command}-output")
         parser.add_argument("--out", type=Path, default=out, help="folder for checkpoint and logs")
         resume = "go on from last.ckpt in --out, if there: to the same bits, with as many processes and threads"
@@ -139,7 +139,7 @@ class Run(LightningCLI):
         groups.sort(key=lambda group: group is lightnings)  # this package's options first
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """With this package's callbacks, loggers and checkpoints; those of the configuration come on top."""
+        """The trainer with this package's callbacks, loggers and checkpoints; the configuration's are added to them."""
         out = self.config.out
         self._check(out)
         self.last = LastCheckpoint(out, self.config.checkpoint_every)
@@ -154,7 +154,7 @@ class Run(LightningCLI):
         return self._instantiate_trainer(given, callbacks)
 
     def _check(self, out: Path) -> None:
-        """What lightning would take, for something else or until it fails."""
+        """Refuse what lightning would accept, only to misread it or fail later."""
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: expected a folder, {out} is a file")
         every = {name: getattr(self.config, name, 1) for name in ("checkpoint_every", "monitor_every")}
@@ -170,7 +170,7 @@ class Run(LightningCLI):
 
     @abstractmethod
     def summary(self) -> dict[str, str]:
-        """What the table at the end says beside steps, minutes and checkpoint; runs on the first process only."""
+        """What the table at the end says besides steps, minutes and checkpoint; runs on the first process only."""
 
     def leave_nothing(self) -> None:
         """Remove the logs of a run that was refused before its first step, and folders that hold nothing else."""
@@ -187,7 +187,7 @@ class Run(LightningCLI):
                 folder.rmdir()
 
     def fit(self) -> None:
-        """Train, from the last checkpoint where that is asked for, and print the summary."""
+        """Train, from the last checkpoint if asked to, and print the summary."""
         path, resume = self.last.path, self.config.resume
         if path.exists() and not resume:
             raise ValueError(
@@ -246,11 +246,11 @@ def _of_the_trainer(message: str) -> str:
 
 
 def main(run: type[Run], argv: Sequence[str]) -> int:
-    """Run the command with `argv` and return its exit status: 0, 2 with a line on stderr, or 128 and the number of the
-    signal that ended it."""
-    # jsonargparse's, of what lightning 2.6 does
+    """Run the command with `argv` and return its exit status: 0, 2 with a line on stderr, or 128 plus the number of
+    the signal that ended it."""
+    # jsonargparse's warnings about what lightning 2.6 does
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    # at every start: of lightning 2.6 beside torch 2.13, and that arguments come from `argv`, as they do
+    # shown at every start: about lightning 2.6 beside torch 2.13, and that arguments come from `argv`, as they do
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)  # the logs
     warnings.filterwarnings("ignore", "LightningCLI's args parameter", UserWarning)

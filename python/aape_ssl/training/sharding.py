@@ -26,12 +26,12 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Each process holds a part of every parameter of student, teacher and predictor, of its gradient and of the
     optimiser's state, and a layer's whole parameters only while it runs. Its checkpoints are those of a single process:
-    one file through the trainer's `CheckpointIO`, from which either goes on, with as many processes as wanted.
+    one file through the trainer's `CheckpointIO`, from which either can go on, with any number of processes.
 
     Takes Lightning's other arguments, such as `process_group_backend` and `timeout`.
 
     Source: ours. Lightning's saves a folder of shards unless told otherwise, and numbers the optimiser's parameters
-    by the model where a single process does by the optimiser.
+    by the model, where a single process numbers them by the optimiser.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -54,7 +54,7 @@ class ShardedStrategy(ModelParallelStrategy):
         def kept(tensor: Tensor) -> Tensor:
             return whole(tensor).cpu() if self.is_global_zero else whole(tensor).new_empty(0)
 
-        # past `ModelParallelStrategy`, to what does nothing but ask the optimiser
+        # bypass `ModelParallelStrategy`: its base class only asks the optimiser
         state: dict[str, Any] = ParallelStrategy.optimizer_state(self, optimizer)
         return tree_map_only(Tensor, kept, state)  # type: ignore[no-any-return]
 
@@ -87,9 +87,9 @@ StrategyRegistry.register("sharded", ShardedStrategy, "FSDP2 over all processes,
 def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies that shard in another way.
 
-    FSDP1 leaves flat pieces of parameters: none would have weight decay, which is by the number of axes, and the
+    FSDP1 leaves flat pieces of parameters: none would have weight decay, which depends on the number of axes, and the
     teacher's pieces are not the student's. Lightning's own `ModelParallelStrategy` would resume a single process's run
-    with one parameter's moments for another's.
+    with one parameter's moments in place of another's.
 
     Errors: `ValueError`.
     """
@@ -103,13 +103,13 @@ def check_strategy(strategy: Strategy) -> None:
 def shard(objective: Pretraining, mesh: DeviceMesh, device: torch.device, compile: bool = False) -> None:  # noqa: A002
     """Shard the objective in place over a mesh of one axis, starting from the first process's weights.
 
-    Student and teacher alike, so that the teacher's average is one of parts. Layers are gathered one by one; what is
-    left, stems, norms, heads, is little, and is whole from the objective's forward to the end of its backward.
+    Student and teacher are sharded alike, so that the teacher's average is one of parts. Layers are gathered one by
+    one; the rest (stems, norms, heads) is small and whole from the objective's forward to the end of its backward.
 
     compile: whether to run each layer through `torch.compile`.
     """
     if isinstance(objective, FSDPModule):
-        return  # in another fit of the same module
+        return  # already sharded, in another fit of the same module
     objective.to(device)
     for tensor in (*objective.parameters(), *objective.buffers()):
         dist.broadcast(tensor.detach(), 0)
@@ -127,9 +127,9 @@ def shard(objective: Pretraining, mesh: DeviceMesh, device: torch.device, compil
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within, whole parameters of a sharded module, though not of the sharded ones in it; nothing for another module.
+    """A context in which a sharded module, but not the sharded ones in it, has whole parameters; others are unchanged.
 
-    To look at, on all processes, between steps.
+    For looking at them, on all processes, between steps.
     """
     if isinstance(module, FSDPModule):
         module.unshard()
@@ -141,7 +141,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this process may hold a part; to be called on all of them."""
+    """The whole of a tensor of which this process may hold a part; to be called on all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -151,10 +151,10 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
-    """What of an optimiser's whole `value` for `parameter` belongs to the part of it that is here."""
+    """The part of an optimiser's whole `value` that belongs to this process's part of `parameter`."""
     if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
         return value
-    # every process has the whole value, so that none need send it
+    # every process has the whole value, so none needs to send it
     return distribute_tensor(
         value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
     )

@@ -1,4 +1,4 @@
-"""What pre-training and fine-tuning have in common at an optimiser step: accumulation, and numbers that are none."""
+"""What pre-training and fine-tuning have in common at an optimiser step: accumulation, and non-finite numbers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .sharding import total_norm
 
 __all__ = ["NonFiniteError", "SteppingModule"]
 
-OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then it is not the scale
+OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then the scale is not the reason
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient that is no number. Raised before the optimiser's step: weights and checkpoints are good."""
+    """A loss or a gradient that is not finite. Raised before the optimiser's step: weights and checkpoints are good."""
 
 
 class SteppingModule(LightningModule):
     """A `LightningModule` that optimises in steps of accumulated micro-batches.
 
     Attributes:
-        skipped: whether the optimiser's last step was left out by the gradient scaler, as a gradient overflowed.
+        skipped: whether the gradient scaler left out the optimiser's last step, as a gradient overflowed.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class SteppingModule(LightningModule):
     def accumulated(self, loss: Tensor, batch_idx: int) -> Tensor:
         """The loss of a micro-batch as its share of the step's mean.
 
-        The trainer divides by `accumulate_grad_batches` also where an epoch ends with fewer.
+        The trainer divides by `accumulate_grad_batches` even if an epoch ends with fewer.
         """
         self._losses.append(loss.detach())
         each, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
@@ -46,10 +46,10 @@ class SteppingModule(LightningModule):
         return loss * self._share if count < each else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stop at a loss or gradient that is no number, before it reaches the weights, and log the gradient's norm.
+        """Stop at a loss or gradient that is not finite, before it reaches the weights, and log the gradient's norm.
 
-        With a gradient scaler (`16-mixed`) an overflow is its way of finding the scale: that step is left out. Where
-        fewer micro-batches came than were foreseen, their mean is mended.
+        With a gradient scaler (`16-mixed`), an overflow is its way of finding the scale: that step is left out. If
+        fewer micro-batches came than were expected, their mean is corrected.
 
         Errors: `NonFiniteError`, on all processes or on none.
         """
@@ -60,7 +60,7 @@ class SteppingModule(LightningModule):
                     parameter.grad.mul_(missing)
         norm = total_norm(self.parameters())
         finite = bool(torch.stack([norm, *self._losses]).isfinite().all())  # one synchronisation a step
-        # all processes stop, or those that are left wait for the others
+        # all processes must stop, or those left would wait for the others
         self.skipped = not self.trainer.strategy.reduce_boolean_decision(finite)
         self._overflows = self._overflows + 1 if self.skipped else 0
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
