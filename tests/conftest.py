@@ -39,7 +39,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SEED = int(os.environ.get("AAPE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# Of all workers of pytest-xdist, which are processes of this one.
+SEED = int(os.environ.setdefault("AAPE_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
