@@ -3,7 +3,7 @@
 // Every output element is written by one thread, or is a sum in an order that follows from the shapes alone.
 
 #include "api.h"
-#include "sblu.cuh"
+#include "respond.cuh"
 
 namespace aape {
 namespace cuda {

@@ -1,7 +1,7 @@
 // SBLU forward: project a tile's frames, then Horner's rule on every token's window.
 
 #include "api.h"
-#include "sblu.cuh"
+#include "respond.cuh"
 
 namespace aape {
 namespace cuda {

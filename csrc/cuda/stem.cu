@@ -5,7 +5,7 @@
 
 #include "api.h"
 #include "patches.cuh"
-#include "sblu.cuh"
+#include "respond.cuh"
 
 namespace aape {
 namespace cuda {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "products.cuh"
-#include "sblu.cuh"
+#include "respond.cuh"
 
 namespace aape {
 namespace cuda {

@@ -234,7 +234,7 @@ def test_when_it_can_run(monkeypatch):
 # A copy of the sources with one thing wrong must be caught: else the emulator would be blind.
 LOAD = "load_weights<Path>(p, t, r, m.ws);"
 BROKEN = {
-    "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n// A state's", "}\n\n// A state's"),
+    "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n}  // namespace", "}\n\n}  // namespace"),
     "no barrier after loading rows": ("sblu.cuh", f"{LOAD}\n    __syncthreads();", LOAD),
     "no barrier before rows are overwritten": ("sblu.cuh", "if (r) __syncthreads();", ""),
     "no barrier before gu is written again": (
@@ -257,11 +257,11 @@ BROKEN = {
         "  __syncthreads();  // hidden, which this block reads again\n",
         "",
     ),
-    "an index off by one": ("sblu.cuh", "left + (int(p.grid.window) - 1) * L", "left + int(p.grid.window) * L"),
-    "the second token's window not turned back": ("sblu.cuh", "return turned ? -value : value;", "return value;"),
+    "an index off by one": ("respond.cuh", "left + (int(p.grid.window) - 1) * L", "left + int(p.grid.window) * L"),
+    "the second token's window not turned back": ("respond.cuh", "return turned ? -value : value;", "return value;"),
     "frames of turned rows in the wrong place": ("sblu.cuh", "u + (k ^ turn) * kPitch", "u + k * kPitch"),
     "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
-    "lanes without a state that miss the sums": ("sblu.cuh", "if (!there && !standardised)", "if (!there)"),
+    "lanes without a state that miss the sums": ("respond.cuh", "if (!there && !standardised)", "if (!there)"),
     "a half of a row that is not swapped": (
         "warp_stem.cuh",
         "in_line(frame, lane / 16 * 8)",
