@@ -1,5 +1,7 @@
 PYTHON ?= python3
-# --no-compile: of the modules that come along most are never imported, and the others then compile themselves
+# --no-compile: of the modules that come along most are never imported, and the others compile themselves the first time;
+# only that time, whatever the machine's environment says (Docker's images forbid to keep what was compiled)
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL = -m pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES = aape_kernels python tests benchmarks docs examples setup.py
 INSTALLED_FROM = pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
