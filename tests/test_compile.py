@@ -68,6 +68,7 @@ def test_inductor_forward_and_backward():
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_one_graph_for_every_batch_and_length():
     stem = AaPE(embed_dim=16, num_states=4, encoder_dim=8)
     compiled = torch.compile(copy.deepcopy(stem), fullgraph=True, dynamic=True, backend="aot_eager")
