@@ -79,9 +79,11 @@ inline void add_pixels(const EmbedCall& call, const StemSizes& z, const Wave<T>&
 
 // Tokens are summed up in one or two parts, whose threads read nothing that the other part's have written until the two
 // sums are added: between cores that share no cache such reads took a third of the time. Two where the operands to be
-// read are more than the sums.
+// read are more than the sums, and each part has a group at least: what no token adds to would not be written.
+template <class T>
 inline int64_t parts_of(const StemSizes& z, const StemNeeds& need) {
-  return !need.x && z.rows >= 2 * z.dim ? 2 : 1;  // pixels of x may be added to from any part
+  // pixels of x may be added to from any part
+  return !need.x && z.rows >= 2 * larger(z.dim, Block<T>::kTokens) ? 2 : 1;
 }
 
 // The weights' gradients of a call, and how many numbers each has.
@@ -103,6 +105,7 @@ struct WeightGradients {
   }
 };
 
+// Where a part of the tokens sums them, in an order of three matrices and SBLU's projection.
 template <class T>
 struct Gradients {
   Gradient<T> of[3];
@@ -125,7 +128,7 @@ inline void stem_backward(const EmbedCall& call) {
   const StemWeights<T> w(call);
   const int64_t work = 2 * z.rows * ((z.patch + z.features) * z.dim + z.patch * (z.hidden + z.states));
   const int64_t threads = threads_for(work, (z.rows + line - 1) / line, call.threads);
-  const int64_t parts = parts_of(z, need), part_rows = round_up((z.rows + parts - 1) / parts, Simd<T>::kLanes);
+  const int64_t parts = parts_of<T>(z, need), part_rows = round_up((z.rows + parts - 1) / parts, Simd<T>::kLanes);
   // a wave's tokens of each part: as many chunks as give every thread three groups
   const int64_t per_thread = (3 * threads * line + parts - 1) / parts;
   const int64_t tokens = round_up(smaller(part_rows, larger(1, per_thread)), kChunk), groups = tokens / line;
