@@ -57,12 +57,22 @@ def run(device: torch.device, backend: str = "cuda") -> None:
         torch.autograd.grad(tokens, list(leaves.values()), cotangent.to(device))
         assert torch.allclose(tokens.cpu().double(), want["tokens"], rtol=1e-3, atol=1e-3), path
     # the default patch, where kernels take their shortest way, and more states than a block has
-    for states, dtype in ((32, torch.float32), (32, torch.bfloat16), (16, torch.bfloat16), (70, torch.float32)):
-        stem = AaPE(embed_dim=32, num_states=states, backend=backend, device=device, dtype=dtype)
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    for states, rows, dtype in (
+        (32, 16, float32), (16, 16, float32), (32, 16, bfloat16), (16, 16, bfloat16), (70, 16, float32),
+        (32, 32, float32), (16, 32, float32),
+    ):  # fmt: skip
+        sizes = {"patch_size": (rows, 16), "num_states": states}
+        stem = AaPE(embed_dim=32, backend=backend, device=device, dtype=dtype, **sizes)
         x = torch.randn(2, 1, 32, 160, device=device).to(dtype).requires_grad_()
-        tokens = stem(x)
+        with torch.autocast(device.type, dtype=bfloat16, enabled=states == 16 and rows == 16):
+            tokens = stem(x)
         gradients = torch.autograd.grad(tokens, [x, *stem.parameters()], torch.randn_like(tokens))
-        assert all(value.isfinite().all() for value in (tokens, *gradients)), (states, dtype)
+        decay, frequency = stem.analyse(x)
+        leaves = [value.detach().requires_grad_() for value in (x, decay, frequency, stem.sblu.weight)]
+        y = sblu(*leaves, patch_size=(rows, 16), backend=backend)
+        gradients += torch.autograd.grad(y, leaves, torch.randn_like(y))
+        assert all(value.isfinite().all() for value in (tokens, y, *gradients)), (sizes, dtype)
     print(DONE)
 
 

@@ -67,25 +67,28 @@ def test_nothing_spills(cubins, architecture, source):
 
 def threads(name: str) -> int:
     """What a multiprocessor is to have of a kernel at once, by its __launch_bounds__."""
-    if sizes := re.search(r"SizesILi\d+ELi\d+ELi(\d+)E", name):  # one block of so many warps
-        return 32 * int(sizes[1])
+    if sizes := re.search(r"SizesI(f|13__nv_bfloat16)", name):  # one block of so many warps
+        if "backward" in name and sizes[1] == "f":
+            return 32 * 8
+        warps = re.search(r"Li\d+ELi\d+ELi(\d+)E", name)
+        return 32 * (int(warps[1]) if warps else 12)
     # 256 threads, three blocks of them, of the stem two, or one where the arithmetic is double's
     return 256 if re.search(r"EEEdd[il]E", name) else 512 if "11stem_kernel" in name else 768
 
 
 # Kernels of a source. With a path: float32 and bfloat16 on the usual one, for one token a warp and for two, any float
 # and double on the other two. The gather: any float and double, for two widths of offsets; the overlap-add: four pairs
-# of dtypes, likewise, and once more by fours. What standardises: float and double. The stem on tensor cores: two sizes,
-# each for the usual geometry and for any.
+# of dtypes, likewise, and once more by fours. What standardises: float and double. On tensor cores: two sizes, each for
+# the usual geometry and for any, of bfloat16 and float32, and the stem of float32 under autocast, too.
 EXPECTED = {
     "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 24, "sblu_forward": 8,
-    "standardise": 2, "stem": 8, "warp_stem": 4, "warp_stem_backward": 4,
+    "standardise": 2, "stem": 8, "warp_sblu": 8, "warp_sblu_backward": 8, "warp_stem": 16, "warp_stem_backward": 16,
 }  # fmt: skip
 
 
 # What a lane of the stem's backward on tensor cores may keep in memory while a loop runs, in bytes for a tile of 16
 # tokens, which moves 20 kB: 16 warps of it fit on a multiprocessor with 128 registers a lane. On an H100 they do.
-USUAL_SIZES = "SizesILi16ELi32ELi16ELb1E"
+USUAL_SIZES = "SizesI13__nv_bfloat16S3_Li16ELi32ELi16ELb1E"
 SPILLS = {("warp_stem_backward", 80): 8, ("warp_stem_backward", 100): 28, ("warp_stem_backward", 120): 44}
 
 
@@ -127,14 +130,25 @@ def test_the_usual_path_of_an_h100(cubins, source, kernel, states):
     assert any(re.match(r"LDS\.128", each) for each in instructions)
 
 
-@pytest.mark.parametrize("source", ["warp_stem", "warp_stem_backward"])
-def test_the_stem_of_an_h100_is_on_tensor_cores(cubins, source):
-    """Bfloat16, the default sizes and geometry: products, pixels and stores of 16 bytes, turned frames by ldmatrix."""
+ON_TENSOR_CORES = {
+    "warp_stem": (USUAL_SIZES, "SizesIffLi16ELi32ELi12ELb1E"),
+    "warp_stem_backward": (USUAL_SIZES, "SizesIffLi16ELi32ELi12ELb1E"),
+    "warp_sblu": ("UnitSizesI13__nv_bfloat16Li16ELb1E", "UnitSizesIfLi16ELb1E"),
+    "warp_sblu_backward": ("UnitSizesI13__nv_bfloat16Li16ELb1E", "UnitSizesIfLi16ELb1E"),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"), [(source, one) for source, both in ON_TENSOR_CORES.items() for one in both], ids=str
+)
+def test_the_usual_path_of_an_h100_on_tensor_cores(cubins, source, sizes):
+    """The default sizes and geometry: products, pixels and stores of 16 bytes; ldmatrix turns frames of bfloat16."""
     _, cubin = cubins(90, source)
-    (instructions,) = [body for name, body in functions(cubin).items() if USUAL_SIZES in name]
+    (instructions,) = [body for name, body in functions(cubin).items() if sizes in name]
     counted = Counter(each.partition(".")[0] for each in instructions)
     assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
-    assert counted["HMMA"] >= 32
-    assert counted["LDSM"] >= 4
+    assert counted["HMMA"] >= 8
+    assert counted["LDSM"] >= 2 if "bfloat16" in sizes else any(each.startswith("LDS.128") for each in instructions)
     assert sum(each.startswith("LDG.E.128") for each in instructions) >= 16
-    assert sum(each.startswith("STG.E.128") for each in instructions) >= 16
+    if "stem" in source:
+        assert sum(each.startswith("STG.E.128") for each in instructions) >= 16

@@ -180,8 +180,14 @@ class CudaKernels(Kernels):
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grad_x: Tensor,
         ranges: LogitRanges | None = None, add: bool = False,
     ) -> None:  # fmt: skip
-        """Write, or add to, the gradient of x (B, C, F, T), contiguous, by way of the windows of tiles of tokens."""
+        """Write, or add to, the gradient of x (B, C, F, T), contiguous, by way of the windows of tokens or of tiles."""
         batch = self.x.shape[0]
+        windows = self._windows()
+        if windows is not None:
+            done = self._pass(grad, decay, frequency, weight, ranges, windows=windows)
+            if done is not None:
+                self._sum(windows, grad_x, 1, self.grid.window, self.grid.offset, add)
+                return
         tile = kernels().tile_tokens(sizes(self.x, self.grid, self.states), DTYPE_CODES[self.x.dtype])
         length, tiles = (tile - 1) * self.grid.stride[1] + self.grid.window, -(-self.n_t // tile)
         windows = self.x.new_empty(batch, self.n_f, tiles, self.projected, length, dtype=self.work)
@@ -190,6 +196,69 @@ class CudaKernels(Kernels):
             "sblu_backward", "sblu_backward_windows", self.quadrature, ranges, grad, self.x, *states, wide, windows,
         )  # fmt: skip
         self._sum(windows, grad_x, tile, length, self.grid.offset, add)
+
+    def at_once(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, wanted: set[str]
+    ) -> dict[str, Tensor]:
+        """What tensor cores can give in one pass over x, of what is wanted."""
+        got: dict[str, Tensor] = {}
+        gradients: tuple[Tensor, ...] = ()
+        grad_x = windows = own = None
+        if wanted & {"decay", "frequency"}:
+            shape = (self.rows, self.states)
+            got |= {name: self.x.new_empty(shape, dtype=self.work) for name in ("decay", "frequency")}
+            gradients = self.by_token(got["decay"]), self.by_token(got["frequency"])
+        if "x" in wanted:
+            grad_x = self.x.new_empty(self.x.shape)
+            own = self._windows_of(grad_x)
+            windows = self._windows() if own is None else own
+        partial = self._pass(grad, decay, frequency, weight, None, gradients, "weight" in wanted, windows)
+        if partial is None:
+            if windows is None:
+                return {}
+            return self.at_once(grad, decay, frequency, weight, wanted - {"x"})
+        if "weight" in wanted:
+            got["weight"] = partial.sum(0)
+        if grad_x is not None and windows is not None:
+            if own is None:
+                self._sum(windows, grad_x, 1, self.grid.window, self.grid.offset, add=False)
+            got["x"] = grad_x
+        return got
+
+    def _pass(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, ranges: LogitRanges | None,
+        gradients: tuple[Tensor, ...] = (), need_weight: bool = False, windows: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """One pass over x on tensor cores, which writes `gradients` of decay and frequency, and those of all windows,
+        where given; the parts of the weight's gradient, empty if not needed. None if there is no such kernel."""
+        programs = self._run("sblu_backward", "warp_sblu_programs", self.quadrature, grad, self.x, windows)
+        if not programs:
+            return None
+        shape, leaves = (programs, self.states, self.projected), (*self._states(decay, frequency), weight)
+        partial = self.x.new_empty(shape if need_weight else 0, dtype=self.work)
+        self._run(
+            "sblu_backward", "warp_sblu_backward", self.quadrature, ranges, grad, self.x, leaves,
+            gradients or (None, None), partial if need_weight else None, windows,
+        )  # fmt: skip
+        return partial
+
+    def _windows(self) -> Tensor | None:
+        """For every token's part of x's gradient, (B, N_f, N_t, C·P_f, K); None if they would be much larger than x."""
+        if self.grid.window > 2 * self.grid.stride[1]:
+            return None
+        shape = (self.x.shape[0], self.n_f, self.n_t, self.projected, self.grid.window)
+        return self.x.new_empty(shape, dtype=self.work)
+
+    def _windows_of(self, grad_x: Tensor) -> Tensor | None:
+        """The same as a view of x's gradient, if no pixel is in two windows; what is in none is set to zero."""
+        (patch_f, patch_t), (stride_f, stride_t), window = self.grid.patch, self.grid.stride, self.grid.window
+        batch, channels, mel_bins, frames = grad_x.shape
+        if channels > 1 or stride_f < patch_f or stride_t < window or window != patch_t:
+            return None
+        if (patch_f, window, mel_bins, frames) != (stride_f, stride_t, self.n_f * stride_f, self.n_t * stride_t):
+            grad_x.zero_()
+        shape = (batch, self.n_f, self.n_t, patch_f, window)
+        return grad_x.as_strided(shape, (mel_bins * frames, stride_f * frames, stride_t, frames, 1))
 
     def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
         """Sum the patches' gradients, rows (tokens, C·P_f·P_t) in the arithmetic's dtype, into that of x."""
@@ -208,7 +277,7 @@ class CudaKernels(Kernels):
         planes = (operand.shape[1] - self.patch) // self.states
         before, after = (self.quadrature, self.time_major, ranges, self.x), (weights.hidden, planes)
         narrow, rows = _listening(weights), (operand, hidden, r)
-        if self.x.dtype == torch.bfloat16 and self._run("embed", "warp_stem", *before, narrow, rows, *after):
+        if self._run("embed", "warp_stem", *before, narrow, rows, *after):
             return
         wide = tuple(value.to(self.work) for value in narrow)
         self._run("embed", "stem", *before, wide, rows, *after)
@@ -217,16 +286,14 @@ class CudaKernels(Kernels):
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
         """The backward in one pass, if tensor cores can do it; else None."""
-        if self.x.dtype != torch.bfloat16:
-            return None
         units, planes = hidden.shape[1], grad.shape[1] // self.states
         end = self.patch + grad.shape[1]
         active = -(-(end + 1) // 8) * 8  # whole packs of 16 bytes before and after
-        operand = self.x.new_empty(self.rows, -(-(active + units) // 8) * 8)
+        operand = grad.new_empty(self.rows, -(-(active + units) // 8) * 8)
         programs = self._run("embed_backward", "warp_stem_programs", self.quadrature, self.x, operand, units, planes)
         if not programs:
             return None
-        encoder = self.x.new_empty(self.rows, 2 * self.states + units)
+        encoder = grad.new_empty(self.rows, 2 * self.states + units)
         grad_y = self.x.new_empty(self.rows, 2 * self.states, dtype=self.work) if need_y else None
         partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
         self._run(

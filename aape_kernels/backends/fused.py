@@ -30,9 +30,9 @@ class Adjoint(NamedTuple):
     """What one pass of a stem's backward leaves to matrix products.
 
     Attributes:
-        operand: Rows [patch | features | 1 0 … | SiLU(hidden)], in x's dtype.
+        operand: Rows [patch | features | 1 0 … | SiLU(hidden)], in the tokens' dtype.
         one, active: The columns where the ones and SiLU(hidden) begin.
-        encoder: Rows [∂r | ∂hidden], in x's dtype.
+        encoder: Rows [∂r | ∂hidden], in the tokens' dtype.
         grad_y: The cotangent of y (tokens, 2S), in the arithmetic's dtype, if asked for.
         weight: Parts (programs, S, C·P_f) of the projection's gradient, in the arithmetic's dtype.
     """
@@ -113,6 +113,13 @@ class Kernels:
         """Write, or add to, the gradient of x (B, C, F, T), contiguous."""
         raise NotImplementedError
 
+    def at_once(
+        self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, wanted: set[str]
+    ) -> dict[str, Tensor]:
+        """Gradients of x, decay, frequency or weight that a backend computes in one pass; the others are asked for by
+        themselves. Decay's and frequency's are rows (tokens, S) in the arithmetic's dtype, x's in its own."""
+        return {}
+
     def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
         """Sum the patches' gradients, rows (tokens, C·P_f·P_t) in the arithmetic's dtype, into that of x."""
         raise NotImplementedError
@@ -130,8 +137,8 @@ class Kernels:
     def adjoint(
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
-        """The stem's backward in one pass, from rows of the features' cotangent in x's dtype; None if a backend has no
-        such kernel for this call. Weights as for `prologue`."""
+        """The stem's backward in one pass, from rows of the features' cotangent in the tokens' dtype; None if a backend
+        has no such kernel for this call. Weights as for `prologue`."""
         return None
 
     def gradients(self, parts: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
@@ -189,14 +196,15 @@ def operations(kernels: type[Kernels]) -> Operations:
         if grad.numel():
             call = kernels(x, weight.shape[0], grid, quadrature, time_major=False)
             states, rows = _alike(decay, frequency), _weight_rows(weight)
-            if "x" in wanted:
+            got = call.at_once(grad, *states, rows, wanted)
+            if "x" in wanted - got.keys():
                 got["x"] = x.new_empty(x.shape)
                 call.grad_x(grad, *states, rows, got["x"])
-            if wanted & {"decay", "frequency"}:  # one kernel gives both
+            if wanted & {"decay", "frequency"} - got.keys():  # one kernel gives both
                 got["decay"] = x.new_empty(call.rows, call.states, dtype=call.work)
                 got["frequency"] = torch.empty_like(got["decay"])
                 call.grad_states(grad, *states, rows, got["decay"], got["frequency"], None)
-            if "weight" in wanted:
+            if "weight" in wanted - got.keys():
                 got["weight"] = call.grad_weight(grad, *states)
         return like_inputs(inputs, wanted, got)
 
@@ -266,10 +274,9 @@ def _stem_gradients(
     rows = None
     if wanted & {"x", "w1", "b1", "w2", "b2", "sblu_w"}:
         rows = flat @ weights.fusion_w.to(out).flatten(1)
-        if out == call.x.dtype:
-            adjoint = call.adjoint(rows, _as_rows(weights), hidden, r, ranges, "x" in wanted)
-            if adjoint is not None:
-                return _by_products(call, adjoint, flat, weights, r, ranges, wanted)
+        adjoint = call.adjoint(rows, _as_rows(weights), hidden, r, ranges, "x" in wanted)
+        if adjoint is not None:
+            return _by_products(call, adjoint, flat, weights, r, ranges, wanted)
     return _by_steps(call, flat, rows, weights, r, hidden, ranges, wanted)
 
 

@@ -15,6 +15,15 @@ void set_device(int index);
 
 // y, its cotangent and the features' may have another type than x. Planes other than 2: up to 32 states.
 void sblu(const SbluCall& call, void* stream);
+
+// The same where tensor cores can do it: false, and nothing done, where not. `sblu` asks by itself.
+bool warp_sblu(const SbluCall& call, void* stream);
+
+// The gradients of decay and frequency, partial (programs, S, C·P_f) for that of the weight, and grad_x (B, N_f, N_t, C·P_f, K),
+// those of all windows, of any strides that do not overlap: each unless it is null. And the programs; none where tensor cores
+// cannot do it.
+void warp_sblu_backward(const SbluCall& call, void* partial, void* stream);
+int64_t warp_sblu_programs(const SbluCall& call);
 void standardise(const StandardiseCall& call, void* stream);
 
 // The gradients of decay and frequency, of one set of strides, in the arithmetic's type; and y with them, if given.

@@ -77,6 +77,37 @@ void py_windows(const py::tuple& sizes, bool quadrature, const py::object& logit
   on(Place(place), [&](void* stream) { sblu_backward_windows(call, to, stream); });
 }
 
+// The gradient of x's windows has five axes.
+SbluCall backward_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
+                       const py::object& x, const py::object& windows) {
+  SbluCall call;
+  call.grid = grid(sizes, quadrature);
+  call.ranges = ranges(logit_ranges);
+  call.x = view(x);
+  call.grad_y = view(grad_y);
+  call.grad_x = view(windows);
+  return call;
+}
+
+int64_t py_warp_sblu_programs(const py::tuple& sizes, bool quadrature, const py::object& grad_y, const py::object& x,
+                              const py::object& windows, const py::tuple& place) {
+  const SbluCall call = backward_call(sizes, quadrature, py::none(), grad_y, x, windows);
+  int64_t programs = 0;
+  on(Place(place), [&](void*) { programs = warp_sblu_programs(call); });
+  return programs;
+}
+
+void py_warp_sblu_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                           const py::object& grad_y, const py::object& x, const py::tuple& leaves,
+                           const py::tuple& gradients, const py::object& partial, const py::object& windows,
+                           const py::tuple& place) {
+  SbluCall call = backward_call(sizes, quadrature, logit_ranges, grad_y, x, windows);
+  views(leaves, {&call.decay, &call.frequency, &call.weight});
+  views(gradients, {&call.grad_decay, &call.grad_frequency});
+  void* sums = view(partial).data;
+  on(Place(place), [&](void* stream) { warp_sblu_backward(call, sums, stream); });
+}
+
 void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py::object& out, int64_t tile,
                     int64_t length, int64_t offset, bool add, const py::tuple& place) {
   OverlapAddCall call;
@@ -184,6 +215,8 @@ void bind(py::module_& module) {
   module.def("sblu_backward_states", &py_states);
   module.def("sblu_backward_weight", &py_weight);
   module.def("sblu_backward_windows", &py_windows);
+  module.def("warp_sblu_programs", &py_warp_sblu_programs);
+  module.def("warp_sblu_backward", &py_warp_sblu_backward);
   module.def("overlap_add", &py_overlap_add);
   module.def("stem", &py_stem);
   module.def("warp_stem", &py_warp_stem);

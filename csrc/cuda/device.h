@@ -152,13 +152,32 @@ template <class P, class T>
 AAPE_DEVICE void store_pack(T* to, const P& value) {
   *reinterpret_cast<P*>(to) = value;
 }
-// The same where `to` is in shared memory.
+// The same where `to` is in shared memory, or in global memory.
 template <class P, class T>
 AAPE_DEVICE void store_shared(T* to, const P& value) {
   store_pack(to, value);
 }
+template <class P, class T>
+AAPE_DEVICE void store_global(T* to, const P& value) {
+  static_assert(sizeof(P) == 16 || sizeof(P) == 8, "two or four words");
 #ifdef __CUDACC__
-// nvcc makes four stores of it, each of which has the bank conflicts of every fourth word.
+  uint32_t word[sizeof(P) / 4];
+  memcpy(word, &value, sizeof(P));
+  const auto address = __cvta_generic_to_global(to);
+  if constexpr (sizeof(P) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                 "r"(word[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+  }
+#else
+  store_pack(to, value);
+#endif
+}
+#ifdef __CUDACC__
+// Of what it also uses otherwise, nvcc makes a store a word: with the bank conflicts of every fourth one, or an eighth of the
+// sectors that it asks for.
 AAPE_DEVICE void store_shared(float* to, const Quad<float>& value) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(unsigned(__cvta_generic_to_shared(to))),
                "f"(value.at[0]), "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3])

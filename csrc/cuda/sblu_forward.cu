@@ -23,6 +23,7 @@ void launch_forward(const SbluCall& call, const SbluParams<T, IO, I>& p, void* s
 }
 
 void sblu(const SbluCall& call, void* stream) {
+  if (warp_sblu(call, stream)) return;
   dispatch(call, is_small(call), [&](const auto& p, auto path) { launch_forward<decltype(path)>(call, p, stream); });
 }
 

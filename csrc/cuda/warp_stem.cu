@@ -1,4 +1,4 @@
-// The stem's prologue in bfloat16 on tensor cores: Lambda Encoder, SBLU and the operand [patch | features].
+// The stem's prologue on tensor cores: Lambda Encoder, SBLU and the operand [patch | features].
 
 #include "api.h"
 #include "warp_stem.cuh"
@@ -9,30 +9,31 @@ namespace cuda {
 // A block's right factors, and a warp's lines behind them.
 template <class S>
 struct ForwardShared {
-  Weights *projection, *w2, *w1;  // w1 last: it is as long as the patch
-  float *b1, *b2;                 // padded with zeros
-  BFloat16* lines;
+  using Tile = Weights<typename S::X>;
+  Tile *projection, *w2, *w1;  // w1 last: it is as long as the patch
+  float *b1, *b2;              // padded with zeros
+  typename S::X* lines;
 
   static constexpr int kProjection = S::kStateTiles, kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
   static constexpr int kBiases = S::kHidden + 2 * S::kStates;
 
   static AAPE_FN size_t common_bytes(int patch) {
-    return (kProjection + kW2 + size_t(patch) * S::kHiddenTiles) * 32 * sizeof(Weights) + kBiases * sizeof(float);
+    return (kProjection + kW2 + size_t(patch) * S::kHiddenTiles) * 32 * sizeof(Tile) + kBiases * sizeof(float);
   }
 
   AAPE_DEVICE ForwardShared(const WarpStemParams<S>& p, unsigned char* memory)
-      : projection(reinterpret_cast<Weights*>(memory)),
+      : projection(reinterpret_cast<Tile*>(memory)),
         w2(projection + kProjection * 32),
         w1(w2 + kW2 * 32),
         b1(reinterpret_cast<float*>(w1 + p.line.patch() * S::kHiddenTiles * 32)),
         b2(b1 + S::kHidden),
-        lines(reinterpret_cast<BFloat16*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.line.pitch()) {}
+        lines(reinterpret_cast<typename S::X*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch()) {}
 };
 
 template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
-  fill_projection(p, m.projection);
+  fill_projection(p, p.weight, m.projection);
   fill_rights(m.w1, patch * S::kHiddenTiles, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenTiles * 8 + column, frame = tile / S::kHiddenTiles;
     return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
@@ -59,16 +60,16 @@ AAPE_DEVICE void set_bias(Sums& sum, const float* bias) {
 // hidden = W1 · vec(patch) + b1, kept in memory; SiLU of it for the second layer.
 template <class S>
 AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
-                             Split<Left> (&active)[S::kHiddenSteps]) {
+                             Split<Left<typename S::X>> (&active)[S::kHiddenSteps]) {
   Sums hidden[S::kHiddenTiles];
 #pragma unroll
   for (int n = 0; n < S::kHiddenTiles; ++n) set_bias(hidden[n], m.b1 + n * 8);
 #pragma unroll 4
   for (int f = 0; f < p.line.patch(); ++f) {
-    const Left pixels = load_left(frame_of(p, m.lines, p.line.patch_first() + f));
+    const auto pixels = frame_left(p, m.lines, p.line.patch_first() + f);
 #pragma unroll
     for (int n = 0; n < S::kHiddenTiles; ++n) {
-      multiply(hidden[n], pixels, load_right(m.w1 + (f * S::kHiddenTiles + n) * 32));
+      add_product(hidden[n], pixels, load_right(m.w1 + (f * S::kHiddenTiles + n) * 32));
     }
   }
 #pragma unroll
@@ -85,7 +86,7 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
 // The logits of decays and frequencies, r = W2 · SiLU(hidden) + b2.
 template <class S>
 AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
-                              const Split<Left> (&active)[S::kHiddenSteps], Sums (&logits)[2][S::kStateTiles]) {
+                              const Split<Left<typename S::X>> (&active)[S::kHiddenSteps], Sums (&logits)[2][S::kStateTiles]) {
 #pragma unroll
   for (int part = 0; part < 2; ++part)
 #pragma unroll
@@ -94,38 +95,13 @@ AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, c
       set_bias(sum, m.b2 + part * S::kStates + n * 8);
 #pragma unroll
       for (int k = 0; k < S::kHiddenSteps; ++k) {
-        multiply(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * 32));
+        add_product(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * 32));
       }
       each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
         float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
         store_two(r, sum.at[k], sum.at[k + 1], two);
       });
     }
-}
-
-// y of states 8n …: Horner's rule on the windows, projected on the way.
-template <class S>
-AAPE_DEVICE void respond(const WarpStemParams<S>& p, const ForwardShared<S>& m, int n, const Sums& decay,
-                         const Sums& frequency, Complex<float> (&y)[4]) {
-  Gain<float> gains[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const State<float> state = state_of(p.squash, decay.at[k], frequency.at[k]);
-    gains[k] = gain<float, false, true>(state.decay, state.frequency, true);
-  }
-  Complex<float> plus[4] = {}, minus[4] = {};
-#pragma unroll 2
-  for (int f = 0; f < p.line.window() / 2; ++f) {
-    Sums left, right;
-    project(p, m.lines, m.projection + n * 32, f, left, right);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      plus[k] = step<float>(plus[k], gains[k].z, right.at[k] + left.at[k]);
-      minus[k] = step<float>(minus[k], gains[k].z, right.at[k] - left.at[k]);
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) y[k] = response(gains[k].gamma, plus[k], minus[k], true);
 }
 
 template <class S>
@@ -137,13 +113,17 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
   each_tile(p, m.lines, [&](const TwoTokens& at) {
     Sums logits[2][S::kStateTiles];
     {
-      Split<Left> active[S::kHiddenSteps];
+      Split<Left<typename S::X>> active[S::kHiddenSteps];
       first_layer(p, at, m, active);
       second_layer(p, at, m, active, logits);
     }
     Complex<float> y[S::kStateTiles][4];
 #pragma unroll
-    for (int n = 0; n < S::kStateTiles; ++n) respond(p, m, n, logits[0][n], logits[1][n], y[n]);
+    for (int n = 0; n < S::kStateTiles; ++n) {
+      State<float> states[4];
+      states_of(p.squash, logits[0][n], logits[1][n], states);
+      respond(p, m.lines, m.projection + n * 32, states, y[n]);
+    }
     Levels<S> levels;
     if (p.planes != 2) levels.set(y, p.grid.states);
     store_planes(p, at, y, levels);
@@ -154,7 +134,7 @@ template <class S>
 bool launch_warp_stem(const StemCall& call, void* stream) {
   const WarpStemParams<S> p = warp_stem_params<S>(call);
   const Launch launch = launch_of(p.tokens, S::kMostWarps, ForwardShared<S>::common_bytes(int(call.grid.patch_t)),
-                                  lines_bytes(p.line));
+                                  lines_bytes<typename S::X>(p.line));
   if (launch.warps < kLeastWarps) return false;
   AAPE_LAUNCH("embed", (warp_stem_kernel<S>), dim3(unsigned(launch.blocks)), dim3(unsigned(launch.warps * kLanes)),
               launch.shared, stream, p);

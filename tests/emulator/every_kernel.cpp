@@ -23,7 +23,9 @@ template <class T>
 View view(std::vector<T>& data, std::initializer_list<int64_t> shape) {
   View out;
   out.data = reinterpret_cast<char*>(data.data());
-  out.type = std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat32;
+  out.type = std::is_same_v<T, BFloat16>  ? DType::kBFloat16
+             : std::is_same_v<T, Float16> ? DType::kFloat16
+                                          : DType::kFloat32;
   int64_t stride = 1;
   for (int axis = int(shape.size()); axis-- > 0;) {
     out.stride[axis] = stride;
@@ -114,14 +116,15 @@ void run(Grid g, bool time_major) {
   cuda::gather(gather, nullptr);
 }
 
-// Bfloat16 on tensor cores, and the gradients that are copied after it.
+// A stem on tensor cores, of x in X and an operand in O, and the gradients that are copied after it.
+template <class X, class O>
 void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major) {
   const int64_t rows = g.channels * g.patch_f, patch = rows * g.patch_t, tokens = g.batch * g.n_f * g.n_t;
   const int64_t active = (patch + planes * g.states + 1 + 7) / 8 * 8, columns = active + (units + 7) / 8 * 8;
-  auto x = numbers<BFloat16>(g.batch * g.channels * g.mel_bins * g.frames);
-  auto w1 = numbers<BFloat16>(units * patch), b1 = numbers<BFloat16>(units);
+  auto x = numbers<X>(g.batch * g.channels * g.mel_bins * g.frames);
+  auto w1 = numbers<X>(units * patch), b1 = numbers<X>(units);
   auto w2 = numbers(2 * g.states * units), b2 = numbers(2 * g.states), weight = numbers(g.states * rows);
-  auto operand = numbers<BFloat16>(tokens * columns);
+  auto operand = numbers<O>(tokens * columns);
   auto hidden = numbers(tokens * units), r = numbers(tokens * 2 * g.states);
   StemGradientCall call;
   call.grid = g;
@@ -141,8 +144,8 @@ void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major)
   const int64_t programs = cuda::warp_stem_programs(call);
   if (!cuda::warp_stem(call, nullptr) || programs == 0) throw std::runtime_error("not on tensor cores");
 
-  auto grad = numbers<BFloat16>(tokens * planes * g.states);
-  auto grad_encoder = numbers<BFloat16>(tokens * (2 * g.states + units));
+  auto grad = numbers<O>(tokens * planes * g.states);
+  auto grad_encoder = numbers<O>(tokens * (2 * g.states + units));
   auto grad_y = numbers(tokens * 2 * g.states), partial = numbers(programs * g.states * rows);
   call.one = patch + planes * g.states;
   call.active = active;
@@ -153,7 +156,7 @@ void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major)
   cuda::warp_stem_backward(call, nullptr);
 
   auto grad_weight = numbers(g.states * rows);
-  auto block = numbers<BFloat16>(tokens * units);
+  auto block = numbers<O>(tokens * units);
   GradientCall sum, copy;
   sum.programs = programs;
   sum.rows = g.states;
@@ -165,6 +168,37 @@ void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major)
   copy.from = view(grad_encoder, {1, tokens, 2 * g.states + units});
   copy.to = view(block, {tokens, units});
   cuda::gradients({sum, copy}, nullptr);
+}
+
+// SBLU on tensor cores, where `windows` are x's gradient itself or have their own memory.
+void run_unit_on_tensor_cores(Grid g, bool disjoint) {
+  const int64_t rows = g.channels * g.patch_f, tokens = g.batch * g.n_f * g.n_t;
+  auto x = numbers(g.batch * g.channels * g.mel_bins * g.frames), grad_x = x;
+  auto decay = numbers(tokens * g.states), frequency = decay, grad_decay = decay, grad_frequency = decay;
+  auto weight = numbers(g.states * rows), y = numbers(tokens * 2 * g.states), grad = y;
+  auto windows = numbers(tokens * rows * g.window);
+  SbluCall call;
+  call.grid = g;
+  call.x = view(x, {g.batch, g.channels, g.mel_bins, g.frames});
+  call.decay = view(decay, {g.batch, g.n_f, g.n_t, g.states});
+  call.frequency = view(frequency, {g.batch, g.n_f, g.n_t, g.states});
+  call.weight = view(weight, {g.states, rows});
+  call.y = view(y, {g.batch, g.n_f, g.n_t, 2, g.states});
+  if (!cuda::warp_sblu(call, nullptr)) throw std::runtime_error("not on tensor cores");
+  call.y = {};
+  call.grad_y = view(grad, {g.batch, g.n_f, g.n_t, 2, g.states});
+  call.grad_decay = view(grad_decay, {g.batch, g.n_f, g.n_t, g.states});
+  call.grad_frequency = view(grad_frequency, {g.batch, g.n_f, g.n_t, g.states});
+  call.grad_x = view(windows, {g.batch, g.n_f, g.n_t, rows, g.window});
+  if (disjoint) {
+    call.grad_x = view(grad_x, {1});
+    const int64_t strides[] = {g.mel_bins * g.frames, g.stride_f * g.frames, g.stride_t, g.frames, 1};
+    std::copy(strides, strides + 5, call.grad_x.stride);
+  }
+  const int64_t programs = cuda::warp_sblu_programs(call);
+  if (!programs) throw std::runtime_error("not on tensor cores");
+  auto partial = numbers(programs * g.states * rows);
+  cuda::warp_sblu_backward(call, partial.data(), nullptr);
 }
 
 }  // namespace
@@ -179,8 +213,13 @@ int main() {
   // overlapping windows, more rows than are loaded at once, more states than one block's, two tiles; and odd windows
   run({1, 1, 20, 144, 20, 16, 20, 8, 16, 1, 17, 33, true}, false);
   run({1, 2, 6, 23, 3, 5, 3, 2, 5, 2, 10, 3, false}, true);
-  // packs of eight frames, the last tile of tokens not whole; and pixel by pixel, sizes that fill no product
-  run_on_tensor_cores({1, 1, 32, 104, 16, 16, 16, 8, 16, 2, 12, 16, true}, 32, 3, false);
-  run_on_tensor_cores({1, 2, 9, 21, 3, 4, 2, 3, 6, 4, 6, 7, true}, 21, 1, true);
+  // packs of 16 bytes, the last tile of tokens not whole; and pixel by pixel, sizes that fill no product
+  const Grid usual = {1, 1, 32, 104, 16, 16, 16, 8, 16, 2, 12, 16, true}, odd = {1, 2, 9, 21, 3, 4, 2, 3, 6, 4, 6, 7, true};
+  run_on_tensor_cores<BFloat16, BFloat16>(usual, 32, 3, false);
+  run_on_tensor_cores<BFloat16, BFloat16>(odd, 21, 1, true);
+  run_on_tensor_cores<float, float>(usual, 64, 3, true);
+  run_on_tensor_cores<float, Float16>(odd, 21, 2, false);
+  run_unit_on_tensor_cores({1, 1, 32, 208, 16, 16, 16, 16, 16, 2, 13, 20, true}, true);
+  run_unit_on_tensor_cores(odd, false);
   std::puts("clean");
 }

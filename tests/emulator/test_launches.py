@@ -1,5 +1,6 @@
 """What a step of the stem launches on a GPU, counted on the CPU: PyTorch's operators and the CUDA kernels, in order."""
 
+import on_tensor_cores
 import pytest
 import torch
 from emulated import compiler, use
@@ -13,8 +14,8 @@ from aape_kernels.weights import Weights
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was found")
 
 KERNELS = (
-    "stem", "warp_stem", "warp_stem_backward", "gradients", "sblu", "sblu_backward_states", "sblu_backward_weight",
-    "sblu_backward_windows", "overlap_add", "gather", "standardise",
+    "stem", "warp_stem", "warp_stem_backward", "gradients", "sblu", "warp_sblu_backward", "sblu_backward_states",
+    "sblu_backward_weight", "sblu_backward_windows", "overlap_add", "gather", "standardise",
 )  # fmt: skip
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
@@ -61,22 +62,35 @@ def step(monkeypatch, module, stem):
     return forward, [name for name in counted.names if name != "ones_like"]
 
 
-def test_a_training_step_in_bfloat16(emulated_module, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_training_step(emulated_module, monkeypatch, dtype):
     """Weights side by side, one kernel and one product; a product, one kernel, two products and their gradients."""
-    stem = AaPE(embed_dim=24).bfloat16()
-    stem.encoder.float()
-    stem.sblu.float()
+    stem = on_tensor_cores.stem_of(dtype, embed_dim=24)
     forward, backward = step(monkeypatch, emulated_module, stem)
     assert forward == ["warp_stem", "cat", "addmm"]
     assert backward == ["mm", "warp_stem_backward", "mm", "mm", "gradients"]
 
 
-def test_a_training_step_in_float32(emulated_module, monkeypatch):
+def test_a_training_step_that_is_not_on_tensor_cores(emulated_module, monkeypatch):
     """The backward in steps: the features' cotangent, that of r, the encoder, the projection, the product."""
-    forward, backward = step(monkeypatch, emulated_module, AaPE(embed_dim=24))
+    forward, backward = step(monkeypatch, emulated_module, AaPE(embed_dim=24, encoder_dim=70))
     assert forward == ["stem", "cat", "addmm"]
     kernels = {"sblu", "sblu_backward_states", "sblu_backward_weight", "gather"}
     assert [name for name in backward if name in kernels] == [
         "sblu", "sblu_backward_states", "sblu_backward_weight", "gather",
     ]  # fmt: skip
     assert len(backward) == 17, backward
+
+
+def test_a_step_of_sblu_alone(emulated_module, monkeypatch):
+    """One kernel forward; backward one, which x's gradient is written by, and the sum over its blocks."""
+    use(monkeypatch, emulated_module)
+    grid, tokens = PatchGrid((16, 16), (16, 16), 16), (2, 2, 3, 8)
+    inputs = torch.randn(2, 1, 32, 48), torch.rand(tokens), torch.rand(tokens), torch.randn(8, 1, 16)
+    counted = Launches(monkeypatch, emulated_module)
+    with torch.no_grad(), counted:
+        y = cuda.sblu(*inputs, grid, True)
+        forward, counted.names = counted.names, []
+        cuda.sblu_backward(y, *inputs, grid, True, [True] * 4)
+    assert forward == ["sblu"]
+    assert counted.names == ["warp_sblu_backward", "sum"]

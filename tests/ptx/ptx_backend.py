@@ -32,7 +32,8 @@ FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "--fmad=false", "-O3", "-Icsr
 SOURCE = {"gradients_kernel": "gradients", "gather_kernel": "gather", "overlap_add_kernel": "overlap_add",
           "sblu_forward_kernel": "sblu_forward", "sblu_backward_states_kernel": "sblu_backward",
           "sblu_backward_weight_kernel": "sblu_backward", "sblu_backward_windows_kernel": "sblu_backward",
-          "standardise_kernel": "standardise", "stem_kernel": "stem", "warp_stem_kernel": "warp_stem",
+          "standardise_kernel": "standardise", "stem_kernel": "stem", "warp_sblu_kernel": "warp_sblu",
+          "warp_sblu_backward_kernel": "warp_sblu_backward", "warp_stem_kernel": "warp_stem",
           "warp_stem_backward_kernel": "warp_stem_backward"}  # fmt: skip
 
 

@@ -265,12 +265,12 @@ def transpose(t: Translation, i: Instruction) -> None:
     t.assign(i.operands[0], f"values.transpose({t.source(i.operands[1], 's32')}, t)", "s32")
 
 
-@rule(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32")
-def product(t: Translation, i: Instruction) -> None:
+@rule(r"mma\.sync\.aligned\.m16n8k(?:16|8)\.row\.col\.f32\.(bf16|tf32)\.(?:bf16|tf32)\.f32")
+def product(t: Translation, i: Instruction, kind: str) -> None:
     t.lines.append(f"m.whole_warps(t, 31, -1, {t.what(i)})")
     kinds = zip(i.operands[1:], ("s32", "s32", "f32"), strict=True)
     a, b, c = (", ".join(t.source(each, kind) for each in t.vector(vector)) for vector, kind in kinds)
-    left, right = t.variable(f"values.left_factor(t, {a})"), t.variable(f"values.right_factor(t, {b})")
+    left, right = t.variable(f"values.left_{kind}(t, {a})"), t.variable(f"values.right_{kind}(t, {b})")
     out = f"w{len(t.lines)}"
     t.lines.append(f"{out} = values.multiply(t, {left}, {right}, {c})")
     for k, register in enumerate(t.vector(i.operands[0])):

@@ -26,30 +26,40 @@ from aape_kernels import AaPE, sblu
 BATCH, BLOCKS = 64, 6  # blocks of a launch that are run
 
 
-def stem(dtype: torch.dtype, states: int, hidden: int) -> Callable[[int], None]:
+def stem(
+    dtype: torch.dtype, states: int, hidden: int, rows: int = 16, cast: torch.dtype | None = None
+) -> Callable[[int], None]:
     def step(batch: int) -> None:
-        module = AaPE(embed_dim=8, num_states=states, encoder_dim=hidden, dtype=dtype)
-        module(torch.randn(batch, 1, 128, 1024).to(dtype)).sum().backward()
+        module = AaPE(embed_dim=8, patch_size=(rows, 16), num_states=states, encoder_dim=hidden, dtype=dtype)
+        with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+            tokens = module(torch.randn(batch, 1, 128, 1024).to(dtype))
+        tokens.sum().backward()
 
     return step
 
 
-def unit(dtype: torch.dtype, states: int) -> Callable[[int], None]:
+def unit(dtype: torch.dtype, states: int, rows: int = 16) -> Callable[[int], None]:
     def step(batch: int) -> None:
-        x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 8, 64, states)
-        leaves = [torch.rand(tokens) + 0.1, torch.rand(tokens) + 1, torch.randn(states, 1, 16).to(dtype)]
-        sblu(x, *(leaf.requires_grad_() for leaf in leaves)).sum().backward()
+        x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 128 // rows, 64, states)
+        leaves = [torch.rand(tokens) + 0.1, torch.rand(tokens) + 1, torch.randn(states, 1, rows).to(dtype)]
+        sblu(x, *(leaf.requires_grad_() for leaf in leaves), patch_size=(rows, 16)).sum().backward()
 
     return step
 
 
+# A step, its states, and its tokens of a clip. Of 32 rows is what tensor cores are not used for.
 CALLS = {
-    "stem, bfloat16, S = 16, H = 32": (stem(torch.bfloat16, 16, 32), 16),
-    "stem, bfloat16, S = 32, H = 64": (stem(torch.bfloat16, 32, 64), 32),
-    "stem, float32, S = 16, H = 32": (stem(torch.float32, 16, 32), 16),
-    "stem, float32, S = 32, H = 64": (stem(torch.float32, 32, 64), 32),
-    "`sblu`, float32, S = 16": (unit(torch.float32, 16), 16),
-    "`sblu`, float32, S = 32": (unit(torch.float32, 32), 32),
+    "stem, bfloat16, S = 16, H = 32": (stem(torch.bfloat16, 16, 32), 16, 512),
+    "stem, bfloat16, S = 32, H = 64": (stem(torch.bfloat16, 32, 64), 32, 512),
+    "stem, float32, S = 16, H = 32": (stem(torch.float32, 16, 32), 16, 512),
+    "stem, float32, S = 32, H = 64": (stem(torch.float32, 32, 64), 32, 512),
+    "stem, float32 to bfloat16, S = 16, H = 32": (stem(torch.float32, 16, 32, cast=torch.bfloat16), 16, 512),
+    "`sblu`, bfloat16, S = 16": (unit(torch.bfloat16, 16), 16, 512),
+    "`sblu`, float32, S = 16": (unit(torch.float32, 16), 16, 512),
+    "`sblu`, float32, S = 32": (unit(torch.float32, 32), 32, 512),
+    "stem, 32 rows, float32, S = 16, H = 32": (stem(torch.float32, 16, 32, rows=32), 16, 256),
+    "`sblu`, 32 rows, float32, S = 16": (unit(torch.float32, 16, rows=32), 16, 256),
+    "`sblu`, 32 rows, float32, S = 32": (unit(torch.float32, 32, rows=32), 32, 256),
 }
 
 
@@ -90,7 +100,7 @@ class Row:
 
 def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row]:
     """The rows of one call, whose launches are the H100's."""
-    step, states = CALLS[call]
+    step, states, of_clip = CALLS[call]
     counted: list[Count] = []
 
     def observer(launch: Launch) -> Count:
@@ -113,7 +123,7 @@ def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row
     for launch, count in zip(interpreter.launches[first:], counted, strict=True):
         x, y, z = launch.grid
         scale = x * y * z / len(chosen(launch))
-        rows.append(Row(call, launch.kernel, count.counts, scale, batch * 8 * 64, states, launch.size))
+        rows.append(Row(call, launch.kernel, count.counts, scale, batch * of_clip, states, launch.size))
     return rows
 
 

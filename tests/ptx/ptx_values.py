@@ -168,22 +168,46 @@ def floats(pairs: Array) -> Array:
     return from_bfloat16(np.ascontiguousarray(pairs).view(np.uint16)).reshape(-1, 8, 8)
 
 
-def left_factor(lanes: Array, *registers: Array) -> Array:
+def left_bf16(lanes: Array, *registers: Array) -> Array:
     """(warps, 16, 16)."""
     a, b, c, d = (floats(by_warp(each, lanes)) for each in registers)
     return np.concatenate([np.concatenate([a, c], 2), np.concatenate([b, d], 2)], 1)
 
 
-def right_factor(lanes: Array, *registers: Array) -> Array:
+def right_bf16(lanes: Array, *registers: Array) -> Array:
     """(warps, 16, 8): the registers hold columns, two rows in each."""
     return np.concatenate([floats(by_warp(each, lanes)) for each in registers], 2).transpose(0, 2, 1)
 
 
+def tf32(bits: Array, lanes: Array) -> Array:
+    """(warps, 8, 4) out of a register whose lane 4g + c has place c of g: the last 13 bits do not count."""
+    kept = np.ascontiguousarray(by_warp(bits, lanes)).view(np.uint32) & np.uint32(0xFFFFE000)
+    return kept.view(np.float32).reshape(-1, 8, 4)
+
+
+def left_tf32(lanes: Array, *registers: Array) -> Array:
+    """(warps, 16, 8)."""
+    a, b, c, d = (tf32(each, lanes) for each in registers)
+    return np.concatenate([np.concatenate([a, c], 2), np.concatenate([b, d], 2)], 1)
+
+
+def right_tf32(lanes: Array, *registers: Array) -> Array:
+    """(warps, 8, 8): the registers hold columns, a row in each."""
+    return np.concatenate([tf32(each, lanes) for each in registers], 2).transpose(0, 2, 1)
+
+
+def towards_zero(value: Array) -> Array:
+    """To float32, as tensor cores round."""
+    nearest = value.astype(np.float32)
+    return np.where(np.abs(nearest.astype(np.float64)) > np.abs(value), np.nextafter(nearest, np.float32(0)), nearest)
+
+
 def multiply(lanes: Array, left: Array, right: Array, *sums: Array) -> list[Array]:
-    """Sums of exact products in float32, in an order that PTX leaves open."""
-    product = (left @ right).reshape(-1, 2, 8, 4, 2)  # upper and lower eight rows, row, pair of columns, column
+    """Sums of exact products, in an order that PTX leaves open, rounded once."""
+    product = (left.astype(np.float64) @ right.astype(np.float64)).reshape(-1, 2, 8, 4, 2)
+    # upper and lower eight rows, row, pair of columns, column
     parts = [product[:, half, :, :, column].reshape(-1) for half in (0, 1) for column in (0, 1)]
-    return [part + each for part, each in zip(parts, sums, strict=True)]
+    return [towards_zero(part + each) for part, each in zip(parts, sums, strict=True)]
 
 
 def transpose(pairs: Array, lanes: Array) -> Array:

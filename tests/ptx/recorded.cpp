@@ -11,6 +11,8 @@
 #include "../../csrc/cuda/sblu_forward.cu"
 #include "../../csrc/cuda/standardise.cu"
 #include "../../csrc/cuda/stem.cu"
+#include "../../csrc/cuda/warp_sblu.cu"
+#include "../../csrc/cuda/warp_sblu_backward.cu"
 #include "../../csrc/cuda/warp_stem.cu"
 #include "../../csrc/cuda/warp_stem_backward.cu"
 

@@ -149,10 +149,32 @@ def test_products_of_a_warp():
     b = [words(right.T.contiguous(), g, 2 * c + 8 * k) for k in range(2)]
     at = [(g + 8 * (k // 2), 2 * c + k % 2) for k in range(4)]
     got = values.multiply(
-        lanes, values.left_factor(lanes, *a), values.right_factor(lanes, *b), *(sums[place].numpy() for place in at)
+        lanes, values.left_bf16(lanes, *a), values.right_bf16(lanes, *b), *(sums[place].numpy() for place in at)
     )
     want = left.double() @ right.double() + sums
     for value, place in zip(got, at, strict=True):
         assert np.allclose(value, want[place].numpy(), rtol=0, atol=1e-5)
     turned = values.transpose(words(left[:8, :8].contiguous(), g, 2 * c), lanes)
     assert np.array_equal(turned, words(left[:8, :8].T.contiguous(), g, 2 * c))
+
+
+def test_products_of_a_warp_in_tf32():
+    """Eight columns by eight rows, a number a register; what TF32 does not have of them is not seen."""
+    left, right, sums = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    lanes = np.arange(32)
+    g, c = lanes // 4, lanes % 4
+    a = [left[g + 8 * (k % 2), c + 4 * (k // 2)].numpy().view(np.int32) for k in range(4)]
+    b = [right[c + 4 * k, g].numpy().view(np.int32) for k in range(2)]
+    at = [(g + 8 * (k // 2), 2 * c + k % 2) for k in range(4)]
+    got = values.multiply(
+        lanes, values.left_tf32(lanes, *a), values.right_tf32(lanes, *b), *(sums[place].numpy() for place in at)
+    )
+
+    def cut(matrix: torch.Tensor) -> torch.Tensor:
+        return (matrix.view(torch.int32) & -0x2000).view(torch.float32).double()
+
+    want = cut(left) @ cut(right) + sums
+    for value, place in zip(got, at, strict=True):
+        exact = want[place].numpy()
+        assert np.allclose(value, exact, rtol=2.0**-23, atol=0)
+        assert np.all(np.abs(value) <= np.abs(exact))  # towards zero

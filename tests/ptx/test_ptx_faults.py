@@ -14,7 +14,8 @@ from aape_kernels import AaPE
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc was found")
 USUAL, NARROW = (f"<Path<int,true,{states}>,float,float,int>" for states in (32, 16))
-SIZES = "<Sizes<16,32,16,true>>"
+SIZES = "<Sizes<BFloat16,BFloat16,16,32,16,true>>"
+OF_FLOATS, UNIT = "<Sizes<float,float,16,32,12,true>>", "<UnitSizes<float,32,true>>"
 BARRIERS = {  # and how many
     f"sblu_forward_kernel{USUAL}": 3,
     f"sblu_backward_states_kernel{USUAL}": 3,
@@ -25,16 +26,28 @@ BARRIERS = {  # and how many
     f"stem_kernel{NARROW}": 10,
     f"warp_stem_kernel{SIZES}": 3,
     f"warp_stem_backward_kernel{SIZES}": 4,
+    f"warp_stem_kernel{OF_FLOATS}": 3,
+    f"warp_stem_backward_kernel{OF_FLOATS}": 4,
+    f"warp_sblu_kernel{UNIT}": 3,
+    f"warp_sblu_backward_kernel{UNIT}": 6,
     "gradients_kernel": 2,
 }
-# of the logits: the projection's own come before anyone reads them; and behind a product that is one step deep
-REDUNDANT = {(f"stem_kernel{USUAL}", 6), (f"stem_kernel{NARROW}", 6), (f"stem_kernel{NARROW}", 5)}
+# of the logits: the projection's own come before anyone reads them; and behind a product that is one step deep. Before
+# the next pixels, where lanes have read the places that they write to
+REDUNDANT = {
+    (f"stem_kernel{USUAL}", 6), (f"stem_kernel{NARROW}", 6), (f"stem_kernel{NARROW}", 5),
+    (f"warp_sblu_backward_kernel{UNIT}", 4),
+}  # fmt: skip
 BARRIER = re.compile(r"bar\.(?:warp\.)?sync\s+-?\d+;")
 
 
 def step(kernel: str) -> None:
     """Launch that kernel, with several tiles for a block and several blocks of rows."""
     states = 12 if NARROW in kernel else 40
+    if kernel.startswith("warp_sblu"):
+        case = Case(2, 1, 24, (16, 16), (16, 16), 16, (2, 300), (0, 0), "quadrature")
+        run_sblu(case.options, *case.inputs(torch.float32))
+        return
     if kernel.startswith("sblu"):
         case = Case(2, 2, states, (20, 16), (20, 8), 16, (2, 40), (0, 0), "quadrature")
         run_sblu(case.options, *case.inputs(torch.float32))
@@ -45,7 +58,8 @@ def step(kernel: str) -> None:
         )
         x = torch.randn(1, 2, 20, 64)
     else:
-        stem, x = AaPE(embed_dim=8).bfloat16(), torch.randn(1, 1, 32, 16 * 300).bfloat16()
+        dtype = torch.float32 if OF_FLOATS in kernel else torch.bfloat16
+        stem, x = AaPE(embed_dim=8).to(dtype), torch.randn(1, 1, 32, 16 * 300).to(dtype)
     if kernel == "gradients_kernel":  # a sum of many elements for one block
         for parameter in stem.parameters():
             parameter.requires_grad_(parameter is stem.sblu.weight)

@@ -6,6 +6,7 @@ Golden cases, whole stems and odd geometries, forward and every gradient, at the
 import functools
 from dataclasses import replace
 
+import on_tensor_cores
 import pytest
 import torch
 from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, cases, golden, golden_stem
@@ -68,41 +69,23 @@ def test_stem(options):
         check_stem(small(torch.float32, **options), torch.randn(2, 2, 14, 19), torch.float32)
 
 
-# The kernels of both sizes, for the usual geometry and for any.
-ON_TENSOR_CORES = {
-    "usual": {},
-    "usual-time-major": {"layout": "TF"},
-    "more-states": {"num_states": 32, "encoder_dim": 64},
-    "odd-sizes": {"patch_size": (8, 8), "stride": (4, 6), "num_states": 7, "encoder_dim": 21},
-    "long-window": {"patch_size": (8, 4), "window": 12, "num_states": 20, "encoder_dim": 20},
-    "two-channels": {"in_chans": 2, "patch_size": (8, 16), "stride": (8, 8)},
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("features", PLANES)
-@pytest.mark.parametrize("options", ON_TENSOR_CORES.values(), ids=ON_TENSOR_CORES.keys())
-def test_stem_on_tensor_cores(interpreter, options, features):
-    """More tiles of tokens than blocks, and one that is not whole; whatever is left unwritten is NaN."""
-    stem = AaPE(embed_dim=40, features=features, **options).bfloat16()
-    torch.nn.init.normal_(stem.fusion.weight, std=0.1)
-    stem.encoder.float()
-    stem.sblu.float()
-    with poisoned_memory():
-        check_stem(stem, torch.randn(3, stem.proj.in_channels, 32, 72).bfloat16(), torch.bfloat16)
+@pytest.mark.parametrize("options", on_tensor_cores.STEMS.values(), ids=on_tensor_cores.STEMS.keys())
+@pytest.mark.parametrize("types", on_tensor_cores.TYPES.values(), ids=on_tensor_cores.TYPES.keys())
+def test_stem_on_tensor_cores(interpreter, types, options, features):
+    """More tiles of tokens than blocks, and one that is not whole."""
+    on_tensor_cores.check(types, (3, 32, 72), features=features, **options)
     kernels = {launch.kernel.partition("<")[0] for launch in interpreter.launches}
     assert {"warp_stem_kernel", "warp_stem_backward_kernel", "gradients_kernel"} <= kernels
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
-def test_tiles_of_tokens(tokens):
+def test_tiles_of_tokens(tokens, dtype):
     """One lane's, a whole tile, one more: each at the end of the tensors that it is bounded by."""
-    stem = AaPE(embed_dim=8).bfloat16()
-    torch.nn.init.normal_(stem.fusion.weight, std=0.1)
-    stem.encoder.float()
-    stem.sblu.float()
-    check_stem(stem, torch.randn(1, 1, 16, 16 * tokens).bfloat16(), torch.bfloat16)
+    on_tensor_cores.check((dtype, dtype), (1, 16, 16 * tokens), embed_dim=8)
 
 
 ODD = {

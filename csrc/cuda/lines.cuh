@@ -1,0 +1,351 @@
+// 16 tokens a warp: the pixels under them in its shared memory, and how warps share out tokens.
+//
+// Pixels are turned, [token][frame][row], so that the 16 rows of one frame are a left factor (tokens × rows) or a right one.
+// Warps need nothing of each other.
+
+#pragma once
+
+#include "products.cuh"
+#include "sblu.cuh"
+
+namespace aape {
+namespace cuda {
+
+constexpr int kTokensOfWarp = 16;
+constexpr int kRows = 16;  // C · P_f, at the most
+
+// A token's line of frames: those of patch and window. Frames are counted from its first one, and are even in number.
+template <bool kUsual>
+struct Line {
+  int frames_, patch_, patch_first_, window_, window_first_;
+  int start;  // the first frame, from the patch's
+  AAPE_DEVICE int frames() const { return kUsual ? 16 : frames_; }
+  AAPE_DEVICE int patch() const { return kUsual ? 16 : patch_; }
+  AAPE_DEVICE int patch_first() const { return kUsual ? 0 : patch_first_; }
+  AAPE_DEVICE int window() const { return kUsual ? 16 : window_; }
+  AAPE_DEVICE int window_first() const { return kUsual ? 0 : window_first_; }
+};
+
+// Where pixels lie, so that neither who writes them nor who reads them meets bank conflicts; in elements.
+template <class X>
+struct Layout;
+
+// Lines are 16 bytes longer than they need, by which eight rows of a product are in different banks. Every other eight frames
+// have the halves of their rows swapped, for the sake of `load_packs`.
+template <>
+struct Layout<BFloat16> {
+  static AAPE_FN int pitch(int frames) { return frames * kRows + 8; }
+  static AAPE_FN int in_line(int, int frame, int row) { return frame * kRows + (row ^ (frame & 8)); }
+  // of a right factor of rows
+  static AAPE_FN int row_of(int tile, int column) { return tile * 8 + column; }
+};
+
+// A frame's rows in the order 0 1 8 9 2 3 10 11 …, so that a lane has four of a left factor in one access of 16 bytes. Of
+// tokens 1, 2, 5, 6, … every two frames have changed places, and of tokens 4 to 7 and 12 to 15 the halves of their rows.
+template <>
+struct Layout<float> {
+  static AAPE_FN int pitch(int frames) { return frames * kRows; }
+  static AAPE_FN int in_line(int token, int frame, int row) {
+    const int place = row % 8 / 2 * 4 + row / 8 * 2 + row % 2;
+    return (frame ^ ((token ^ token >> 1) & 1)) * kRows + (place ^ (token & 4) * 2);
+  }
+  // Of a right factor of rows a lane has two columns side by side: place 2 · column + tile.
+  static AAPE_FN int row_of(int tile, int column) { return column / 2 * 2 + tile + column % 2 * 8; }
+};
+
+// What a warp's tokens are: S says X, the type of pixels, and whether the geometry is the usual one, where patch and window
+// are the same 16 frames of 16 rows and pixels can be moved 16 bytes at once.
+template <class S>
+struct LineParams {
+  using X = typename S::X;
+  using Offset = std::conditional_t<S::kUsual, int, int64_t>;  // within x
+  GridOf<int> grid;
+  Line<S::kUsual> line;
+  int tokens;
+  bool time_major;
+  const X* x;
+  Offset x_stride[4];
+  Divisor<int32_t> by_inner, by_outer, by_patch_f;  // the faster axis of tokens, the slower one
+
+  AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
+  AAPE_DEVICE int length() const { return rows() * line.patch(); }
+  AAPE_DEVICE int pitch() const { return Layout<X>::pitch(line.frames()); }
+};
+
+// A lane's two tokens, g and g + 8 of the warp's.
+struct TwoTokens {
+  int first, count;  // g, of all tokens; their number
+  AAPE_DEVICE int row(int h) const { return first + 8 * h; }
+  AAPE_DEVICE bool there(int h) const { return row(h) < count; }
+};
+
+template <class S>
+AAPE_DEVICE TwoTokens tokens_at(const LineParams<S>& p, int tile) {
+  return {tile * kTokensOfWarp + int(threadIdx.x % kLanes / 4), p.tokens};
+}
+
+// Token (b, i, j).
+struct Position {
+  int b, i, j;
+};
+
+template <class S>
+AAPE_DEVICE Position position_of(const LineParams<S>& p, int token) {
+  const auto [line, inner] = p.by_inner(token);
+  const auto [b, outer] = p.by_outer(line);
+  return {b, p.time_major ? inner : outer, p.time_major ? outer : inner};
+}
+
+// Where the line of a token begins: the first pixel's offset, and the clip's frame.
+template <class S>
+struct Start {
+  typename LineParams<S>::Offset pixel;
+  int frame;
+};
+
+template <class S>
+AAPE_DEVICE Start<S> start_of(const LineParams<S>& p, int token) {
+  const auto [b, i, j] = position_of(p, token);
+  const int frame = j * p.grid.stride_t + p.line.start;
+  return {b * p.x_stride[0] + i * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
+}
+
+// Where a row of x lies, from a token's first pixel.
+template <class S>
+AAPE_DEVICE typename LineParams<S>::Offset row_offset(const LineParams<S>& p, int row) {
+  if (S::kUsual) return row * p.x_stride[2];
+  const auto [channel, bin] = p.by_patch_f(row);
+  return channel * p.x_stride[1] + bin * p.x_stride[2];
+}
+
+// The usual lines -> shared memory, in packs of 16 bytes; and to where keep.at(token, element of the patch) says, by
+// keep(place, further elements, pack). Behind the last token are its pixels once more. Two lanes have 32 bytes that are next
+// to each other: whole sectors of global memory.
+//
+// Of bfloat16 that is a row of a token; eight lanes have rows q and q + 1 for four values of q, and what they store is, with
+// those of every other token, in different banks.
+template <class S, class Keep>
+AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, BFloat16* lines, Keep keep) {
+  using Eight = Pack<uint32_t, 4>;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, pack = lane % 2;
+  const int mine = first + lane % kTokensOfWarp, start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const int m = lane / 8 * 2 + step % 2 + step / 2 * 8;
+    const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, m) + pack * 8;
+    const auto to_keep = keep.at(first + m, pack * 8);
+    Eight rows[2][2];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int row = lane / 2 % 4 * 2 + n / 2 * 8 + n % 2;
+      rows[n / 2][n % 2] = load_pack<Eight>(from + row_offset(p, row));
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 2 % 4 * 2 + half * 8;
+      const Eight &upper = rows[half][0], &lower = rows[half][1];
+      if (first + m < p.tokens) {
+        keep(to_keep, row * 16, upper);
+        keep(to_keep, row * 16 + 16, lower);
+      }
+      // frames 2k and 2k + 1 of both rows
+      uint32_t* to = reinterpret_cast<uint32_t*>(lines + m * p.pitch() + Layout<BFloat16>::in_line(m, pack * 8, row));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        to[2 * k * (kRows / 2)] = lower_halves(upper.at[k], lower.at[k]);
+        to[(2 * k + 1) * (kRows / 2)] = upper_halves(upper.at[k], lower.at[k]);
+      }
+    }
+  }
+}
+
+// Of float32 four lanes would have a row; two do at a time, and half a warp two tokens' sixteen rows, four frames each.
+template <class S, class Keep>
+AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep keep) {
+  using Four = Pack<float, 4>;
+  constexpr int kSteps = 16, kAtOnce = 4;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, row = lane % 8 * 2;
+  const int mine = first + lane % kTokensOfWarp, start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+  const auto token = [=](int step) { return step / 2 * 2 + lane / 8 % 2; };
+  const auto frame = [=](int step) { return step % 2 * 8 + lane / 16 * 4; };
+#pragma unroll
+  for (int some = 0; some < kSteps; some += kAtOnce) {
+    Four rows[kAtOnce][2];
+#pragma unroll
+    for (int step = 0; step < kAtOnce; ++step) {
+      const float* from = p.x + __shfl_sync(0xFFFFFFFFu, start, token(some + step)) + frame(some + step);
+      for (int n = 0; n < 2; ++n) rows[step][n] = load_pack<Four>(from + row_offset(p, row + n));
+    }
+#pragma unroll
+    for (int step = 0; step < kAtOnce; ++step) {
+      const int m = token(some + step), f = frame(some + step);
+      const Four &upper = rows[step][0], &lower = rows[step][1];
+      if (first + m < p.tokens) {
+        const auto to_keep = keep.at(first + m, f);
+        keep(to_keep, row * 16, upper);
+        keep(to_keep, row * 16 + 16, lower);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        store_pack(lines + m * p.pitch() + Layout<float>::in_line(m, f + k, row), Two<float>{{upper.at[k], lower.at[k]}});
+      }
+    }
+  }
+}
+
+// The same for any geometry, pixel by pixel, zero outside the clip.
+template <class S, class X, class Keep>
+AAPE_DEVICE void load_pixels(const LineParams<S>& p, int tile, X* lines, Keep keep) {
+  const int lane = threadIdx.x % kLanes;
+  for (int m = lane / 4; m < kTokensOfWarp; m += 8) {
+    const int token = tile * kTokensOfWarp + m;
+    const bool there = token < p.tokens;
+    const Start<S> start = start_of(p, there ? token : p.tokens - 1);
+    const auto to_keep = keep.at(token, 0);
+    X* line = lines + m * p.pitch();
+    for (int row = lane % 4; row < kRows; row += 4) {
+      const X* from = p.x + start.pixel + row_offset(p, row);
+      for (int f = 0; f < p.line.frames(); ++f) {
+        const int frame = start.frame + f, of_patch = f - p.line.patch_first();
+        X value = X(0.0f);
+        if (row < p.rows() && frame >= 0 && frame < p.grid.frames) {
+          value = from[f * p.x_stride[3]];
+          if (there && of_patch >= 0 && of_patch < p.line.patch()) keep(to_keep, row * p.line.patch() + of_patch, value);
+        }
+        line[Layout<X>::in_line(m, f, row)] = value;
+      }
+    }
+  }
+}
+
+// The pixels of all tokens in one frame, as a left factor (tokens × rows).
+template <class S>
+AAPE_DEVICE Left<BFloat16> frame_left(const LineParams<S>& p, const BFloat16* lines, int frame) {
+  const int lane = threadIdx.x % kLanes;
+  return load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, frame, lane / 16 * 8));
+}
+template <class S>
+AAPE_DEVICE Split<Left<float>> frame_left(const LineParams<S>& p, const float* lines, int frame) {
+  const int lane = threadIdx.x % kLanes, m = lane / 4;
+  const float* from = lines + m * p.pitch() + Layout<float>::in_line(m, frame, lane % 4 * 2);
+  Split<Left<float>> out;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {  // token m + 8 has the same places
+    const auto four = load_pack<Pack<float, 4>>(from + 8 * h * p.pitch());
+    out.set(h, four.at[0], four.at[1]);
+    out.set(h + 2, four.at[2], four.at[3]);
+  }
+  return out;
+}
+
+// The same as two right factors (tokens × rows), of the rows `Layout::row_of`.
+template <class X>
+struct TwoRights {
+  Whole<X, Right<X>> tile[2];
+};
+
+template <class S>
+AAPE_DEVICE TwoRights<BFloat16> frame_rights(const LineParams<S>& p, const BFloat16* lines, int frame) {
+  const int lane = threadIdx.x % kLanes;
+  const auto four = load_rights(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, frame, lane / 16 * 8));
+  return {{{{four.at[0], four.at[1]}}, {{four.at[2], four.at[3]}}}};
+}
+template <class S>
+AAPE_DEVICE TwoRights<float> frame_rights(const LineParams<S>& p, const float* lines, int frame) {
+  const int lane = threadIdx.x % kLanes;
+  const int row = Layout<float>::row_of(0, lane / 4);
+  TwoRights<float> out;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Two<float> rows[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int m = lane % 4 * 2 + n;
+      rows[n] = load_pack<Two<float>>(lines + (m + 8 * half) * p.pitch() + Layout<float>::in_line(m, frame, row));
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) out.tile[tile].set(half, rows[0].at[tile], rows[1].at[tile]);
+  }
+  return out;
+}
+
+// Bytes of one warp's.
+template <class X, bool kUsual>
+size_t lines_bytes(const Line<kUsual>& line) {
+  return size_t(kTokensOfWarp) * size_t(Layout<X>::pitch(line.frames_)) * sizeof(X);
+}
+
+// A block a multiprocessor, of as many warps as find room; none if that is not one.
+struct Launch {
+  int blocks, warps;
+  size_t shared;
+};
+inline Launch launch_of(int tokens, int most_warps, size_t common, size_t own) {
+  const size_t limit = shared_limit();
+  if (limit < common + own) return {0, 0, 0};
+  const size_t room = (limit - common) / own;
+  const int warps = room < size_t(most_warps) ? int(room) : most_warps;
+  const int tiles = (tokens + kTokensOfWarp - 1) / kTokensOfWarp, chip = multiprocessors();
+  return {tiles < chip ? tiles : chip, warps, common + size_t(warps) * own};
+}
+
+// Fewer would leave the tensor cores idle: long lines on a small chip.
+constexpr int kLeastWarps = 4;
+
+// Of a block of a backward kernel, for which registers suffice: of float32 two warps a scheduler.
+template <class X>
+constexpr int backward_warps(int forward) {
+  return std::is_same_v<X, BFloat16> ? forward : 8;
+}
+
+// This warp's first tile of tokens.
+AAPE_DEVICE int first_tile() { return int(threadIdx.x / kLanes * gridDim.x + blockIdx.x); }
+
+// visit(tokens) for the tiles of this warp, few of which are spread over all blocks first, with their lines in shared memory;
+// keep is given the patches, as by `load_packs`.
+template <class S, class X, class Keep, class Visit>
+AAPE_DEVICE void each_tile(const LineParams<S>& p, X* lines, Keep keep, Visit visit) {
+  const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp;
+  for (int tile = first_tile(); tile < tiles; tile += int(blockDim.x / kLanes * gridDim.x)) {
+    if constexpr (S::kUsual) load_packs(p, tile, lines, keep);
+    else load_pixels(p, tile, lines, keep);
+    __syncwarp();
+    visit(tokens_at(p, tile));
+    __syncwarp();  // before the lines are written again
+  }
+}
+
+// Set all that p has of lines.
+template <class S>
+void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool time_major) {
+  p.grid = narrowed<int>(g);
+  const int offset = int(g.patch_t - g.window) / 2, start = offset < 0 ? offset : 0;
+  const int end = int(offset + g.window > g.patch_t ? offset + g.window : g.patch_t);
+  p.line = {end - start, int(g.patch_t), -start, int(g.window), offset - start, start};
+  p.tokens = int(g.batch * g.n_f * g.n_t);
+  p.time_major = time_major;
+  p.by_inner = Divisor<int32_t>(time_major ? g.n_f : g.n_t);
+  p.by_outer = Divisor<int32_t>(time_major ? g.n_t : g.n_f);
+  p.by_patch_f = Divisor<int32_t>(g.patch_f);
+  p.x = reinterpret_cast<const typename S::X*>(x.data);
+  copy_strides(p.x_stride, x, 4);
+}
+
+// Whether all of a call's windows can be projected by warps.
+inline bool has_lines(const Grid& g) {
+  return g.quadrature && g.window % 2 == 0 && g.channels * g.patch_f <= kRows && g.batch * g.n_f * g.n_t < INT32_MAX;
+}
+
+// Whether a call is of the usual geometry, its pixels in packs of 16 bytes.
+template <class X>
+bool is_usual(const Grid& g, const View& x) {
+  constexpr int64_t kPack = 16 / sizeof(X);
+  bool usual = g.channels == 1 && g.patch_f == kRows && g.patch_t == 16 && g.window == 16 && g.stride_t % kPack == 0 &&
+               x.stride[3] == 1 && aligned<Pack<float, 4>>(x.data) &&
+               is_small(x, {g.batch, g.channels, g.mel_bins, g.frames});
+  for (int axis = 0; axis < 3; ++axis) usual = usual && x.stride[axis] % kPack == 0;
+  return usual;
+}
+
+}  // namespace cuda
+}  // namespace aape

@@ -1,0 +1,51 @@
+// SBLU forward on tensor cores: a block for 16 or 32 states, whose warps take 16 tokens in turn.
+
+#include "api.h"
+#include "warp_sblu.cuh"
+
+namespace aape {
+namespace cuda {
+
+template <class S>
+__global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_sblu_kernel(const WarpSbluParams<S> p) {
+  using X = typename S::X;
+  AAPE_DYN_SHARED(memory);
+  const auto projection = reinterpret_cast<Weights<X>*>(memory);
+  X* const lines = reinterpret_cast<X*>(projection + S::kStateTiles * kLanes) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch();
+  const int first = int(blockIdx.y) * S::kStates;
+  fill_projection(p, p.weight, projection, first);
+  __syncthreads();
+  each_tile(p, lines, KeepNothing(), [&](const TwoTokens& at) {
+    const Positions<S> positions(p, at);
+#pragma unroll 1
+    for (int n = 0; n < S::kStateTiles; ++n) {
+      State<float> states[4];
+      load_states(p, at, positions, first, n, states);
+      Complex<float> y[4];
+      respond(p, lines, projection + n * kLanes, states, y);
+      each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+        X* to = p.y.at(positions.of[h]);
+        p.y.store(to, first + s, two, y[k].re, y[k + 1].re);
+        p.y.store(to + p.y.plane, first + s, two, y[k].im, y[k + 1].im);
+      });
+    }
+  });
+}
+
+template <class S>
+bool launch_warp_sblu(const SbluCall& call, void* stream) {
+  const WarpSbluParams<S> p = warp_sblu_params<S>(call);
+  const Launch launch = launch_of(p.tokens, S::kMostWarps, S::kStateTiles * kLanes * sizeof(Weights<typename S::X>),
+                                  lines_bytes<typename S::X>(p.line));
+  if (launch.warps < kLeastWarps) return false;
+  const dim3 grid(unsigned(launch.blocks), unsigned((call.grid.states + S::kStates - 1) / S::kStates));
+  AAPE_LAUNCH("sblu", (warp_sblu_kernel<S>), grid, dim3(unsigned(launch.warps * kLanes)), launch.shared, stream, p);
+  return true;
+}
+
+bool warp_sblu(const SbluCall& call, void* stream) {
+  return with_unit_sizes(call, [&](auto sizes) { return launch_warp_sblu<decltype(sizes)>(call, stream); });
+}
+
+}  // namespace cuda
+}  // namespace aape

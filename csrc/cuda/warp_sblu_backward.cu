@@ -1,0 +1,212 @@
+// SBLU backward on tensor cores, one pass over x: the gradients of the states, of the projection, and of every window.
+
+#include "api.h"
+#include "warp_sblu.cuh"
+
+namespace aape {
+namespace cuda {
+
+// A block's right factors, and what each warp has behind them.
+template <class S>
+struct UnitBackwardShared {
+  using X = typename S::X;
+  static constexpr size_t kTiles = S::kStateTiles * kLanes * sizeof(Weights<X>), kCommonBytes = 2 * kTiles;
+  static constexpr size_t kSumsAt = Kept<S>::kBytes, kLinesAt = kSumsAt + WeightSums<S>::kCount * sizeof(float);
+  Weights<X> *projection, *turned;  // (rows × states), (states × rows)
+  Kept<S> kept;
+  WeightSums<S> sums;
+  X* lines;
+
+  AAPE_DEVICE UnitBackwardShared(const WarpSbluParams<S>& p, unsigned char* memory) {
+    const int own_bytes = int(kLinesAt) + kTokensOfWarp * p.pitch() * int(sizeof(X));
+    unsigned char* const own = memory + kCommonBytes + threadIdx.x / kLanes * own_bytes;
+    projection = reinterpret_cast<Weights<X>*>(memory);
+    turned = projection + S::kStateTiles * kLanes;
+    kept = {reinterpret_cast<Pack<float, 4>*>(own)};
+    sums = {reinterpret_cast<float*>(own + kSumsAt), own_bytes};
+    lines = reinterpret_cast<X*>(own + kLinesAt);
+  }
+};
+
+// The projection's weights (states × rows), two factors for every 16 states.
+template <class S>
+AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<typename S::X>* to, int first) {
+  const int rows = p.rows();
+  fill_rights(to, S::kStateTiles, [&](int tile, int row, int column) {
+    const int s = first + tile / 2 * 16 + row, of_x = tile % 2 * 8 + column;
+    return of_x < rows && s < p.grid.states ? load<float>(p.weight, s * rows + of_x) : 0.0f;
+  });
+}
+
+template <class S>
+AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first,
+                           Complex<float> (&grad)[S::kStateTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < S::kStateTiles; ++n) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) grad[n][k] = {0, 0};
+    each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+      const auto* from = p.grad.at(positions.of[h]);
+      p.grad.load(from, first + s, two, grad[n][k].re, grad[n][k + 1].re);
+      p.grad.load(from + p.grad.plane, first + s, two, grad[n][k].im, grad[n][k + 1].im);
+    });
+  }
+}
+
+// Lines ← Σ_s ∂u · weight, the windows' gradients, in place of their pixels. A lane has four rows of two tokens in a frame.
+template <class S>
+AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>& m, int pair,
+                        const Complex<float> (&grad)[S::kStateTiles][4]) {
+  using Four = Pack<float, 4>;
+  const int lane = threadIdx.x % kLanes, token = lane / 4, row = lane % 4 * 2;
+  const int centre = p.line.window_first() + p.line.window() / 2;
+  const auto weight = [&](int tile) { return load_right(m.turned + (2 * pair + tile) * kLanes); };
+  const Split<Right<float>> weights[2] = {weight(0), weight(1)};
+  const auto put = [&](const float (&frame)[2][4], int at) {
+    Split<Left<float>> factor;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      factor.set(2 * tile, frame[tile][0], frame[tile][1]);
+      factor.set(2 * tile + 1, frame[tile][2], frame[tile][3]);
+    }
+    Sums sums[2];
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) multiply(sums[tile], factor, weights[tile]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float* to = m.lines + (token + 8 * h) * p.pitch() + Layout<float>::in_line(token, at, row);
+      Four value = {{sums[0].at[2 * h], sums[0].at[2 * h + 1], sums[1].at[2 * h], sums[1].at[2 * h + 1]}};
+      if (pair) {
+        const Four before = load_pack<Four>(to);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) value.at[k] += before.at[k];
+      }
+      store_shared(to, value);
+    }
+  };
+  each_grad_of_u(p, m.kept, pair, grad, [&](int f, const float (&right)[2][4], const float (&left)[2][4]) {
+    put(right, centre + f);
+    put(left, centre - 1 - f);
+  });
+}
+
+// Lines -> the windows' gradients, in the order of `load_packs`, or one by one.
+template <class S>
+AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, int first_token) {
+  const int lane = threadIdx.x % kLanes;
+  const auto window_of = [&](int m) {
+    const Position at = position_of(p, first_token + m);
+    return p.windows + at.b * p.window_stride[0] + at.i * p.window_stride[1] + at.j * p.window_stride[2];
+  };
+  const auto place = [&](int m, int frame, int row) { return lines + m * p.pitch() + Layout<float>::in_line(m, frame, row); };
+  bool packed = S::kUsual && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(p.windows);
+  for (int axis = 0; axis < 4; ++axis) packed = packed && p.window_stride[axis] % 4 == 0;
+  if (packed) {
+    const int row = lane % 8 * 2;
+#pragma unroll 4
+    for (int step = 0; step < 16; ++step) {
+      const int m = step / 2 * 2 + lane / 8 % 2, f = step % 2 * 8 + lane / 16 * 4;
+      if (first_token + m >= p.tokens) continue;
+      Pack<float, 4> rows[2];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto two = load_pack<Two<float>>(place(m, f + k, row));
+        for (int n = 0; n < 2; ++n) rows[n].at[k] = two.at[n];
+      }
+      float* to = window_of(m) + row * p.window_stride[3] + f;
+      for (int n = 0; n < 2; ++n) store_global(to + n * p.window_stride[3], rows[n]);
+    }
+  } else {
+    for (int m = 0; m < kTokensOfWarp && first_token + m < p.tokens; ++m) {
+      float* to = window_of(m);
+      for (int k = lane; k < p.rows() * p.line.window(); k += kLanes) {
+        const auto [row, f] = p.by_window(k);
+        to[row * p.window_stride[3] + f * p.window_stride[4]] = *place(m, p.line.window_first() + f, row);
+      }
+    }
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backward_kernel(const WarpSbluParams<S> p) {
+  AAPE_DYN_SHARED(memory);
+  const UnitBackwardShared<S> m(p, memory);
+  const int first = int(blockIdx.y) * S::kStates;
+  m.sums.clear();
+  fill_projection(p, p.weight, m.projection, first);
+  if (p.windows) fill_turned(p, m.turned, first);
+  __syncthreads();
+  each_tile(p, m.lines, KeepNothing(), [&](const TwoTokens& at) {
+    const Positions<S> positions(p, at);
+    Complex<float> grad[S::kStateTiles][4];
+    load_grad(p, at, positions, first, grad);
+#pragma unroll
+    for (int n = 0; n < S::kStateTiles; ++n) {
+      State<float> states[4];
+      load_states(p, at, positions, first, n, states);
+      Complex<float> y[4];
+      Slopes slopes[4];
+      respond(p, m.lines, m.projection + n * kLanes, m.kept, n, states, y, slopes);
+      if (!p.grad_decay.data) continue;
+      each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+        const auto along = [&](const Complex<float>& a, const Complex<float>& b, auto& to) {
+          to.store(to.at(positions.of[h]), first + s, two, Slopes::along(a, grad[n][k]), Slopes::along(b, grad[n][k + 1]));
+        };
+        along(slopes[k].decay, slopes[k + 1].decay, p.grad_decay);
+        along(slopes[k].frequency, slopes[k + 1].frequency, p.grad_frequency);
+      });
+    }
+    if (p.partial) {
+#pragma unroll
+      for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, m.lines, m.kept, m.sums, pair, grad);
+    }
+    if constexpr (std::is_same_v<typename S::X, float>) {
+      if (p.windows) {
+        __syncwarp();  // before pixels are written over
+#pragma unroll
+        for (int pair = 0; pair < S::kStateTiles / 2; ++pair) spread(p, m, pair, grad);
+        __syncwarp();
+        store_windows(p, m.lines, at.first - int(threadIdx.x % kLanes / 4));
+      }
+    }
+  });
+  if (p.partial) add_up(p, m.sums, p.partial, first);
+}
+
+template <class S>
+Launch unit_backward_launch(const WarpSbluParams<S>& p) {
+  return launch_of(p.tokens, S::kBackwardWarps, UnitBackwardShared<S>::kCommonBytes,
+                   UnitBackwardShared<S>::kLinesAt + lines_bytes<typename S::X>(p.line));
+}
+
+// The gradient of x: of float32, as its windows take the place of its pixels, and of all states at once.
+bool can_give(const SbluCall& call) {
+  return !call.grad_x.data || (call.x.type == DType::kFloat32 && call.grid.states <= 32);
+}
+
+int64_t warp_sblu_programs(const SbluCall& call) {
+  int64_t programs = 0;
+  if (!can_give(call)) return programs;
+  with_unit_sizes(call, [&](auto sizes) {
+    const Launch launch = unit_backward_launch(warp_sblu_params<decltype(sizes)>(call));
+    programs = launch.warps < kLeastWarps ? 0 : launch.blocks;
+    return true;
+  });
+  return programs;
+}
+
+void warp_sblu_backward(const SbluCall& call, void* partial, void* stream) {
+  with_unit_sizes(call, [&](auto sizes) {
+    using S = decltype(sizes);
+    WarpSbluParams<S> p = warp_sblu_params<S>(call);
+    p.partial = static_cast<float*>(partial);
+    const Launch launch = unit_backward_launch(p);
+    const dim3 grid(unsigned(launch.blocks), unsigned((call.grid.states + S::kStates - 1) / S::kStates));
+    AAPE_LAUNCH("sblu_backward", (warp_sblu_backward_kernel<S>), grid, dim3(unsigned(launch.warps * kLanes)), launch.shared,
+                stream, p);
+    return true;
+  });
+}
+
+}  // namespace cuda
+}  // namespace aape
