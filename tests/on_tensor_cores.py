@@ -7,8 +7,9 @@ from checks import poisoned_memory
 from test_stem import check as check_stem
 
 from aape_kernels import AaPE
+from aape_kernels.reference import PLANES
 
-# The usual geometry, and any with up to 16 rows, 32 states and 64 units.
+# The usual geometry, and any with up to 32 states and 64 units whose patches find room.
 STEMS = {
     "usual": {},
     "usual-time-major": {"layout": "TF"},
@@ -17,6 +18,8 @@ STEMS = {
     "long-window": {"patch_size": (8, 4), "window": 12, "num_states": 20, "encoder_dim": 20},
     "short-window": {"patch_size": (4, 10), "window": 4, "num_states": 6, "encoder_dim": 40},
     "two-channels": {"in_chans": 2, "patch_size": (8, 16), "stride": (8, 8)},
+    "three-channels": {"in_chans": 3, "patch_size": (16, 4)},
+    "many-rows": {"patch_size": (20, 6), "stride": (12, 5), "window": 8, "num_states": 18, "encoder_dim": 10},
 }
 # The types of x and of tokens; where they differ, autocast is at work.
 TYPES = {
@@ -24,6 +27,15 @@ TYPES = {
     "float32": (torch.float32, torch.float32),
     "float32-to-bfloat16": (torch.float32, torch.bfloat16),
     "float32-to-float16": (torch.float32, torch.float16),
+}
+
+# What differs under autocast is how operands are stored and cotangents read.
+SOME = {
+    f"{types}-{options}-{features}": (TYPES[types], STEMS[options], features)
+    for types in TYPES
+    for options in STEMS
+    for features in PLANES
+    if "-to-" not in types or (options in ("usual", "odd-sizes") and features == "both")
 }
 
 

@@ -1,6 +1,6 @@
 // 16 tokens a warp: the pixels under them in its shared memory, and how warps share out tokens.
 //
-// Pixels are turned, [token][frame][row], so that the 16 rows of one frame are a left factor (tokens × rows) or a right one.
+// Pixels are turned, [token][frame][row], so that 16 rows of one frame are a left factor (tokens × rows) or a right one.
 // Warps need nothing of each other.
 
 #pragma once
@@ -12,7 +12,7 @@ namespace aape {
 namespace cuda {
 
 constexpr int kTokensOfWarp = 16;
-constexpr int kRows = 16;  // C · P_f, at the most
+constexpr int kRows = 16;  // of a factor; C · P_f of them are padded with zeros to whole ones
 
 // A token's line of frames: those of patch and window. Frames are counted from its first one, and are even in number.
 template <bool kUsual>
@@ -26,28 +26,29 @@ struct Line {
   AAPE_DEVICE int window_first() const { return kUsual ? 0 : window_first_; }
 };
 
-// Where pixels lie, so that neither who writes them nor who reads them meets bank conflicts; in elements.
+// Where pixels lie, so that neither who writes them nor who reads them meets bank conflicts; in elements. A group is sixteen
+// rows of a frame, and a line has an even number of them.
 template <class X>
 struct Layout;
 
-// Lines are 16 bytes longer than they need, by which eight rows of a product are in different banks. Every other eight frames
+// Lines are 16 bytes longer than they need, by which eight rows of a product are in different banks. Every other eight groups
 // have the halves of their rows swapped, for the sake of `load_packs`.
 template <>
 struct Layout<BFloat16> {
-  static AAPE_FN int pitch(int frames) { return frames * kRows + 8; }
-  static AAPE_FN int in_line(int, int frame, int row) { return frame * kRows + (row ^ (frame & 8)); }
+  static AAPE_FN int pitch(int groups) { return groups * kRows + 8; }
+  static AAPE_FN int in_line(int, int group, int row) { return group * kRows + (row ^ (group & 8)); }
   // of a right factor of rows
   static AAPE_FN int row_of(int tile, int column) { return tile * 8 + column; }
 };
 
-// A frame's rows in the order 0 1 8 9 2 3 10 11 …, so that a lane has four of a left factor in one access of 16 bytes. Of
-// tokens 1, 2, 5, 6, … every two frames have changed places, and of tokens 4 to 7 and 12 to 15 the halves of their rows.
+// A group's rows in the order 0 1 8 9 2 3 10 11 …, so that a lane has four of a left factor in one access of 16 bytes. Of
+// tokens 1, 2, 5, 6, … every two groups have changed places, and of tokens 4 to 7 and 12 to 15 the halves of their rows.
 template <>
 struct Layout<float> {
-  static AAPE_FN int pitch(int frames) { return frames * kRows; }
-  static AAPE_FN int in_line(int token, int frame, int row) {
+  static AAPE_FN int pitch(int groups) { return groups * kRows; }
+  static AAPE_FN int in_line(int token, int group, int row) {
     const int place = row % 8 / 2 * 4 + row / 8 * 2 + row % 2;
-    return (frame ^ ((token ^ token >> 1) & 1)) * kRows + (place ^ (token & 4) * 2);
+    return (group ^ ((token ^ token >> 1) & 1)) * kRows + (place ^ (token & 4) * 2);
   }
   // Of a right factor of rows a lane has two columns side by side: place 2 · column + tile.
   static AAPE_FN int row_of(int tile, int column) { return column / 2 * 2 + tile + column % 2 * 8; }
@@ -61,6 +62,7 @@ struct LineParams {
   using Offset = std::conditional_t<S::kUsual, int, int64_t>;  // within x
   GridOf<int> grid;
   Line<S::kUsual> line;
+  int row_blocks;  // of kRows
   int tokens;
   bool time_major;
   const X* x;
@@ -69,7 +71,9 @@ struct LineParams {
 
   AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
   AAPE_DEVICE int length() const { return rows() * line.patch(); }
-  AAPE_DEVICE int pitch() const { return Layout<X>::pitch(line.frames()); }
+  AAPE_DEVICE int blocks() const { return S::kUsual ? 1 : row_blocks; }
+  AAPE_DEVICE int group(int frame, int block) const { return frame * blocks() + block; }
+  AAPE_DEVICE int pitch() const { return Layout<X>::pitch(group(line.frames(), 0)); }
 };
 
 // A lane's two tokens, g and g + 8 of the warp's.
@@ -203,7 +207,7 @@ AAPE_DEVICE void load_pixels(const LineParams<S>& p, int tile, X* lines, Keep ke
     const Start<S> start = start_of(p, there ? token : p.tokens - 1);
     const auto to_keep = keep.at(token, 0);
     X* line = lines + m * p.pitch();
-    for (int row = lane % 4; row < kRows; row += 4) {
+    for (int row = lane % 4; row < p.blocks() * kRows; row += 4) {
       const X* from = p.x + start.pixel + row_offset(p, row);
       for (int f = 0; f < p.line.frames(); ++f) {
         const int frame = start.frame + f, of_patch = f - p.line.patch_first();
@@ -212,22 +216,22 @@ AAPE_DEVICE void load_pixels(const LineParams<S>& p, int tile, X* lines, Keep ke
           value = from[f * p.x_stride[3]];
           if (there && of_patch >= 0 && of_patch < p.line.patch()) keep(to_keep, row * p.line.patch() + of_patch, value);
         }
-        line[Layout<X>::in_line(m, f, row)] = value;
+        line[Layout<X>::in_line(m, p.group(f, row / kRows), row % kRows)] = value;
       }
     }
   }
 }
 
-// The pixels of all tokens in one frame, as a left factor (tokens × rows).
+// A group's pixels of all tokens, as a left factor (tokens × rows).
 template <class S>
-AAPE_DEVICE Left<BFloat16> frame_left(const LineParams<S>& p, const BFloat16* lines, int frame) {
+AAPE_DEVICE Left<BFloat16> group_left(const LineParams<S>& p, const BFloat16* lines, int group) {
   const int lane = threadIdx.x % kLanes;
-  return load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, frame, lane / 16 * 8));
+  return load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, group, lane / 16 * 8));
 }
 template <class S>
-AAPE_DEVICE Split<Left<float>> frame_left(const LineParams<S>& p, const float* lines, int frame) {
+AAPE_DEVICE Split<Left<float>> group_left(const LineParams<S>& p, const float* lines, int group) {
   const int lane = threadIdx.x % kLanes, m = lane / 4;
-  const float* from = lines + m * p.pitch() + Layout<float>::in_line(m, frame, lane % 4 * 2);
+  const float* from = lines + m * p.pitch() + Layout<float>::in_line(m, group, lane % 4 * 2);
   Split<Left<float>> out;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {  // token m + 8 has the same places
@@ -245,13 +249,13 @@ struct TwoRights {
 };
 
 template <class S>
-AAPE_DEVICE TwoRights<BFloat16> frame_rights(const LineParams<S>& p, const BFloat16* lines, int frame) {
+AAPE_DEVICE TwoRights<BFloat16> group_rights(const LineParams<S>& p, const BFloat16* lines, int group) {
   const int lane = threadIdx.x % kLanes;
-  const auto four = load_rights(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, frame, lane / 16 * 8));
+  const auto four = load_rights(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, group, lane / 16 * 8));
   return {{{{four.at[0], four.at[1]}}, {{four.at[2], four.at[3]}}}};
 }
 template <class S>
-AAPE_DEVICE TwoRights<float> frame_rights(const LineParams<S>& p, const float* lines, int frame) {
+AAPE_DEVICE TwoRights<float> group_rights(const LineParams<S>& p, const float* lines, int group) {
   const int lane = threadIdx.x % kLanes;
   const int row = Layout<float>::row_of(0, lane / 4);
   TwoRights<float> out;
@@ -261,7 +265,7 @@ AAPE_DEVICE TwoRights<float> frame_rights(const LineParams<S>& p, const float* l
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int m = lane % 4 * 2 + n;
-      rows[n] = load_pack<Two<float>>(lines + (m + 8 * half) * p.pitch() + Layout<float>::in_line(m, frame, row));
+      rows[n] = load_pack<Two<float>>(lines + (m + 8 * half) * p.pitch() + Layout<float>::in_line(m, group, row));
     }
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) out.tile[tile].set(half, rows[0].at[tile], rows[1].at[tile]);
@@ -270,9 +274,9 @@ AAPE_DEVICE TwoRights<float> frame_rights(const LineParams<S>& p, const float* l
 }
 
 // Bytes of one warp's.
-template <class X, bool kUsual>
-size_t lines_bytes(const Line<kUsual>& line) {
-  return size_t(kTokensOfWarp) * size_t(Layout<X>::pitch(line.frames_)) * sizeof(X);
+template <class S>
+size_t lines_bytes(const LineParams<S>& p) {
+  return size_t(kTokensOfWarp) * size_t(Layout<typename S::X>::pitch(p.line.frames_ * p.row_blocks)) * sizeof(typename S::X);
 }
 
 // A block a multiprocessor, of as many warps as find room; none if that is not one.
@@ -322,6 +326,7 @@ void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool time_major) 
   const int offset = int(g.patch_t - g.window) / 2, start = offset < 0 ? offset : 0;
   const int end = int(offset + g.window > g.patch_t ? offset + g.window : g.patch_t);
   p.line = {end - start, int(g.patch_t), -start, int(g.window), offset - start, start};
+  p.row_blocks = int((g.channels * g.patch_f + kRows - 1) / kRows);
   p.tokens = int(g.batch * g.n_f * g.n_t);
   p.time_major = time_major;
   p.by_inner = Divisor<int32_t>(time_major ? g.n_f : g.n_t);
@@ -331,9 +336,10 @@ void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool time_major) 
   copy_strides(p.x_stride, x, 4);
 }
 
-// Whether all of a call's windows can be projected by warps.
+// Whether warps can project windows like a call's, if they find room.
 inline bool has_lines(const Grid& g) {
-  return g.quadrature && g.window % 2 == 0 && g.channels * g.patch_f <= kRows && g.batch * g.n_f * g.n_t < INT32_MAX;
+  return g.quadrature && g.window % 2 == 0 && g.batch * g.n_f * g.n_t < INT32_MAX && g.channels * g.patch_f < INT16_MAX &&
+         g.patch_t < INT16_MAX && g.window < INT16_MAX;
 }
 
 // Whether a call is of the usual geometry, its pixels in packs of 16 bytes.

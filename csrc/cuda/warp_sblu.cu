@@ -11,7 +11,8 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_sblu_kernel(con
   using X = typename S::X;
   AAPE_DYN_SHARED(memory);
   const auto projection = reinterpret_cast<Weights<X>*>(memory);
-  X* const lines = reinterpret_cast<X*>(projection + S::kStateTiles * kLanes) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch();
+  X* const lines = reinterpret_cast<X*>(projection + p.blocks() * S::kStateTiles * kLanes) +
+                   threadIdx.x / kLanes * kTokensOfWarp * p.pitch();
   const int first = int(blockIdx.y) * S::kStates;
   fill_projection(p, p.weight, projection, first);
   __syncthreads();
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_sblu_kernel(con
 template <class S>
 bool launch_warp_sblu(const SbluCall& call, void* stream) {
   const WarpSbluParams<S> p = warp_sblu_params<S>(call);
-  const Launch launch = launch_of(p.tokens, S::kMostWarps, S::kStateTiles * kLanes * sizeof(Weights<typename S::X>),
-                                  lines_bytes<typename S::X>(p.line));
+  const size_t tiles = size_t(p.row_blocks) * S::kStateTiles * kLanes * sizeof(Weights<typename S::X>);
+  const Launch launch = launch_of(p.tokens, S::kMostWarps, tiles, lines_bytes(p));
   if (launch.warps < kLeastWarps) return false;
   const dim3 grid(unsigned(launch.blocks), unsigned((call.grid.states + S::kStates - 1) / S::kStates));
   AAPE_LAUNCH("sblu", (warp_sblu_kernel<S>), grid, dim3(unsigned(launch.warps * kLanes)), launch.shared, stream, p);

@@ -10,31 +10,33 @@ namespace cuda {
 template <class S>
 struct UnitBackwardShared {
   using X = typename S::X;
-  static constexpr size_t kTiles = S::kStateTiles * kLanes * sizeof(Weights<X>), kCommonBytes = 2 * kTiles;
-  static constexpr size_t kSumsAt = Kept<S>::kBytes, kLinesAt = kSumsAt + WeightSums<S>::kCount * sizeof(float);
+  static constexpr size_t kSumsAt = Kept<S>::kBytes;
+  static AAPE_FN size_t common_bytes(int blocks) { return 2 * blocks * S::kStateTiles * kLanes * sizeof(Weights<X>); }
+  static AAPE_FN size_t lines_after(int blocks) { return kSumsAt + blocks * WeightSums<S>::kCount * sizeof(float); }
   Weights<X> *projection, *turned;  // (rows × states), (states × rows)
   Kept<S> kept;
   WeightSums<S> sums;
   X* lines;
 
   AAPE_DEVICE UnitBackwardShared(const WarpSbluParams<S>& p, unsigned char* memory) {
-    const int own_bytes = int(kLinesAt) + kTokensOfWarp * p.pitch() * int(sizeof(X));
-    unsigned char* const own = memory + kCommonBytes + threadIdx.x / kLanes * own_bytes;
+    const int lines_at = int(lines_after(p.blocks())), own_bytes = lines_at + kTokensOfWarp * p.pitch() * int(sizeof(X));
+    unsigned char* const own = memory + common_bytes(p.blocks()) + threadIdx.x / kLanes * own_bytes;
     projection = reinterpret_cast<Weights<X>*>(memory);
-    turned = projection + S::kStateTiles * kLanes;
+    turned = projection + p.blocks() * S::kStateTiles * kLanes;
     kept = {reinterpret_cast<Pack<float, 4>*>(own)};
     sums = {reinterpret_cast<float*>(own + kSumsAt), own_bytes};
-    lines = reinterpret_cast<X*>(own + kLinesAt);
+    lines = reinterpret_cast<X*>(own + lines_at);
   }
 };
 
-// The projection's weights (states × rows), two factors for every 16 states.
+// The projection's weights (states × rows): for every sixteen rows, two factors for every sixteen states.
 template <class S>
 AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<typename S::X>* to, int first) {
   const int rows = p.rows();
-  fill_rights(to, S::kStateTiles, [&](int tile, int row, int column) {
-    const int s = first + tile / 2 * 16 + row, of_x = tile % 2 * 8 + column;
-    return of_x < rows && s < p.grid.states ? load<float>(p.weight, s * rows + of_x) : 0.0f;
+  fill_rights(to, p.blocks() * S::kStateTiles, [&](int tile, int state, int column) {
+    const int s = first + tile % S::kStateTiles / 2 * 16 + state;
+    const int row = tile / S::kStateTiles * kRows + tile % 2 * 8 + column;
+    return row < rows && s < p.grid.states ? load<float>(p.weight, s * rows + row) : 0.0f;
   });
 }
 
@@ -55,12 +57,12 @@ AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, cons
 
 // Lines ← Σ_s ∂u · weight, the windows' gradients, in place of their pixels. A lane has four rows of two tokens in a frame.
 template <class S>
-AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>& m, int pair,
+AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>& m, int pair, int block,
                         const Complex<float> (&grad)[S::kStateTiles][4]) {
   using Four = Pack<float, 4>;
   const int lane = threadIdx.x % kLanes, token = lane / 4, row = lane % 4 * 2;
   const int centre = p.line.window_first() + p.line.window() / 2;
-  const auto weight = [&](int tile) { return load_right(m.turned + (2 * pair + tile) * kLanes); };
+  const auto weight = [&](int tile) { return load_right(m.turned + (block * S::kStateTiles + 2 * pair + tile) * kLanes); };
   const Split<Right<float>> weights[2] = {weight(0), weight(1)};
   const auto put = [&](const float (&frame)[2][4], int at) {
     Split<Left<float>> factor;
@@ -74,7 +76,7 @@ AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>&
     for (int tile = 0; tile < 2; ++tile) multiply(sums[tile], factor, weights[tile]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float* to = m.lines + (token + 8 * h) * p.pitch() + Layout<float>::in_line(token, at, row);
+      float* to = m.lines + (token + 8 * h) * p.pitch() + Layout<float>::in_line(token, p.group(at, block), row);
       Four value = {{sums[0].at[2 * h], sums[0].at[2 * h + 1], sums[1].at[2 * h], sums[1].at[2 * h + 1]}};
       if (pair) {
         const Four before = load_pack<Four>(to);
@@ -98,7 +100,9 @@ AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, i
     const Position at = position_of(p, first_token + m);
     return p.windows + at.b * p.window_stride[0] + at.i * p.window_stride[1] + at.j * p.window_stride[2];
   };
-  const auto place = [&](int m, int frame, int row) { return lines + m * p.pitch() + Layout<float>::in_line(m, frame, row); };
+  const auto place = [&](int m, int frame, int row) {
+    return lines + m * p.pitch() + Layout<float>::in_line(m, p.group(frame, row / kRows), row % kRows);
+  };
   bool packed = S::kUsual && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(p.windows);
   for (int axis = 0; axis < 4; ++axis) packed = packed && p.window_stride[axis] % 4 == 0;
   if (packed) {
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
   AAPE_DYN_SHARED(memory);
   const UnitBackwardShared<S> m(p, memory);
   const int first = int(blockIdx.y) * S::kStates;
-  m.sums.clear();
+  m.sums.clear(p.blocks());
   fill_projection(p, p.weight, m.projection, first);
   if (p.windows) fill_turned(p, m.turned, first);
   __syncthreads();
@@ -156,15 +160,14 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
         along(slopes[k].frequency, slopes[k + 1].frequency, p.grad_frequency);
       });
     }
-    if (p.partial) {
-#pragma unroll
-      for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, m.lines, m.kept, m.sums, pair, grad);
-    }
+    if (p.partial) weigh(p, m.lines, m.kept, m.sums, grad);
     if constexpr (std::is_same_v<typename S::X, float>) {
       if (p.windows) {
         __syncwarp();  // before pixels are written over
+        for (int block = 0; block < p.blocks(); ++block) {
 #pragma unroll
-        for (int pair = 0; pair < S::kStateTiles / 2; ++pair) spread(p, m, pair, grad);
+          for (int pair = 0; pair < S::kStateTiles / 2; ++pair) spread(p, m, pair, block, grad);
+        }
         __syncwarp();
         store_windows(p, m.lines, at.first - int(threadIdx.x % kLanes / 4));
       }
@@ -175,8 +178,8 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
 
 template <class S>
 Launch unit_backward_launch(const WarpSbluParams<S>& p) {
-  return launch_of(p.tokens, S::kBackwardWarps, UnitBackwardShared<S>::kCommonBytes,
-                   UnitBackwardShared<S>::kLinesAt + lines_bytes<typename S::X>(p.line));
+  return launch_of(p.tokens, S::kBackwardWarps, UnitBackwardShared<S>::common_bytes(p.row_blocks),
+                   UnitBackwardShared<S>::lines_after(p.row_blocks) + lines_bytes(p));
 }
 
 // The gradient of x: of float32, as its windows take the place of its pixels, and of all states at once.

@@ -44,23 +44,31 @@ AAPE_DEVICE void each_pair(const TwoTokens& at, int n, int count, Visit visit) {
   }
 }
 
-// The projection's weights (rows × states) from state `first` on, as right factors: one for every eight states.
+// The projection's weights (rows × states) from state `first` on, as right factors: one for every eight states, for every
+// sixteen rows.
 template <class S>
 AAPE_DEVICE void fill_projection(const LineParams<S>& p, const Values& weight, Weights<typename S::X>* to, int first = 0) {
   const int rows = p.rows();
-  fill_rights(to, S::kStateTiles, [&](int tile, int row, int column) {
-    const int s = first + tile * 8 + column;
+  fill_rights(to, p.blocks() * S::kStateTiles, [&](int tile, int of_block, int column) {
+    const int row = tile / S::kStateTiles * kRows + of_block, s = first + tile % S::kStateTiles * 8 + column;
     return row < rows && s < p.grid.states ? load<float>(weight, s * rows + row) : 0.0f;
   });
 }
 
-// u of the frames m and K − 1 − m of the windows, for the states of `weight`.
-template <class S>
-AAPE_DEVICE void project(const LineParams<S>& p, const typename S::X* lines, const Split<Right<typename S::X>>& weight,
-                         int m, Sums& left, Sums& right) {
-  const int first = p.line.window_first();
-  multiply(left, frame_left(p, lines, first + m), weight);
-  multiply(right, frame_left(p, lines, first + p.line.window() - 1 - m), weight);
+// u of the frames m and K − 1 − m of the windows, for eight states, whose weights of a block of rows weight(block) gives.
+template <class S, class Weight>
+AAPE_DEVICE void project(const LineParams<S>& p, const typename S::X* lines, Weight weight, int m, Sums& left, Sums& right) {
+  const int first = p.line.window_first(), last = first + p.line.window() - 1;
+  {
+    const auto own = weight(0);
+    multiply(left, group_left(p, lines, p.group(first + m, 0)), own);
+    multiply(right, group_left(p, lines, p.group(last - m, 0)), own);
+  }
+  for (int block = 1; block < p.blocks(); ++block) {
+    const auto own = weight(block);
+    add_product(left, group_left(p, lines, p.group(first + m, block)), own);
+    add_product(right, group_left(p, lines, p.group(last - m, block)), own);
+  }
 }
 
 // y of eight states from what they are: Horner's rule on the windows, projected on the way.
@@ -71,7 +79,8 @@ AAPE_DEVICE void respond(const LineParams<S>& p, const typename S::X* lines, con
 #pragma unroll
   for (int k = 0; k < 4; ++k) gains[k] = gain<float, false, true>(states[k].decay, states[k].frequency, true);
   Complex<float> plus[4] = {}, minus[4] = {};
-  const auto weight = load_right(projection);
+  const auto first = load_right(projection);
+  const auto weight = [&](int block) { return block ? load_right(projection + block * S::kStateTiles * kLanes) : first; };
 #pragma unroll 2
   for (int f = 0; f < p.line.window() / 2; ++f) {
     Sums left, right;
@@ -119,10 +128,11 @@ AAPE_DEVICE void respond(const LineParams<S>& p, const typename S::X* lines, con
     kept(n, k) = {{g.derivative.re, g.derivative.im, states[k].decay_slope, states[k].frequency_slope}};
   }
   Jet<float> plus[4], minus[4];
+  const auto weight = [&](int block) { return load_right(projection + block * S::kStateTiles * kLanes); };
 #pragma unroll 1
   for (int f = 0; f < p.line.window() / 2; ++f) {
     Sums left, right;
-    project(p, lines, load_right(projection), f, left, right);
+    project(p, lines, weight, f, left, right);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       plus[k].add(z[k], right.at[k] + left.at[k]);
@@ -158,17 +168,18 @@ AAPE_DEVICE Whole<X, Left<X>> turned(const float (&frame)[2][4]) {
   return out;
 }
 
-// The projection's gradient, summed up by every warp in its shared memory: in the order in which lanes have it.
+// The projection's gradient, summed up by every warp in its shared memory: in the order in which lanes have it, for every
+// sixteen rows.
 template <class S>
 struct WeightSums {
-  static constexpr int kCount = S::kStates * kRows;
+  static constexpr int kCount = S::kStates * kRows;  // of a block of rows
   float* at;
   int apart;  // bytes, between two warps'
   AAPE_DEVICE float& operator()(int k, int warps = 0) const {
     return reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(at) + warps * apart)[k];
   }
-  AAPE_DEVICE void clear() const {
-    for (int k = threadIdx.x % kLanes; k < kCount; k += kLanes) at[k] = 0;
+  AAPE_DEVICE void clear(int blocks) const {
+    for (int k = threadIdx.x % kLanes; k < blocks * kCount; k += kLanes) at[k] = 0;
   }
 };
 
@@ -202,15 +213,15 @@ AAPE_DEVICE void each_grad_of_u(const LineParams<S>& p, const Kept<S>& kept, int
   }
 }
 
-// Add Σ over tokens and frames of ∂u · x, for states 16 · pair ….
+// Add Σ over tokens and frames of ∂u · x, for states 16 · pair … and one block of rows.
 template <class S>
 AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const Kept<S>& kept, const WeightSums<S>& to,
-                       int pair, const Complex<float> (&grad)[S::kStateTiles][4]) {
+                       int pair, int block, const Complex<float> (&grad)[S::kStateTiles][4]) {
   Sums sums[2];
   const int centre = p.line.window_first() + p.line.window() / 2;
   const auto add = [&](const float (&frame)[2][4], int at) {
     const auto factor = turned<typename S::X>(frame);
-    const auto rows = frame_rights(p, lines, at);
+    const auto rows = group_rights(p, lines, p.group(at, block));
 #pragma unroll
     for (int n = 0; n < 2; ++n) add_product(sums[n], factor, rows.tile[n]);
   };
@@ -221,7 +232,19 @@ AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
-    for (int k = 0; k < 4; ++k) to(((pair * 2 + n) * 4 + k) * kLanes + int(threadIdx.x % kLanes)) += sums[n].at[k];
+    for (int k = 0; k < 4; ++k) {
+      to(block * to.kCount + ((pair * 2 + n) * 4 + k) * kLanes + int(threadIdx.x % kLanes)) += sums[n].at[k];
+    }
+}
+
+// The same for all states and rows.
+template <class S>
+AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const Kept<S>& kept, const WeightSums<S>& to,
+                       const Complex<float> (&grad)[S::kStateTiles][4]) {
+  for (int block = 0; block < p.blocks(); ++block) {
+#pragma unroll
+    for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, lines, kept, to, pair, block, grad);
+  }
 }
 
 // partial[block] = the sums of all warps, of states from `first` on.
@@ -229,12 +252,12 @@ template <class S>
 AAPE_DEVICE void add_up(const LineParams<S>& p, const WeightSums<S>& sums, float* partial, int first = 0) {
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, rows = p.rows();
   __syncthreads();
-  for (int at = threadIdx.x; at < sums.kCount; at += blockDim.x) {
+  for (int at = threadIdx.x; at < p.blocks() * sums.kCount; at += blockDim.x) {
     float total = 0;
     for (int n = 0; n < warps; ++n) total += sums(at, n - warp);
-    const int lane = at % kLanes, k = at / kLanes % 4, tile = at / kLanes / 4;
+    const int block = at / sums.kCount, lane = at % kLanes, k = at / kLanes % 4, tile = at % sums.kCount / kLanes / 4;
     const int state = first + tile / 2 * 16 + lane / 4 + k / 2 * 8;
-    const int row = Layout<typename S::X>::row_of(tile % 2, lane % 4 * 2 + k % 2);
+    const int row = block * kRows + Layout<typename S::X>::row_of(tile % 2, lane % 4 * 2 + k % 2);
     if (state < p.grid.states && row < rows) {
       partial[(int64_t(blockIdx.x) * p.grid.states + state) * rows + row] = total;
     }

@@ -10,22 +10,23 @@ namespace cuda {
 template <class S>
 struct ForwardShared {
   using Tile = Weights<typename S::X>;
-  Tile *projection, *w2, *w1;  // w1 last: it is as long as the patch
+  Tile *w2, *projection, *w1;  // w1 last: it is as long as the patch
   float *b1, *b2;              // padded with zeros
   typename S::X* lines;
 
-  static constexpr int kProjection = S::kStateTiles, kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
+  static constexpr int kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
   static constexpr int kBiases = S::kHidden + 2 * S::kStates;
 
-  static AAPE_FN size_t common_bytes(int patch) {
-    return (kProjection + kW2 + size_t(patch) * S::kHiddenTiles) * 32 * sizeof(Tile) + kBiases * sizeof(float);
+  static AAPE_FN size_t common_bytes(int blocks, int patch) {
+    const size_t tiles = kW2 + size_t(blocks) * (S::kStateTiles + size_t(patch) * S::kHiddenTiles);
+    return tiles * kLanes * sizeof(Tile) + kBiases * sizeof(float);
   }
 
   AAPE_DEVICE ForwardShared(const WarpStemParams<S>& p, unsigned char* memory)
-      : projection(reinterpret_cast<Tile*>(memory)),
-        w2(projection + kProjection * 32),
-        w1(w2 + kW2 * 32),
-        b1(reinterpret_cast<float*>(w1 + p.line.patch() * S::kHiddenTiles * 32)),
+      : w2(reinterpret_cast<Tile*>(memory)),
+        projection(w2 + kW2 * kLanes),
+        w1(projection + p.blocks() * S::kStateTiles * kLanes),
+        b1(reinterpret_cast<float*>(w1 + p.group(p.line.patch(), 0) * S::kHiddenTiles * kLanes)),
         b2(b1 + S::kHidden),
         lines(reinterpret_cast<typename S::X*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch()) {}
 };
@@ -34,8 +35,9 @@ template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
   fill_projection(p, p.weight, m.projection);
-  fill_rights(m.w1, patch * S::kHiddenTiles, [&](int tile, int row, int column) {
-    const int h = tile % S::kHiddenTiles * 8 + column, frame = tile / S::kHiddenTiles;
+  fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
+    const int h = tile % S::kHiddenTiles * 8 + column, group = tile / S::kHiddenTiles, frame = group / p.blocks();
+    const int row = group % p.blocks() * kRows + of_block;
     return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
   });
   // logits of decays, then of frequencies
@@ -65,11 +67,11 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
 #pragma unroll
   for (int n = 0; n < S::kHiddenTiles; ++n) set_bias(hidden[n], m.b1 + n * 8);
 #pragma unroll 4
-  for (int f = 0; f < p.line.patch(); ++f) {
-    const auto pixels = frame_left(p, m.lines, p.line.patch_first() + f);
+  for (int group = 0; group < p.group(p.line.patch(), 0); ++group) {
+    const auto pixels = group_left(p, m.lines, p.group(p.line.patch_first(), 0) + group);
 #pragma unroll
     for (int n = 0; n < S::kHiddenTiles; ++n) {
-      add_product(hidden[n], pixels, load_right(m.w1 + (f * S::kHiddenTiles + n) * 32));
+      add_product(hidden[n], pixels, load_right(m.w1 + (group * S::kHiddenTiles + n) * kLanes));
     }
   }
 #pragma unroll
@@ -133,8 +135,8 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
 template <class S>
 bool launch_warp_stem(const StemCall& call, void* stream) {
   const WarpStemParams<S> p = warp_stem_params<S>(call);
-  const Launch launch = launch_of(p.tokens, S::kMostWarps, ForwardShared<S>::common_bytes(int(call.grid.patch_t)),
-                                  lines_bytes<typename S::X>(p.line));
+  const Launch launch = launch_of(p.tokens, S::kMostWarps, ForwardShared<S>::common_bytes(p.row_blocks, p.line.patch_),
+                                  lines_bytes(p));
   if (launch.warps < kLeastWarps) return false;
   AAPE_LAUNCH("embed", (warp_stem_kernel<S>), dim3(unsigned(launch.blocks)), dim3(unsigned(launch.warps * kLanes)),
               launch.shared, stream, p);

@@ -16,20 +16,22 @@ template <class S>
 struct BackwardShared {
   using X = typename S::X;
   unsigned char *common, *own;
-  int own_bytes;
+  int own_bytes, lines_at;
 
-  static constexpr int kProjection = S::kStateTiles, kW2 = S::kHiddenTiles * S::kLogitSteps;
-  static constexpr size_t kCommonBytes = (kProjection + kW2) * 32 * sizeof(Weights<X>);
-  static constexpr size_t kSumsAt = Kept<S>::kBytes, kLinesAt = kSumsAt + WeightSums<S>::kCount * sizeof(float);
+  static constexpr int kW2 = S::kHiddenTiles * S::kLogitSteps;
+  static constexpr size_t kSumsAt = Kept<S>::kBytes;
+  static AAPE_FN size_t common_bytes(int blocks) { return (kW2 + blocks * S::kStateTiles) * kLanes * sizeof(Weights<X>); }
+  static AAPE_FN size_t lines_after(int blocks) { return kSumsAt + blocks * WeightSums<S>::kCount * sizeof(float); }
 
   AAPE_DEVICE BackwardShared(const WarpStemParams<S>& p, unsigned char* memory) : common(memory) {
-    own_bytes = int(kLinesAt) + kTokensOfWarp * p.pitch() * int(sizeof(X));
-    own = memory + kCommonBytes + threadIdx.x / kLanes * own_bytes;
+    lines_at = int(lines_after(p.blocks()));
+    own_bytes = lines_at + kTokensOfWarp * p.pitch() * int(sizeof(X));
+    own = memory + common_bytes(p.blocks()) + threadIdx.x / kLanes * own_bytes;
   }
 
-  AAPE_DEVICE Weights<X>* projection() const { return reinterpret_cast<Weights<X>*>(common); }
-  AAPE_DEVICE Weights<X>* w2() const { return projection() + kProjection * 32; }  // as (logits × units)
-  AAPE_DEVICE X* lines() const { return reinterpret_cast<X*>(own + kLinesAt); }
+  AAPE_DEVICE Weights<X>* w2() const { return reinterpret_cast<Weights<X>*>(common); }  // as (logits × units)
+  AAPE_DEVICE Weights<X>* projection() const { return w2() + kW2 * kLanes; }
+  AAPE_DEVICE X* lines() const { return reinterpret_cast<X*>(own + lines_at); }
   AAPE_DEVICE Kept<S> kept() const { return {reinterpret_cast<Pack<float, 4>*>(own)}; }
   AAPE_DEVICE WeightSums<S> sums() const { return {reinterpret_cast<float*>(own + kSumsAt), own_bytes}; }
 };
@@ -168,7 +170,7 @@ template <class S>
 __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backward_kernel(const WarpStemParams<S> p) {
   AAPE_DYN_SHARED(memory);
   const BackwardShared<S> m(p, memory);
-  m.sums().clear();
+  m.sums().clear(p.blocks());
   prefetch_rows(p);
   fill(p, m);
   __syncthreads();
@@ -199,16 +201,15 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backwa
         });
       }
     }
-#pragma unroll
-    for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, m.lines(), m.kept(), m.sums(), pair, grad);
+    weigh(p, m.lines(), m.kept(), m.sums(), grad);
   });
   add_up(p, m.sums(), p.partial);
 }
 
 template <class S>
 Launch backward_launch(const WarpStemParams<S>& p) {
-  return launch_of(p.tokens, S::kBackwardWarps, BackwardShared<S>::kCommonBytes,
-                   BackwardShared<S>::kLinesAt + lines_bytes<typename S::X>(p.line));
+  return launch_of(p.tokens, S::kBackwardWarps, BackwardShared<S>::common_bytes(p.row_blocks),
+                   BackwardShared<S>::lines_after(p.row_blocks) + lines_bytes(p));
 }
 
 int64_t warp_stem_programs(const StemCall& call) {
