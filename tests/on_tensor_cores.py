@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from cases import Case
 from checks import poisoned_memory
 from test_stem import check as check_stem
 
@@ -19,7 +20,20 @@ STEMS = {
     "short-window": {"patch_size": (4, 10), "window": 4, "num_states": 6, "encoder_dim": 40},
     "two-channels": {"in_chans": 2, "patch_size": (8, 16), "stride": (8, 8)},
     "three-channels": {"in_chans": 3, "patch_size": (16, 4)},
+    "whole-packs": {"patch_size": (24, 8), "num_states": 12},
     "many-rows": {"patch_size": (20, 6), "stride": (12, 5), "window": 8, "num_states": 18, "encoder_dim": 10},
+}
+# SBLU alone: what is moved by packs and what is not, with windows that overlap, leave gaps or are longer than the patch.
+UNITS = {
+    "usual": Case(3, 1, 16, (16, 16), (16, 16), 16, (2, 7), (0, 0), "quadrature"),
+    "usual-overlap": Case(2, 1, 32, (16, 16), (16, 8), 16, (2, 9), (0, 0), "quadrature"),
+    "usual-gaps": Case(2, 1, 9, (16, 16), (20, 20), 16, (2, 5), (4, 4), "quadrature"),
+    "two-blocks-of-states": Case(2, 1, 40, (16, 16), (16, 16), 16, (1, 9), (0, 0), "quadrature"),
+    "packs-of-many-rows": Case(2, 1, 20, (24, 8), (24, 8), 8, (1, 19), (0, 0), "quadrature"),
+    "channels": Case(2, 3, 5, (6, 8), (6, 8), 8, (2, 9), (0, 0), "quadrature"),
+    "long-window": Case(2, 1, 18, (9, 4), (9, 4), 8, (2, 9), (0, 3), "quadrature"),
+    "short-window": Case(2, 2, 3, (7, 10), (5, 9), 4, (2, 9), (1, 0), "quadrature"),
+    "very-rough": Case(2, 1, 3, (3, 6), (3, 1), 6, (2, 17), (0, 0), "quadrature"),
 }
 # The types of x and of tokens; where they differ, autocast is at work.
 TYPES = {

@@ -64,13 +64,15 @@ struct LineParams {
   Line<S::kUsual> line;
   int row_blocks;  // of kRows
   int tokens;
+  bool packed_;    // pixels can be moved 16 bytes at once
   bool time_major;
   const X* x;
   Offset x_stride[4];
-  Divisor<int32_t> by_inner, by_outer, by_patch_f;  // the faster axis of tokens, the slower one
+  Divisor<int32_t> by_inner, by_outer, by_patch_f, by_blocks;  // the faster axis of tokens, the slower one
 
   AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
   AAPE_DEVICE int length() const { return rows() * line.patch(); }
+  AAPE_DEVICE bool packed() const { return S::kUsual || packed_; }
   AAPE_DEVICE int blocks() const { return S::kUsual ? 1 : row_blocks; }
   AAPE_DEVICE int group(int frame, int block) const { return frame * blocks() + block; }
   AAPE_DEVICE int pitch() const { return Layout<X>::pitch(group(line.frames(), 0)); }
@@ -114,6 +116,15 @@ AAPE_DEVICE Start<S> start_of(const LineParams<S>& p, int token) {
   return {b * p.x_stride[0] + i * p.grid.stride_f * p.x_stride[2] + frame * p.x_stride[3], frame};
 }
 
+// visit(block of rows, first of two packs) for all of a line's.
+template <class S, class Visit>
+AAPE_DEVICE void each_block(const LineParams<S>& p, int packs, Visit visit) {
+  for (int block = 0; block < p.blocks(); ++block) {
+#pragma unroll
+    for (int pair = 0; pair < packs; pair += 2) visit(block, pair);
+  }
+}
+
 // Where a row of x lies, from a token's first pixel.
 template <class S>
 AAPE_DEVICE typename LineParams<S>::Offset row_offset(const LineParams<S>& p, int row) {
@@ -122,79 +133,108 @@ AAPE_DEVICE typename LineParams<S>::Offset row_offset(const LineParams<S>& p, in
   return channel * p.x_stride[1] + bin * p.x_stride[2];
 }
 
-// The usual lines -> shared memory, in packs of 16 bytes; and to where keep.at(token, element of the patch) says, by
+// Lines -> shared memory, in packs of 16 bytes; and to where keep.at(token, element of the patch) says, by
 // keep(place, further elements, pack). Behind the last token are its pixels once more. Two lanes have 32 bytes that are next
 // to each other: whole sectors of global memory.
 //
-// Of bfloat16 that is a row of a token; eight lanes have rows q and q + 1 for four values of q, and what they store is, with
+// Of bfloat16 those are 16 frames of a row; eight lanes have rows q and q + 1 for four values of q, and what they store is, with
 // those of every other token, in different banks.
 template <class S, class Keep>
 AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, BFloat16* lines, Keep keep) {
   using Eight = Pack<uint32_t, 4>;
-  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, pack = lane % 2;
-  const int mine = first + lane % kTokensOfWarp, start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, packs = p.line.frames() / 8;
+  const int mine = first + lane % kTokensOfWarp;
+  const auto start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+  each_block(p, packs, [&](int block, int pair) {
+    const int frame = (pair + lane % 2) * 8;
+    const bool has = frame < p.line.frames();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    const int m = lane / 8 * 2 + step % 2 + step / 2 * 8;
-    const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, m) + pack * 8;
-    const auto to_keep = keep.at(first + m, pack * 8);
-    Eight rows[2][2];
+    for (int step = 0; step < 4; ++step) {
+      const int m = lane / 8 * 2 + step % 2 + step / 2 * 8;
+      const BFloat16* from = p.x + __shfl_sync(0xFFFFFFFFu, start, m) + frame;
+      const auto to_keep = keep.at(first + m, frame);
+      Eight rows[2][2];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int row = lane / 2 % 4 * 2 + n / 2 * 8 + n % 2;
-      rows[n / 2][n % 2] = load_pack<Eight>(from + row_offset(p, row));
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane / 2 % 4 * 2 + half * 8;
-      const Eight &upper = rows[half][0], &lower = rows[half][1];
-      if (first + m < p.tokens) {
-        keep(to_keep, row * 16, upper);
-        keep(to_keep, row * 16 + 16, lower);
+      for (int n = 0; n < 4; ++n) {
+        const int row = block * kRows + lane / 2 % 4 * 2 + n / 2 * 8 + n % 2;
+        rows[n / 2][n % 2] = has && row < p.rows() ? load_pack<Eight>(from + row_offset(p, row)) : Eight{};
       }
-      // frames 2k and 2k + 1 of both rows
-      uint32_t* to = reinterpret_cast<uint32_t*>(lines + m * p.pitch() + Layout<BFloat16>::in_line(m, pack * 8, row));
+      if (!has) continue;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        to[2 * k * (kRows / 2)] = lower_halves(upper.at[k], lower.at[k]);
-        to[(2 * k + 1) * (kRows / 2)] = upper_halves(upper.at[k], lower.at[k]);
+      for (int half = 0; half < 2; ++half) {
+        const int of_block = lane / 2 % 4 * 2 + half * 8, row = block * kRows + of_block;
+        const Eight &upper = rows[half][0], &lower = rows[half][1];
+        if (first + m < p.tokens) {
+          if (row < p.rows()) keep(to_keep, row * p.line.frames(), upper);
+          if (row + 1 < p.rows()) keep(to_keep, (row + 1) * p.line.frames(), lower);
+        }
+        const auto to = [&](int k) {
+          // of eight frames that are neighbouring groups all have their halves alike
+          const int place = p.blocks() == 1 ? Layout<BFloat16>::in_line(m, frame, of_block) + k * kRows
+                                            : Layout<BFloat16>::in_line(m, p.group(frame + k, block), of_block);
+          return reinterpret_cast<uint32_t*>(lines + m * p.pitch() + place);
+        };
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          *to(2 * k) = lower_halves(upper.at[k], lower.at[k]);
+          *to(2 * k + 1) = upper_halves(upper.at[k], lower.at[k]);
+        }
       }
     }
-  }
+  });
 }
 
-// Of float32 four lanes would have a row; two do at a time, and half a warp two tokens' sixteen rows, four frames each.
+// A lane's rows and frames where two lanes have eight frames of float32, and half a warp two tokens' sixteen rows:
+// visit(token, row of a block, frame) for eight pairs of tokens, four at once.
+struct Quarters {
+  int row, of_pair, half;
+  AAPE_DEVICE Quarters() {
+    const int lane = threadIdx.x % kLanes;
+    row = lane % 8 * 2, of_pair = lane / 8 % 2, half = lane / 16;
+  }
+  AAPE_DEVICE int token(int step) const { return step * 2 + of_pair; }
+  AAPE_DEVICE int frame(int pair) const { return (pair + half) * 4; }
+};
+
 template <class S, class Keep>
 AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep keep) {
   using Four = Pack<float, 4>;
-  constexpr int kSteps = 16, kAtOnce = 4;
-  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp, row = lane % 8 * 2;
-  const int mine = first + lane % kTokensOfWarp, start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
-  const auto token = [=](int step) { return step / 2 * 2 + lane / 8 % 2; };
-  const auto frame = [=](int step) { return step % 2 * 8 + lane / 16 * 4; };
+  constexpr int kAtOnce = 4;
+  const Quarters own;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp;
+  const int mine = first + lane % kTokensOfWarp;
+  const auto start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+  each_block(p, p.line.frames() / 4, [&](int block, int pair) {
+    const int row = block * kRows + own.row, frame = own.frame(pair);
+    const bool has = frame < p.line.frames();
 #pragma unroll
-  for (int some = 0; some < kSteps; some += kAtOnce) {
-    Four rows[kAtOnce][2];
+    for (int some = 0; some < 8; some += kAtOnce) {
+      Four rows[kAtOnce][2];
 #pragma unroll
-    for (int step = 0; step < kAtOnce; ++step) {
-      const float* from = p.x + __shfl_sync(0xFFFFFFFFu, start, token(some + step)) + frame(some + step);
-      for (int n = 0; n < 2; ++n) rows[step][n] = load_pack<Four>(from + row_offset(p, row + n));
-    }
-#pragma unroll
-    for (int step = 0; step < kAtOnce; ++step) {
-      const int m = token(some + step), f = frame(some + step);
-      const Four &upper = rows[step][0], &lower = rows[step][1];
-      if (first + m < p.tokens) {
-        const auto to_keep = keep.at(first + m, f);
-        keep(to_keep, row * 16, upper);
-        keep(to_keep, row * 16 + 16, lower);
+      for (int step = 0; step < kAtOnce; ++step) {
+        const float* from = p.x + __shfl_sync(0xFFFFFFFFu, start, own.token(some + step)) + frame;
+        for (int n = 0; n < 2; ++n) {
+          rows[step][n] = has && row + n < p.rows() ? load_pack<Four>(from + row_offset(p, row + n)) : Four{};
+        }
       }
+      if (!has) continue;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        store_pack(lines + m * p.pitch() + Layout<float>::in_line(m, f + k, row), Two<float>{{upper.at[k], lower.at[k]}});
+      for (int step = 0; step < kAtOnce; ++step) {
+        const int m = own.token(some + step);
+        const Four &upper = rows[step][0], &lower = rows[step][1];
+        if (first + m < p.tokens) {
+          const auto to_keep = keep.at(first + m, frame);
+          if (row < p.rows()) keep(to_keep, row * p.line.frames(), upper);
+          if (row + 1 < p.rows()) keep(to_keep, (row + 1) * p.line.frames(), lower);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int place = Layout<float>::in_line(m, p.group(frame + k, block), own.row);
+          store_pack(lines + m * p.pitch() + place, Two<float>{{upper.at[k], lower.at[k]}});
+        }
       }
     }
-  }
+  });
 }
 
 // The same for any geometry, pixel by pixel, zero outside the clip.
@@ -311,17 +351,28 @@ template <class S, class X, class Keep, class Visit>
 AAPE_DEVICE void each_tile(const LineParams<S>& p, X* lines, Keep keep, Visit visit) {
   const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp;
   for (int tile = first_tile(); tile < tiles; tile += int(blockDim.x / kLanes * gridDim.x)) {
-    if constexpr (S::kUsual) load_packs(p, tile, lines, keep);
-    else load_pixels(p, tile, lines, keep);
+    if (p.packed()) load_packs(p, tile, lines, keep);
+    else if constexpr (!S::kUsual) load_pixels(p, tile, lines, keep);
     __syncwarp();
     visit(tokens_at(p, tile));
     __syncwarp();  // before the lines are written again
   }
 }
 
+// Whether a call's pixels can be moved in packs of 16 bytes, of lines that are patches.
+template <class X>
+bool is_packed(const Grid& g, const View& x) {
+  constexpr int64_t kPack = 16 / sizeof(X);
+  bool packed = g.patch_t == g.window && g.patch_t % kPack == 0 && g.stride_t % kPack == 0 && x.stride[3] == 1 &&
+                aligned<Pack<float, 4>>(x.data);
+  for (int axis = 0; axis < 3; ++axis) packed = packed && x.stride[axis] % kPack == 0;
+  return packed;
+}
+
 // Set all that p has of lines.
 template <class S>
-void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool time_major) {
+void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool packed, bool time_major) {
+  p.packed_ = packed;
   p.grid = narrowed<int>(g);
   const int offset = int(g.patch_t - g.window) / 2, start = offset < 0 ? offset : 0;
   const int end = int(offset + g.window > g.patch_t ? offset + g.window : g.patch_t);
@@ -332,6 +383,7 @@ void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool time_major) 
   p.by_inner = Divisor<int32_t>(time_major ? g.n_f : g.n_t);
   p.by_outer = Divisor<int32_t>(time_major ? g.n_t : g.n_f);
   p.by_patch_f = Divisor<int32_t>(g.patch_f);
+  p.by_blocks = Divisor<int32_t>(p.row_blocks);
   p.x = reinterpret_cast<const typename S::X*>(x.data);
   copy_strides(p.x_stride, x, 4);
 }
@@ -342,15 +394,9 @@ inline bool has_lines(const Grid& g) {
          g.patch_t < INT16_MAX && g.window < INT16_MAX;
 }
 
-// Whether a call is of the usual geometry, its pixels in packs of 16 bytes.
-template <class X>
-bool is_usual(const Grid& g, const View& x) {
-  constexpr int64_t kPack = 16 / sizeof(X);
-  bool usual = g.channels == 1 && g.patch_f == kRows && g.patch_t == 16 && g.window == 16 && g.stride_t % kPack == 0 &&
-               x.stride[3] == 1 && aligned<Pack<float, 4>>(x.data) &&
-               is_small(x, {g.batch, g.channels, g.mel_bins, g.frames});
-  for (int axis = 0; axis < 3; ++axis) usual = usual && x.stride[axis] % kPack == 0;
-  return usual;
+// Whether a call that is packed has the usual geometry.
+inline bool is_usual(const Grid& g, const View& x) {
+  return g.channels == 1 && g.patch_f == kRows && g.patch_t == 16 && is_small(x, {g.batch, g.channels, g.mel_bins, g.frames});
 }
 
 }  // namespace cuda

@@ -87,7 +87,7 @@ template <class S>
 WarpSbluParams<S> warp_sblu_params(const SbluCall& call) {
   WarpSbluParams<S> p = {};
   using Offset = typename WarpSbluParams<S>::Offset;
-  set_lines<S>(p, call.grid, call.x, false);
+  set_lines<S>(p, call.grid, call.x, is_packed<typename S::X>(call.grid, call.x), false);
   p.squash = squash_of<float>(call.ranges);
   p.weight = {call.weight.data, call.weight.type};
   const auto strided = [](auto& to, const View& view, bool planes) {
@@ -112,7 +112,7 @@ template <class X, class Run>
 bool with_unit_sizes_of(const SbluCall& call, Run run) {
   const Grid& g = call.grid;
   const std::initializer_list<int64_t> windows = {g.batch, g.n_f, g.n_t, g.channels * g.patch_f, g.window};
-  const bool usual = is_usual<X>(g, call.x) && is_small(call) && is_small(call.grad_x, windows);
+  const bool usual = is_packed<X>(g, call.x) && is_usual(g, call.x) && is_small(call) && is_small(call.grad_x, windows);
   if (g.states <= 16) return usual ? run(UnitSizes<X, 16, true>()) : run(UnitSizes<X, 16, false>());
   return usual ? run(UnitSizes<X, 32, true>()) : run(UnitSizes<X, 32, false>());
 }

@@ -103,23 +103,29 @@ AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, i
   const auto place = [&](int m, int frame, int row) {
     return lines + m * p.pitch() + Layout<float>::in_line(m, p.group(frame, row / kRows), row % kRows);
   };
-  bool packed = S::kUsual && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(p.windows);
+  bool packed = p.packed() && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(p.windows);
   for (int axis = 0; axis < 4; ++axis) packed = packed && p.window_stride[axis] % 4 == 0;
   if (packed) {
-    const int row = lane % 8 * 2;
+    const Quarters own;
+    each_block(p, p.line.frames() / 4, [&](int block, int pair) {
+      const int row = block * kRows + own.row, f = own.frame(pair);
+      if (f >= p.line.frames()) return;
 #pragma unroll 4
-    for (int step = 0; step < 16; ++step) {
-      const int m = step / 2 * 2 + lane / 8 % 2, f = step % 2 * 8 + lane / 16 * 4;
-      if (first_token + m >= p.tokens) continue;
-      Pack<float, 4> rows[2];
+      for (int step = 0; step < 8; ++step) {
+        const int m = own.token(step);
+        if (first_token + m >= p.tokens) continue;
+        Pack<float, 4> rows[2];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const auto two = load_pack<Two<float>>(place(m, f + k, row));
-        for (int n = 0; n < 2; ++n) rows[n].at[k] = two.at[n];
+        for (int k = 0; k < 4; ++k) {
+          const auto two = load_pack<Two<float>>(place(m, f + k, row));
+          for (int n = 0; n < 2; ++n) rows[n].at[k] = two.at[n];
+        }
+        float* to = window_of(m) + row * p.window_stride[3] + f;
+        for (int n = 0; n < 2; ++n) {
+          if (row + n < p.rows()) store_global(to + n * p.window_stride[3], rows[n]);
+        }
       }
-      float* to = window_of(m) + row * p.window_stride[3] + f;
-      for (int n = 0; n < 2; ++n) store_global(to + n * p.window_stride[3], rows[n]);
-    }
+    });
   } else {
     for (int m = 0; m < kTokensOfWarp && first_token + m < p.tokens; ++m) {
       float* to = window_of(m);

@@ -36,8 +36,8 @@ AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
   fill_projection(p, p.weight, m.projection);
   fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
-    const int h = tile % S::kHiddenTiles * 8 + column, group = tile / S::kHiddenTiles, frame = group / p.blocks();
-    const int row = group % p.blocks() * kRows + of_block;
+    const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
+    const int h = tile % S::kHiddenTiles * 8 + column, row = block * kRows + of_block;
     return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
   });
   // logits of decays, then of frequencies

@@ -17,7 +17,6 @@ struct Sizes {
   static constexpr int kMostWarps = kWarps_, kBackwardWarps = backward_warps<X>(kWarps_);
   static constexpr int kStates = kStates_, kHidden = kHidden_;
   static constexpr int kLogitSteps = 2 * kStates_ / 16, kHiddenSteps = kHidden_ / 16;  // of products over them
-  // with rows of the operand that begin at multiples of 16 bytes, too
   static constexpr bool kUsual = kUsual_;
 };
 
@@ -125,10 +124,17 @@ AAPE_DEVICE void store_planes(const WarpStemParams<S>& p, const TwoTokens& at,
   }
 }
 
+// The operand's rows begin at multiples of 16 bytes, too.
+template <class X, class O>
+bool is_packed(const StemCall& call) {
+  return is_packed<X>(call.grid, call.x) && call.operand.stride[0] % int64_t(16 / sizeof(O)) == 0 &&
+         aligned<Pack<float, 4>>(call.operand.data);
+}
+
 template <class S>
 WarpStemParams<S> warp_stem_params(const StemCall& call) {
   WarpStemParams<S> p = {};
-  set_lines<S>(p, call.grid, call.x, call.time_major);
+  set_lines<S>(p, call.grid, call.x, is_packed<typename S::X, typename S::O>(call), call.time_major);
   p.hidden_units = int(call.hidden_units);
   p.planes = int(call.planes);
   p.row_step = int(call.operand.stride[0]);
@@ -149,8 +155,7 @@ WarpStemParams<S> warp_stem_params(const StemCall& call) {
 template <class X, class O, class Run>
 bool with_sizes_of(const StemCall& call, Run run) {
   constexpr bool kNarrow = std::is_same_v<X, BFloat16>;
-  const bool usual = is_usual<X>(call.grid, call.x) && call.operand.stride[0] % (16 / sizeof(O)) == 0 &&
-                     aligned<Pack<float, 4>>(call.operand.data);
+  const bool usual = is_packed<X, O>(call) && is_usual(call.grid, call.x);
   if (call.grid.states <= 16 && call.hidden_units <= 32) {
     return usual ? run(Sizes<X, O, 16, 32, kNarrow ? 16 : 12, true>()) : run(Sizes<X, O, 16, 32, 12, false>());
   }

@@ -12,6 +12,7 @@ import pytest
 import sanitized_on_gpu
 import torch
 from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, Case, cases
+from checks import poisoned_memory
 from emulated import (
     BOUNDS,
     ORDERS,
@@ -157,6 +158,20 @@ def test_stem_on_tensor_cores(emulated, monkeypatch, types, options, features):
     emulated.set_order(2, len(str(options)))
     on_tensor_cores.check(types, (3, 32, 72), features=features, **options)
     assert ran == ["warp_stem", "warp_stem_backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", on_tensor_cores.UNITS.values(), ids=on_tensor_cores.UNITS.keys())
+def test_sblu_on_tensor_cores(emulated, monkeypatch, case, dtype):
+    ran = []
+    kernel = emulated.warp_sblu_backward
+    monkeypatch.setattr(emulated, "warp_sblu_backward", lambda *given: (ran.append(given[-2]), kernel(*given))[1])
+    emulated.set_order(2, case.states)
+    with poisoned_memory():
+        check_sblu(case, dtype)
+    assert len(ran) == 1
+    at_once = dtype == torch.float32 and case.states <= 32 and case.window <= 2 * case.stride[1]
+    assert (ran[0] is not None) == at_once  # x's gradient, too
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

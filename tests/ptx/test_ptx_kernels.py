@@ -81,6 +81,16 @@ def test_stem_on_tensor_cores(interpreter, types, options, features):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", on_tensor_cores.UNITS.values(), ids=on_tensor_cores.UNITS.keys())
+def test_sblu_on_tensor_cores(interpreter, case, dtype):
+    with poisoned_memory():
+        check_sblu(case, dtype)
+    kernels = {launch.kernel.partition("<")[0] for launch in interpreter.launches}
+    assert {"warp_sblu_kernel", "warp_sblu_backward_kernel"} <= kernels
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
 def test_tiles_of_tokens(tokens, dtype):
