@@ -23,7 +23,7 @@ STEMS = {
     "whole-packs": {"patch_size": (24, 8), "num_states": 12},
     "many-rows": {"patch_size": (20, 6), "stride": (12, 5), "window": 8, "num_states": 18, "encoder_dim": 10},
 }
-# SBLU alone: what is moved by packs and what is not, with windows that overlap, leave gaps or are longer than the patch.
+# SBLU alone: what is moved by packs and what is not, windows that overlap, leave gaps or are longer than the patch.
 UNITS = {
     "usual": Case(3, 1, 16, (16, 16), (16, 16), 16, (2, 7), (0, 0), "quadrature"),
     "usual-overlap": Case(2, 1, 32, (16, 16), (16, 8), 16, (2, 9), (0, 0), "quadrature"),
@@ -33,7 +33,7 @@ UNITS = {
     "channels": Case(2, 3, 5, (6, 8), (6, 8), 8, (2, 9), (0, 0), "quadrature"),
     "long-window": Case(2, 1, 18, (9, 4), (9, 4), 8, (2, 9), (0, 3), "quadrature"),
     "short-window": Case(2, 2, 3, (7, 10), (5, 9), 4, (2, 9), (1, 0), "quadrature"),
-    "very-rough": Case(2, 1, 3, (3, 6), (3, 1), 6, (2, 17), (0, 0), "quadrature"),
+    "a-frame-apart": Case(2, 1, 3, (3, 6), (3, 1), 6, (2, 17), (0, 0), "quadrature"),
 }
 # The types of x and of tokens; where they differ, autocast is at work.
 TYPES = {

@@ -1,8 +1,8 @@
 """What nvcc makes of csrc/cuda, without a GPU: every source by itself, for every architecture of the build.
 
 Nothing may spill or use local memory beyond what SPILLS names, registers must leave room for as many blocks as the
-kernels ask for, and the usual path must move 16 bytes at once. build/cuda-resources-*.txt have the registers of every
-kernel afterwards.
+kernels ask for, and what is usual must be on tensor cores and move 16 bytes at once. build/cuda-resources-*.txt have
+the registers of every kernel afterwards.
 """
 
 import re
@@ -73,16 +73,15 @@ def threads(name: str) -> int:
         warps = re.search(r"Li\d+ELi\d+ELi(\d+)E", name)
         return 32 * (int(warps[1]) if warps else 12)
     # 256 threads, three blocks of them, of the stem two, or one where the arithmetic is double's
-    return 256 if re.search(r"EEEdd[il]E", name) else 512 if "11stem_kernel" in name else 768
+    return 256 if re.search(r"Idd[il]E", name) else 512 if "11stem_kernel" in name else 768
 
 
-# Kernels of a source. With a path: float32 and bfloat16 on the usual one, for one token a warp and for two, any float
-# and double on the other two. The gather: any float and double, for two widths of offsets; the overlap-add: four pairs
-# of dtypes, likewise, and once more by fours. What standardises: float and double. On tensor cores: two sizes, each for
-# the usual geometry and for any, of bfloat16 and float32, and the stem of float32 under autocast, too.
+# Kernels of a source. Any float and double, each for two widths of offsets; the overlap-add: four pairs of dtypes,
+# likewise, and once more by fours. What standardises: float and double. On tensor cores: two sizes, each for the usual
+# geometry and for any, of bfloat16 and float32, and the stem of float32 under autocast, too.
 EXPECTED = {
-    "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 24, "sblu_forward": 8,
-    "standardise": 2, "stem": 8, "warp_sblu": 8, "warp_sblu_backward": 8, "warp_stem": 16, "warp_stem_backward": 16,
+    "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 12, "sblu_forward": 4,
+    "standardise": 2, "stem": 4, "warp_sblu": 8, "warp_sblu_backward": 8, "warp_stem": 16, "warp_stem_backward": 16,
 }  # fmt: skip
 
 
@@ -103,31 +102,6 @@ def functions(cubin: Path) -> dict[str, list[str]]:
         name: re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body)
         for name, body in zip(names, bodies, strict=True)
     }
-
-
-@pytest.mark.parametrize("states", [32, 16])
-@pytest.mark.parametrize(
-    ("source", "kernel"),
-    [
-        ("sblu_forward", "sblu_forward_kernel"),
-        ("sblu_backward", "sblu_backward_states_kernel"),
-        ("sblu_backward", "sblu_backward_weight_kernel"),
-        ("sblu_backward", "sblu_backward_windows_kernel"),
-        ("stem", "stem_kernel"),
-    ],
-)
-def test_the_usual_path_of_an_h100(cubins, source, kernel, states):
-    """Float32, 32-bit offsets, quadrature, an even window: 16-byte accesses, multiply-adds, nothing of double's."""
-    _, cubin = cubins(90, source)
-    usual = [body for name, body in functions(cubin).items() if f"{kernel}INS_4PathIiLb1ELi{states}EEEffiE" in name]
-    assert len(usual) == 1
-    (instructions,) = usual
-    counted = Counter(each.partition(".")[0] for each in instructions)
-    assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
-    assert counted.most_common(1)[0][0] == "FFMA", counted
-    if kernel != "sblu_backward_windows_kernel":  # which reads no x
-        assert any(re.match(r"LDG\.E\.128", each) for each in instructions)
-    assert any(re.match(r"LDS\.128", each) for each in instructions)
 
 
 ON_TENSOR_CORES = {

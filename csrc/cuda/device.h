@@ -242,20 +242,6 @@ AAPE_DEVICE void store_quad(const Values& to, I at, const Quad<float>& value, in
   else store_quad_as(static_cast<float*>(to.data) + at, value, count);
 }
 
-// How a kernel is compiled: I counts sizes and offsets; a fixed one is for quadrature and an even window, which are
-// otherwise asked for at run time; and a warp's 32 lanes are that many states of one token, or of two tokens half as many.
-template <class I, bool kFixed, int kStates_>
-struct Path {
-  using Index = I;
-  static constexpr int kStates = kStates_;
-  static AAPE_DEVICE bool quadrature(const GridOf<I>& g) { return kFixed || g.quadrature; }
-  static AAPE_DEVICE bool even(const GridOf<I>& g) { return kFixed || g.window % 2 == 0; }
-};
-using Usual = Path<int32_t, true, 32>;
-using Narrow = Path<int32_t, true, 16>;
-using General = Path<int32_t, false, 32>;
-using Wide = Path<int64_t, false, 32>;
-
 template <class I>
 GridOf<I> narrowed(const Grid& g) {
   return {I(g.batch), I(g.channels), I(g.mel_bins), I(g.frames), I(g.patch_f), I(g.patch_t), I(g.stride_f),

@@ -67,13 +67,13 @@ AAPE_DEVICE void store_response(const SbluParams<T, IO, I>& p, const Tile<I>& t,
 }
 
 // All states of the token are in this warp; a lane without one gives s >= S.
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 AAPE_DEVICE void store_features(const SbluParams<T, IO, I>& p, const Tile<I>& t, I j, int s, const Complex<T>& y) {
   const auto rows = [&](const Values& values, const I* stride) {
     return Features<I>{values, p.planes, t.b * stride[0] + t.i * stride[1] + j * stride[2], stride[3], stride[4]};
   };
   const I to = t.b * p.grad_y_stride[0] + t.i * p.grad_y_stride[1] + j * p.grad_y_stride[2];
-  const LaneStates<true, Path::kStates> states = {s, int(p.grid.states)};
+  const LaneStates<true> states = {s, int(p.grid.states)};
   standardise_token<T>(
       states, rows(p.y, p.y_stride), rows(p.grad, p.grad_stride), [=](int) { return y; },
       [&](int own, const Complex<T>& grad_y) {
@@ -82,54 +82,33 @@ AAPE_DEVICE void store_features(const SbluParams<T, IO, I>& p, const Tile<I>& t,
       });
 }
 
-// The ends of a token's window in shared memory, on their way to its centre or from there outwards, a frame a step. Where
-// two tokens share a warp the second one has left and right the other way round, so that their frames are an odd number
-// apart (`Lanes`): what is odd in time then has the other sign.
-template <class T>
-struct Ends {
-  T *one, *other;
-  int step;
-  bool turned;
-
-  // left goes `step` elements a frame
-  template <class Path>
-  static AAPE_DEVICE Ends of(const Lanes<Path>& own, T* left, T* right, int step) {
-    const bool turned = own.kTokens > 1 && own.token % 2;
-    return turned ? Ends{right, left, -step, true} : Ends{left, right, step, false};
-  }
-  AAPE_DEVICE void next() { one += step, other -= step; }
-  template <class V>
-  AAPE_DEVICE V odd(V value) const { return turned ? -value : value; }
-};
-
 // Every thread folds the windows of its tokens and its state and runs Horner's rule on them.
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 AAPE_DEVICE void respond(const SbluParams<T, IO, I>& p, const Tile<I>& t, const T* u) {
-  using L = Lanes<Path>;
-  const L own;
-  const bool quadrature = Path::quadrature(p.grid), even = Path::even(p.grid), standardised = p.planes != 2;
+  const int lane = threadIdx.x % kLanes;
+  const bool quadrature = p.grid.quadrature, even = p.grid.window % 2 == 0, standardised = p.planes != 2;
   const I states = p.grid.states;
-  // as long as the warp's first token is there: sums over states take all its lanes
-  for (int n = own.token; n - own.token % L::kTokens < t.count; n += L::kAtOnce) {
-    const bool there = t.state + own.state < states && n < t.count;
-    if (!there && !standardised) continue;
-    // a lane that is there only for the sums has something to read
-    const I s = t.state + own.state < states ? t.state + own.state : states - 1, j = t.first + (n < t.count ? n : t.count - 1);
+  const bool there = t.state + lane < states;
+  if (!there && !standardised) return;
+  // a lane that is there only for the sums has something to read
+  const I s = there ? t.state + lane : states - 1;
+  for (int n = threadIdx.x / kLanes; n < t.count; n += kWarps) {
+    const I j = t.first + n;
     const State<T> state = load_state(p, t, j, s);
     const Gain<T> g = gain_of<T, false>(state, even);
-    const T* left = u + int(j - t.first) * int(p.grid.stride_t) * L::kFramePitch + own.state;
-    auto ends = Ends<const T>::of(own, left, left + (int(p.grid.window) - 1) * L::kFramePitch, L::kFramePitch);
+    const T* left = u + n * int(p.grid.stride_t) * kPitch + lane;
+    const T* right = left + (int(p.grid.window) - 1) * kPitch;
     Complex<T> plus = {0, 0}, minus = {0, 0};
-    for (int m = 0; m < int(p.grid.window) / 2; ++m, ends.next()) {
-      plus = step<T>(plus, g.z, *ends.other + *ends.one);
-      if (quadrature) minus = step<T>(minus, g.z, *ends.other - *ends.one);
+    for (int m = 0; m < int(p.grid.window) / 2; ++m, left += kPitch, right -= kPitch) {
+      plus = step<T>(plus, g.z, *right + *left);
+      if (quadrature) minus = step<T>(minus, g.z, *right - *left);
     }
     if (!even) {
-      plus = step<T>(plus, g.z, *ends.one);
+      plus = step<T>(plus, g.z, *left);
       if (quadrature) minus = minus * g.z;
     }
-    const Complex<T> y = response(g.gamma, plus, {ends.odd(minus.re), ends.odd(minus.im)}, quadrature);
-    if (standardised) store_features<Path>(p, t, j, there ? int(s) : int(states), y);
+    const Complex<T> y = response(g.gamma, plus, minus, quadrature);
+    if (standardised) store_features(p, t, j, there ? int(s) : int(states), y);
     else store_response(p, t, j, s, y);
   }
 }

@@ -1,8 +1,11 @@
 // What SBLU's kernels share: a block's tile of tokens, its rows of x in shared memory, and their projection.
 //
-// A block has kWarps warps and works on `tile` neighbouring tokens of one subband (b, i) and on 32 states, one a lane; or on
-// 16 of two tokens at once, if there are no more. The frames under its windows are projected once and kept in shared
-// memory, u[frame][state]: where lanes are states, accesses to it are free of bank conflicts.
+// A block has kWarps warps and works on `tile` neighbouring tokens of one subband (b, i) and on 32 states, one a lane. The
+// frames under its windows are projected once and kept in shared memory, u[frame][state]: where lanes are states, accesses to
+// it are free of bank conflicts.
+//
+// These kernels do what those on tensor cores (`warp_sblu.cuh`) do not: double and float16, the bilateral kernel, odd windows,
+// patches too large for a warp.
 
 #pragma once
 
@@ -18,20 +21,9 @@ constexpr int kBlocks = sizeof(T) == 8 ? 1 : 3;
 constexpr int kRowBlock = 16;  // rows of x in shared memory at once
 constexpr int kFramePad = 8;   // frames are padded to a multiple of the longest pack
 
-// A block's lanes, and the distances of lines in shared memory.
-template <class Path>
-struct Lanes {
-  static constexpr int kStates = Path::kStates, kTokens = kLanes / kStates;  // of a warp at once
-  // from one row's states to the next's, eight rows' quads being in different banks
-  static constexpr int kPitch = kStates + 4;
-  // The same for frames, where a lane reads one state. Of two tokens whose frames are an odd number apart (`Ends`) one has
-  // the lower half of the banks and one the upper.
-  static constexpr int kFramePitch = kTokens == 1 ? kPitch : kStates;
+// From one row's states to the next's, eight rows' quads being in different banks.
+constexpr int kPitch = kLanes + 4;
 
-  int state, token;  // of the block's first ones
-  AAPE_DEVICE Lanes() : state(threadIdx.x % kStates), token(threadIdx.x / kStates) {}
-  static constexpr int kAtOnce = kWarps * kTokens;  // tokens of a block
-};
 // With logits, decay and frequency hold the Lambda Encoder's r, squashed here into the ranges.
 template <class T>
 struct Squash {
@@ -81,15 +73,12 @@ struct SbluParams {
   AAPE_DEVICE int pitch() const { return columns + 4; }
 };
 
-// Whether two tokens can share a warp; they do so on the usual path.
-inline bool is_narrow(const Grid& g, int64_t bytes) { return bytes == 4 && g.states <= 16 && g.window % 2 == 0; }
-
 // Tokens whose windows a block projects together: as many as span about this many frames. All paths of a call have the same
 // tile, as the order of its sums is that of the tiles.
 constexpr int64_t kTileFrames = 128;
 
 inline int64_t tile_of(const Grid& g, int64_t bytes) {
-  const int64_t budget = is_narrow(g, bytes) ? 2 * kTileFrames : kTileFrames * 4 / bytes;
+  const int64_t budget = kTileFrames * 4 / bytes;
   // windows with gaps between them share nothing, and their gaps would be projected for nothing
   const int64_t more = g.stride_t > g.window || budget < g.window ? 0 : (budget - g.window) / g.stride_t;
   return more + 1 < g.n_t ? more + 1 : g.n_t;
@@ -154,24 +143,16 @@ inline bool is_small(const SbluCall& call) {
          g.states * g.channels * g.patch_f < INT32_MAX;
 }
 
-// run(p, path) with the call's parameters and path; `small`: whether all its offsets fit into 32 bits. What is usual is
-// compiled for float32 and bfloat16 by themselves, all else asks at run time.
+// run(p) with the call's parameters; `small`: whether all its offsets fit into 32 bits. Which of float's types x has is asked
+// at run time.
 template <class Run>
 void dispatch(const SbluCall& call, bool small, Run run) {
-  const bool usual = small && call.grid.quadrature && call.grid.window % 2 == 0, narrow = usual && is_narrow(call.grid, 4);
   if (call.x.type == DType::kFloat64) {
-    if (small) run(params<double, double, int32_t>(call), General());
-    else run(params<double, double, int64_t>(call), Wide());
-  } else if (usual && call.x.type == DType::kFloat32) {
-    if (narrow) run(params<float, float, int32_t>(call), Narrow());
-    else run(params<float, float, int32_t>(call), Usual());
-  } else if (usual && call.x.type == DType::kBFloat16) {
-    if (narrow) run(params<float, BFloat16, int32_t>(call), Narrow());
-    else run(params<float, BFloat16, int32_t>(call), Usual());
-  } else if (small) {
-    run(params<float, AnyFloat, int32_t>(call), General());
+    if (small) run(params<double, double, int32_t>(call));
+    else run(params<double, double, int64_t>(call));
   } else {
-    run(params<float, AnyFloat, int64_t>(call), Wide());
+    if (small) run(params<float, AnyFloat, int32_t>(call));
+    else run(params<float, AnyFloat, int64_t>(call));
   }
 }
 
@@ -182,17 +163,15 @@ inline unsigned state_blocks(const Grid& g) { return unsigned((g.states + kLanes
 inline unsigned row_blocks(const Grid& g) { return unsigned((g.channels * g.patch_f + kRowBlock - 1) / kRowBlock); }
 
 // Shared memory of a projection: u, xs and ws.
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 struct Tiles {
   T *u, *xs, *ws;
   AAPE_DEVICE Tiles(const SbluParams<T, IO, I>& p, unsigned char* memory)
-      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * Lanes<Path>::kFramePitch), ws(xs + kRowBlock * p.pitch()) {}
+      : u(reinterpret_cast<T*>(memory)), xs(u + p.columns * kPitch), ws(xs + kRowBlock * p.pitch()) {}
 };
 
-template <class Path>
-size_t shared_bytes(int columns, size_t bytes) {
-  using L = Lanes<Path>;
-  return (size_t(columns) * L::kFramePitch + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * L::kPitch) * bytes;
+inline size_t shared_bytes(int columns, size_t bytes) {
+  return (size_t(columns) * kPitch + size_t(kRowBlock) * size_t(columns + 4) + kRowBlock * kPitch) * bytes;
 }
 
 // Where a block is.
@@ -264,51 +243,43 @@ AAPE_DEVICE void load_rows(const SbluParams<T, IO, I>& p, const Tile<I>& t, int 
 
 // The weights of rows r … r + kRowBlock − 1 and of the tile's states -> ws[row][state], lines kPitch apart. A warp
 // has eight rows of four states: whole sectors of the weight, and places of ws in different banks. The caller synchronises.
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 AAPE_DEVICE void load_weights(const SbluParams<T, IO, I>& p, const Tile<I>& t, int r, T* ws) {
-  using L = Lanes<Path>;
   const int rows = int(p.grid.channels * p.grid.patch_f);
-  static_assert(kRowBlock * L::kStates % kThreads == 0, "every thread has as many");
+  static_assert(kRowBlock * kLanes % kThreads == 0, "every thread has as many");
 #pragma unroll
-  for (unsigned k = threadIdx.x, n = 0; n < kRowBlock * L::kStates / kThreads; ++n, k += kThreads) {
-    const int line = int(k % 8 + k / (8 * L::kStates) * 8), state = int(k / 8 % L::kStates), row = r + line;
+  for (unsigned k = threadIdx.x, n = 0; n < kRowBlock * kLanes / kThreads; ++n, k += kThreads) {
+    const int line = int(k % 8 + k / (8 * kLanes) * 8), state = int(k / 8 % kLanes), row = r + line;
     const I s = t.state + state;
-    ws[line * L::kPitch + state] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
+    ws[line * kPitch + state] = row < rows && s < p.grid.states ? p.weight[s * rows + row] : T(0);
   }
 }
 
-// A thread's cell of its warp's kColumns × kRows in a product, of which it has a few columns and rows. Lanes that differ in
-// their lowest bit have the same place on the longer side, and those that differ in the next one on the shorter: a 16-byte
-// read of either is then two wavefronts, not four. Of 4 × 8, eight lanes have all columns of two rows' parities, so that
-// they store to different banks in lines of half of these.
-template <int kColumns_ = 8>
+// A thread's cell of its warp's 8 × 4 in a product, of which it has a few columns and rows. Lanes that differ in their lowest
+// bit have the same column, and those that differ in the next one the same row: a 16-byte read of either is then two
+// wavefronts, not four.
 struct Cell {
-  static constexpr int kColumns = kColumns_, kRows = kLanes / kColumns;
-  static_assert(kColumns == 8 || kColumns == 4, "a warp's lanes are 8 × 4 or 4 × 8");
+  static constexpr int kColumns = 8, kRows = kLanes / kColumns;
   int column, row;
   AAPE_DEVICE Cell() {
-    const int lane = int(threadIdx.x % kLanes), longer = lane / 2 % 8, shorter = lane % 2 + lane / 16 * 2;
-    column = kColumns == 8 ? longer : shorter ^ (longer & 2);
-    row = kColumns == 8 ? shorter : longer;
+    const int lane = int(threadIdx.x % kLanes);
+    column = lane / 2 % 8;
+    row = lane % 2 + lane / 16 * 2;
   }
 };
 
 // u[frame][state] = Σ_r x[r][frame] · weight[r][state] for the tile's frames, all rows. A thread has four frames of four
 // states: two 16-byte reads for 16 multiply-adds.
-template <class Path, class T, class IO, class I>
-AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<Path, T, IO, I>& m) {
-  using L = Lanes<Path>;
-  using OfState = Cell<L::kStates / 4>;
-  constexpr int kPitch = L::kFramePitch, kOfWarp = OfState::kRows * 4, kFrames = kWarps * kOfWarp;  // of the block at once
-  const OfState cell;
+template <class T, class IO, class I>
+AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const Tiles<T, IO, I>& m) {
+  constexpr int kOfWarp = Cell::kRows * 4, kFrames = kWarps * kOfWarp;  // of the block at once
+  const Cell cell;
   const int state = cell.column * 4, first = threadIdx.x / kLanes * kOfWarp + cell.row * 4;
-  // Where frames are half of the banks apart, every second row of cells begins with its second frame.
-  const int turn = L::kTokens == 1 ? 0 : cell.row % 2;
   const int rows = int(p.grid.channels * p.grid.patch_f);
   for (int r = 0; r < rows; r += kRowBlock) {
     if (r) __syncthreads();  // before xs is written again
     load_rows(p, t, r, m.xs);
-    load_weights<Path>(p, t, r, m.ws);
+    load_weights(p, t, r, m.ws);
     __syncthreads();
     for (int f = first; f < t.frames; f += kFrames) {
       T* const u = m.u + f * kPitch + state;
@@ -321,19 +292,14 @@ AAPE_DEVICE void project(const SbluParams<T, IO, I>& p, const Tile<I>& t, const 
 #pragma unroll
       for (int row = 0; row < kRowBlock; ++row) {
         const auto x = load_pack<Quad<T>>(m.xs + row * p.pitch() + f);
-        const auto w = load_pack<Quad<T>>(m.ws + row * L::kPitch + state);
+        const auto w = load_pack<Quad<T>>(m.ws + row * kPitch + state);
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
           for (int s = 0; s < 4; ++s) sum[k].at[s] = fma(x.at[k], w.at[s], sum[k].at[s]);
       }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        Quad<T> value;
-#pragma unroll
-        for (int s = 0; s < 4; ++s) value.at[s] = turn ? sum[k ^ 1].at[s] : sum[k].at[s];
-        store_shared(u + (k ^ turn) * kPitch, value);
-      }
+      for (int k = 0; k < 4; ++k) store_shared(u + k * kPitch, sum[k]);
     }
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | features], a block for 64 or 128 tokens.
+// The stem's prologue: Lambda Encoder, SBLU and the operand [patch | features], a block for 64 tokens; where `warp_stem` cannot do it.
 //
 // The encoder's two layers are products of tiles in shared memory; the second reads back what the first wrote. The
 // patches that the first one reads go into the operand on the way; the SBLU reads its rows of x again, from the cache.
@@ -16,16 +16,14 @@ constexpr int kStemBlocks = sizeof(T) == 8 ? 1 : 2;
 constexpr int kDepth = 32;           // of a product at once
 constexpr int kLine = kDepth + 4;    // between two lines in shared memory: eight lines' quads are in different banks
 
-// What a block's warps share out, 16 × 32 each: tokens × columns, which are hidden units or logits. With 16 states there are
-// 32 logits, so that more columns would be for nothing.
-template <class Path>
+// What a block's warps share out, 16 × 32 each: tokens × columns, which are hidden units or logits.
 struct Product {
-  static constexpr int kColumns = 2 * Path::kStates, kTokens = kWarps * 16 * 32 / kColumns;
+  static constexpr int kColumns = 64, kTokens = kWarps * 16 * 32 / kColumns;
   static constexpr int kLines = kTokens + kColumns;  // of shared memory
   int token, column;  // a thread's first ones
   AAPE_DEVICE Product() {
     const int warp = threadIdx.x / kLanes;
-    const Cell<> cell;
+    const Cell cell;
     token = warp / (kColumns / 32) * 16 + cell.row;
     column = warp % (kColumns / 32) * 32 + cell.column;
   }
@@ -68,10 +66,10 @@ AAPE_DEVICE Band<I> band_at(const StemParams<T, IO, I>& p, int unit) {
   return band;
 }
 
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 AAPE_DEVICE void find_places(const StemParams<T, IO, I>& p, const Band<I>& band, const Places<I>& at) {
   const GridOf<I>& g = p.sblu.grid;
-  for (int m = threadIdx.x; m < Product<Path>::kTokens; m += kThreads) {
+  for (int m = threadIdx.x; m < Product::kTokens; m += kThreads) {
     const auto [n, of_tile] = p.by_tile(m);
     const auto [b, i] = p.by_n_f(band.first + n);
     const I j = band.j + of_tile;
@@ -99,9 +97,9 @@ AAPE_DEVICE void fill(T* to, Load load) {
 }
 
 // sum += Σ_k a[token][k] b[column][k] over `depth`, in steps of kDepth; load_a(token, k) and load_b(column, k) give four.
-template <class Path, class T, class A, class B>
+template <class T, class A, class B>
 AAPE_DEVICE void multiply(int depth, T* as, Sum<T>& sum, A load_a, B load_b) {
-  using Whole = Product<Path>;
+  using Whole = Product;
   const Whole own;
   T* const bs = as + Whole::kTokens * kLine;
   const T *a = as + own.token * kLine, *b = bs + own.column * kLine;
@@ -128,9 +126,9 @@ AAPE_DEVICE void multiply(int depth, T* as, Sum<T>& sum, A load_a, B load_b) {
 }
 
 // to[row][column] = sum + bias, rows `width` apart; a last column may be missing
-template <class Path, class T, class I>
+template <class T, class I>
 AAPE_DEVICE void store_sum(const Sum<T>& sum, const Places<I>& at, int first, int width, const T* bias, T* to) {
-  const Product<Path> own;
+  const Product own;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     const I row = at.row[own.token + 4 * m];
@@ -153,9 +151,9 @@ AAPE_DEVICE Quad<T> load_row(const T* matrix, I row, I rows, int k, int width) {
   return out;
 }
 
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* lines) {
-  constexpr int kColumns = Product<Path>::kColumns;
+  constexpr int kColumns = Product::kColumns;
   const int length = p.patches.length(), units = p.hidden_units, logits = 2 * int(p.sblu.grid.states);
   for (int h = 0; h < units; h += kColumns) {
     Sum<T> sum;
@@ -168,8 +166,8 @@ AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* l
       return value;
     };
     const auto weight = [&](int unit, int e) { return load_row<T, I>(p.w1, h + unit, units, e, length); };
-    multiply<Path>(length, lines, sum, patch, weight);
-    store_sum<Path>(sum, at, h, units, p.b1, p.hidden);
+    multiply(length, lines, sum, patch, weight);
+    store_sum(sum, at, h, units, p.b1, p.hidden);
   }
   __syncthreads();  // hidden, which this block reads again
   for (int c = 0; c < logits; c += kColumns) {
@@ -182,24 +180,24 @@ AAPE_DEVICE void encode(const StemParams<T, IO, I>& p, const Places<I>& at, T* l
       return value;
     };
     const auto weight = [&](int column, int h) { return load_row<T, I>(p.w2, c + column, logits, h, units); };
-    multiply<Path>(units, lines, sum, active, weight);
-    store_sum<Path>(sum, at, c, logits, p.b2, p.r);
+    multiply(units, lines, sum, active, weight);
+    store_sum(sum, at, c, logits, p.b2, p.r);
   }
   __syncthreads();  // r, likewise
 }
 
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 __global__ void __launch_bounds__(kThreads, kStemBlocks<T>) stem_kernel(const StemParams<T, IO, I> p) {
   AAPE_DYN_SHARED(memory);
-  constexpr int kTokens = Product<Path>::kTokens;
+  constexpr int kTokens = Product::kTokens;
   const Places<I> at = {reinterpret_cast<I*>(memory), reinterpret_cast<I*>(memory) + kTokens};
   const GridOf<I>& g = p.sblu.grid;
   const Band<I> band = band_at(p, int(blockIdx.x));
-  find_places<Path>(p, band, at);
-  encode<Path>(p, at, reinterpret_cast<T*>(at.row + kTokens));
+  find_places(p, band, at);
+  encode(p, at, reinterpret_cast<T*>(at.row + kTokens));
   if (!p.sblu.planes) return;
 
-  const Tiles<Path, T, IO, I> m(p.sblu, memory);
+  const Tiles<T, IO, I> m(p.sblu, memory);
   for (I n = 0; n < band.count; ++n) {
     const auto [b, i] = p.by_n_f(band.first + n);
     for (I j = band.j; j < g.n_t && j < band.j + p.tile; j += p.sblu.tile) {
@@ -207,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, kStemBlocks<T>) stem_kernel(const St
       for (I block = 0; block * kLanes < g.states; ++block) {
         const Tile<I> t = tile_from(g, left < p.sblu.tile ? left : p.sblu.tile, b, i, j, block);
         project(p.sblu, t, m);
-        respond<Path>(p.sblu, t, m.u);
+        respond(p.sblu, t, m.u);
       }
     }
   }
@@ -244,9 +242,9 @@ SbluCall sblu_part(const StemCall& call) {
   return part;
 }
 
-template <class Path, class T, class IO, class I>
+template <class T, class IO, class I>
 void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* stream) {
-  using Whole = Product<Path>;
+  using Whole = Product;
   constexpr int kTokens = Whole::kTokens;
   StemParams<T, IO, I> p = {};
   const Grid& g = call.grid;
@@ -268,8 +266,8 @@ void launch_stem(const StemCall& call, const SbluParams<T, IO, I>& sblu, void* s
   const int64_t bands = (g.batch * g.n_f + p.bands - 1) / p.bands, tiles = (g.n_t + p.tile - 1) / p.tile;
   p.by_tiles = Divisor<int32_t>(tiles);
   const size_t encoder = Whole::kLines * kLine * sizeof(T) + 2 * kTokens * sizeof(I);
-  const size_t filters = shared_bytes<Path>(p.sblu.columns, sizeof(T));
-  AAPE_LAUNCH("embed", (stem_kernel<Path, T, IO, I>), dim3(blocks(bands * tiles, "embed")), dim3(kThreads),
+  const size_t filters = shared_bytes(p.sblu.columns, sizeof(T));
+  AAPE_LAUNCH("embed", (stem_kernel<T, IO, I>), dim3(blocks(bands * tiles, "embed")), dim3(kThreads),
               encoder > filters ? encoder : filters, stream, p);
 }
 
@@ -280,7 +278,7 @@ void stem(const StemCall& call, void* stream) {
   const int64_t length = g.channels * g.patch_f * g.patch_t, most = 2 * g.states > length ? 2 * g.states : length;
   const bool small = is_small(part) && rows * call.operand.stride[0] < INT32_MAX && rows * width < INT32_MAX &&
                      width * most < INT32_MAX;
-  dispatch(part, small, [&](const auto& p, auto path) { launch_stem<decltype(path)>(call, p, stream); });
+  dispatch(part, small, [&](const auto& p) { launch_stem(call, p, stream); });
 }
 
 }  // namespace cuda

@@ -13,24 +13,24 @@ constexpr int kLanes = 32;
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kLanes * kWarps;
 
-// Of kCount neighbouring lanes, and all lanes have to come here; the same bits in each of these.
-template <int kCount, class T>
+// Of all lanes, each of which has to come here; the same bits in each of them.
+template <class T>
 AAPE_DEVICE T lane_sum(T value) {
 #pragma unroll
-  for (int distance = kCount / 2; distance; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  for (int distance = kLanes / 2; distance; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
   return value;
 }
 
-// What a lane has of one token's S states, which kCount lanes share: its own, of at most kCount, where kOne, else every
-// kCount-th. A lane without a state takes part in the sums.
-template <bool kOne, int kCount = kLanes>
+// What a lane has of one token's S states: its own, where kOne, of at most as many as there are lanes, else every 32nd. A lane
+// without a state takes part in the sums.
+template <bool kOne>
 struct LaneStates {
   int lane, count;
 
   template <class Visit>
   AAPE_DEVICE void each(Visit visit) const {
     if (!kOne) {
-      for (int s = lane; s < count; s += kCount) visit(s);
+      for (int s = lane; s < count; s += kLanes) visit(s);
     } else if (lane < count) {
       visit(lane);
     }
@@ -49,7 +49,7 @@ struct LaneStates {
   AAPE_DEVICE T mean(Value value) const {
     T sum = 0;
     each([&](int s) { sum += value(s); });
-    return lane_sum<kCount>(sum) * (T(1) / T(count));
+    return lane_sum(sum) * (T(1) / T(count));
   }
 };
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "lines.cuh"
+#include "pixels.cuh"
 #include "respond.cuh"
 
 namespace aape {

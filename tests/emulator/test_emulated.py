@@ -119,25 +119,6 @@ def test_features_of_any_number_of_states(emulated, states, features):
     check_stem(stem, torch.randn(2, 2, 14, 19).double(), torch.float64)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("stride", [8, 2, 20], ids=lambda stride: f"stride {stride}")
-@pytest.mark.parametrize(("states", "tokens"), [(16, 1), (9, 2), (16, 17), (1, 3), (16, 67)])
-def test_two_tokens_a_warp(emulated, states, tokens, stride, order):
-    """Up to 16 states in float32, of pairs of tokens and one more, whose windows overlap or not."""
-    emulated.set_order(ORDERS.index(order), 5)
-    case = Case(2, 2, states, (9, 8), (9, stride), 10, (2, tokens), (0, 1), "quadrature")
-    check_sblu(case, torch.float32)
-
-
-@pytest.mark.parametrize("features", PLANES)
-@pytest.mark.parametrize(("states", "tokens"), [(16, 3), (9, 1), (16, 129), (5, 5)])
-def test_stem_of_two_tokens_a_warp(emulated, states, tokens, features):
-    emulated.set_order(tokens % 3, states)
-    stem = AaPE(patch_size=(18, 4), embed_dim=6, num_states=states, encoder_dim=40, decay=(0.1, 2.0), features=features)
-    torch.nn.init.normal_(stem.fusion.weight)
-    check_stem(stem, torch.randn(1, 1, 36, 4 * tokens), torch.float32)
-
-
 @pytest.mark.parametrize("states", [8, 40])
 @pytest.mark.parametrize("features", PLANES)
 def test_bfloat16_projection_and_tokens(features, states):
@@ -235,7 +216,7 @@ def test_when_it_can_run(monkeypatch):
 
 
 # A copy of the sources with one thing wrong must be caught: else the emulator would be blind.
-LOAD = "load_weights<Path>(p, t, r, m.ws);"
+LOAD = "load_weights(p, t, r, m.ws);"
 BROKEN = {
     "no barrier before reading u": ("sblu.cuh", "  __syncthreads();\n}\n\n}  // namespace", "}\n\n}  // namespace"),
     "no barrier after loading rows": ("sblu.cuh", f"{LOAD}\n    __syncthreads();", LOAD),
@@ -260,9 +241,7 @@ BROKEN = {
         "  __syncthreads();  // hidden, which this block reads again\n",
         "",
     ),
-    "an index off by one": ("respond.cuh", "left + (int(p.grid.window) - 1) * L", "left + int(p.grid.window) * L"),
-    "the second token's window not turned back": ("respond.cuh", "return turned ? -value : value;", "return value;"),
-    "frames of turned rows in the wrong place": ("sblu.cuh", "u + (k ^ turn) * kPitch", "u + k * kPitch"),
+    "an index off by one": ("respond.cuh", "left + (int(p.grid.window) - 1) * k", "left + int(p.grid.window) * k"),
     "lanes without a state in the sums": ("warp.cuh", "each([&](int s) { sum += value(s); });", "sum += value(lane);"),
     "lanes without a state that miss the sums": ("respond.cuh", "if (!there && !standardised)", "if (!there)"),
     "a half of a row that is not swapped": (
@@ -306,7 +285,7 @@ def affected(fault):
     name, *_ = fault
     if name.endswith(".cu"):
         return [name]
-    if name in ("lines.cuh", "products.cuh", "warp_states.cuh"):
+    if name in ("lines.cuh", "pixels.cuh", "products.cuh", "warp_states.cuh"):
         return [each for each in SOURCES if each.startswith("warp_")]
     every = ["sblu_forward.cu", "sblu_backward.cu", "stem.cu"]
     return [*every, "standardise.cu"] if name == "warp.cuh" else every
@@ -327,7 +306,7 @@ def broken(request, tmp_path, emulated_objects):
     return link(with_changed(emulated_objects, changed), tmp_path, name)
 
 
-OF_MANY_ROWS = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "quadrature")
+OTHERS = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "bilateral")
 ON_TENSOR_CORES = Case(2, 1, 24, (16, 16), (16, 16), 16, (2, 11), (0, 0), "quadrature")
 
 # One of each kind: every one compiles sources anew.
@@ -346,7 +325,7 @@ OF_A_KIND = {"no barrier before hidden is read", "an index off by one", "the low
 def test_a_broken_kernel_is_caught(broken, monkeypatch):
     use(monkeypatch, broken)
     stems = [
-        AaPE(patch_size=(18, 4), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0)),
+        AaPE(patch_size=(18, 4), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0), kernel="bilateral"),
         AaPE(embed_dim=6),
         AaPE(embed_dim=6).bfloat16(),
     ]
@@ -354,7 +333,7 @@ def test_a_broken_kernel_is_caught(broken, monkeypatch):
     for order in range(len(ORDERS)):
         broken.set_order(order, 3)
         try:
-            for case in (OF_MANY_ROWS, ON_TENSOR_CORES):
+            for case in (OTHERS, ON_TENSOR_CORES):
                 check_sblu(case, torch.float32)
             for stem in stems:
                 torch.nn.init.normal_(stem.fusion.weight)
