@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_sblu_kernel(con
       load_states(p, at, positions, first, n, states);
       Complex<float> y[4];
       respond(p, lines, projection + n * kLanes, states, y);
-      each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+      each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
         X* to = p.y.at(positions.of[h]);
         p.y.store(to, first + s, two, y[k].re, y[k + 1].re);
         p.y.store(to + p.y.plane, first + s, two, y[k].im, y[k + 1].im);

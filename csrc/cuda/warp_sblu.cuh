@@ -13,7 +13,7 @@ struct UnitSizes {
   using X = X_;
   static constexpr int kStateTiles = kStates_ / 8, kStates = kStates_;
   static constexpr int kMostWarps = 12, kBackwardWarps = backward_warps<X>(kMostWarps);
-  static constexpr bool kUsual = kUsual_;
+  static constexpr bool kUsual = kUsual_, kPairs = false;
 };
 
 // One number for every token, state and, of y, plane: where it is, and strides in elements.
@@ -27,12 +27,12 @@ struct Strided {
   }
   // States s and, of two, s + 1, of a place that `at` gave.
   AAPE_DEVICE void load(const T* place, int s, bool two, float& first, float& second) const {
-    if (state == 1) return load_two(place + s, two, first, second);
+    if (state == 1) return load_two<false>(place + s, two, first, second);
     first = widen<float>(place[s * state]);
     if (two) second = widen<float>(place[(s + 1) * state]);
   }
   AAPE_DEVICE void store(T* place, int s, bool two, float first, float second) const {
-    if (state == 1) return store_two(place + s, first, second, two);
+    if (state == 1) return store_two<false>(place + s, first, second, two);
     place[s * state] = narrow<T>(first);
     if (two) place[(s + 1) * state] = narrow<T>(second);
   }
@@ -75,7 +75,7 @@ template <class S>
 AAPE_DEVICE void load_states(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first, int n,
                              State<float> (&states)[4]) {
   Sums decay, frequency;
-  each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+  each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
     p.decay.load(p.decay.at(positions.of[h]), first + s, two, decay.at[k], decay.at[k + 1]);
     p.frequency.load(p.frequency.at(positions.of[h]), first + s, two, frequency.at[k], frequency.at[k + 1]);
   });

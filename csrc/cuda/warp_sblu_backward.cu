@@ -40,19 +40,17 @@ AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<typename S::X>*
   });
 }
 
+// Of y, for states 8n … of the block's.
 template <class S>
-AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first,
-                           Complex<float> (&grad)[S::kStateTiles][4]) {
+AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first, int n,
+                           Complex<float> (&grad)[4]) {
 #pragma unroll
-  for (int n = 0; n < S::kStateTiles; ++n) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) grad[n][k] = {0, 0};
-    each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
-      const auto* from = p.grad.at(positions.of[h]);
-      p.grad.load(from, first + s, two, grad[n][k].re, grad[n][k + 1].re);
-      p.grad.load(from + p.grad.plane, first + s, two, grad[n][k].im, grad[n][k + 1].im);
-    });
-  }
+  for (int k = 0; k < 4; ++k) grad[k] = {0, 0};
+  each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+    const auto* from = p.grad.at(positions.of[h]);
+    p.grad.load(from, first + s, two, grad[k].re, grad[k + 1].re);
+    p.grad.load(from + p.grad.plane, first + s, two, grad[k].im, grad[k + 1].im);
+  });
 }
 
 // Lines ← Σ_s ∂u · weight, the windows' gradients, in place of their pixels. A lane has four rows of two tokens in a frame.
@@ -149,31 +147,31 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
   each_tile(p, m.lines, KeepNothing(), [&](const TwoTokens& at) {
     const Positions<S> positions(p, at);
     Complex<float> grad[S::kStateTiles][4];
-    load_grad(p, at, positions, first, grad);
-#pragma unroll
+#pragma unroll 1
     for (int n = 0; n < S::kStateTiles; ++n) {
       State<float> states[4];
       load_states(p, at, positions, first, n, states);
-      Complex<float> y[4];
+      Complex<float> y[4], own[4];
       Slopes slopes[4];
       respond(p, m.lines, m.projection + n * kLanes, m.kept, n, states, y, slopes);
+      load_grad(p, at, positions, first, n, own);
+      push(grad, own);
       if (!p.grad_decay.data) continue;
-      each_pair(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
+      each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
         const auto along = [&](const Complex<float>& a, const Complex<float>& b, auto& to) {
-          to.store(to.at(positions.of[h]), first + s, two, Slopes::along(a, grad[n][k]), Slopes::along(b, grad[n][k + 1]));
+          to.store(to.at(positions.of[h]), first + s, two, Slopes::along(a, own[k]), Slopes::along(b, own[k + 1]));
         };
         along(slopes[k].decay, slopes[k + 1].decay, p.grad_decay);
         along(slopes[k].frequency, slopes[k + 1].frequency, p.grad_frequency);
       });
     }
-    if (p.partial) weigh(p, m.lines, m.kept, m.sums, grad);
+    if (p.partial) {
+      each_pair_of_tiles(p, grad, [&](int pair, int block) { weigh(p, m.lines, m.kept, m.sums, pair, block, grad); });
+    }
     if constexpr (std::is_same_v<typename S::X, float>) {
       if (p.windows) {
         __syncwarp();  // before pixels are written over
-        for (int block = 0; block < p.blocks(); ++block) {
-#pragma unroll
-          for (int pair = 0; pair < S::kStateTiles / 2; ++pair) spread(p, m, pair, block, grad);
-        }
+        each_pair_of_tiles(p, grad, [&](int pair, int block) { spread(p, m, pair, block, grad); });
         __syncwarp();
         store_windows(p, m.lines, at.first - int(threadIdx.x % kLanes / 4));
       }

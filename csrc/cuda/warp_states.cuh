@@ -9,11 +9,32 @@
 namespace aape {
 namespace cuda {
 
-// Column k of row `row`, and the next where there are two, in one access where the address allows it.
-template <class O>
+// A multiprocessor holds 128 kB of instructions, 8,192 of them: what runs through more of them in a tile waits for memory each
+// time (benchmarks/NOTES.md). So loops over states go round, although registers have no index that a loop runs over: an array
+// that is filled or read by one moves on by a place in every round.
+template <class T, int kCount, int kOfOne>
+AAPE_DEVICE void push(T (&array)[kCount][kOfOne], const T (&last)[kOfOne]) {
+#pragma unroll
+  for (int n = 0; n < kCount; ++n)
+#pragma unroll
+    for (int k = 0; k < kOfOne; ++k) array[n][k] = n + 1 < kCount ? array[n + 1 < kCount ? n + 1 : n][k] : last[k];
+}
+// The first `kBy` to the end.
+template <int kBy, class T, int kCount, int kOfOne>
+AAPE_DEVICE void rotate(T (&array)[kCount][kOfOne]) {
+  for (int turn = 0; turn < kBy; ++turn) {
+    T first[kOfOne];
+#pragma unroll
+    for (int k = 0; k < kOfOne; ++k) first[k] = array[0][k];
+    push(array, first);
+  }
+}
+
+// Column k of row `row`, and the next where there are two, in one access where the address allows it, which is known if kPairs.
+template <bool kPairs, class O>
 AAPE_DEVICE void store_two(O* to, float first, float second, bool two) {
   using Both = Pack<O, 2>;
-  if (two && aligned<Both>(to)) {
+  if (kPairs || (two && aligned<Both>(to))) {
     store_pack(to, Both{{narrow<O>(first), narrow<O>(second)}});
   } else {
     to[0] = narrow<O>(first);
@@ -21,10 +42,10 @@ AAPE_DEVICE void store_two(O* to, float first, float second, bool two) {
   }
 }
 
-template <class O>
+template <bool kPairs, class O>
 AAPE_DEVICE void load_two(const O* from, bool two, float& first, float& second) {
   using Both = Pack<O, 2>;
-  if (two && aligned<Both>(from)) {
+  if (kPairs || (two && aligned<Both>(from))) {
     const Both pair = load_pack<Both>(from);
     first = widen<float>(pair.at[0]);
     second = widen<float>(pair.at[1]);
@@ -35,12 +56,12 @@ AAPE_DEVICE void load_two(const O* from, bool two, float& first, float& second) 
 }
 
 // visit(h, k, column, two) for what a lane has of sums of `count` columns, tile n: token h, sums k and, of two, k + 1.
-template <class Visit>
+template <class S, class Visit>
 AAPE_DEVICE void each_pair(const TwoTokens& at, int n, int count, Visit visit) {
   const int column = n * 8 + int(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (at.there(h) && column < count) visit(h, 2 * h, column, column + 1 < count);
+    if (at.there(h) && column < count) visit(h, 2 * h, column, S::kPairs || column + 1 < count);
   }
 }
 
@@ -184,7 +205,7 @@ struct WeightSums {
 };
 
 // visit(f, ∂u of frame ½K + f, that of frame ½K − 1 − f) for states 16 · pair …, from the windows' centres outwards; each is
-// [tile of states][sum k].
+// [tile of states][sum k]. The cotangents are those of these states first.
 template <class S, class Visit>
 AAPE_DEVICE void each_grad_of_u(const LineParams<S>& p, const Kept<S>& kept, int pair,
                                 const Complex<float> (&grad)[S::kStateTiles][4], Visit visit) {
@@ -203,7 +224,7 @@ AAPE_DEVICE void each_grad_of_u(const LineParams<S>& p, const Kept<S>& kept, int
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const Complex<float>& cotangent = grad[2 * pair + tile][k];
+        const Complex<float>& cotangent = grad[tile][k];
         const float odd = cotangent.im * q[tile][k].im;
         right[tile][k] = fma(cotangent.re, q[tile][k].re, odd);
         left[tile][k] = fma(cotangent.re, q[tile][k].re, -odd);
@@ -213,7 +234,7 @@ AAPE_DEVICE void each_grad_of_u(const LineParams<S>& p, const Kept<S>& kept, int
   }
 }
 
-// Add Σ over tokens and frames of ∂u · x, for states 16 · pair … and one block of rows.
+// Add Σ over tokens and frames of ∂u · x, for states 16 · pair …, whose cotangents come first, and one block of rows.
 template <class S>
 AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const Kept<S>& kept, const WeightSums<S>& to,
                        int pair, int block, const Complex<float> (&grad)[S::kStateTiles][4]) {
@@ -237,13 +258,13 @@ AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const
     }
 }
 
-// The same for all states and rows.
-template <class S>
-AAPE_DEVICE void weigh(const LineParams<S>& p, const typename S::X* lines, const Kept<S>& kept, const WeightSums<S>& to,
-                       const Complex<float> (&grad)[S::kStateTiles][4]) {
-  for (int block = 0; block < p.blocks(); ++block) {
-#pragma unroll
-    for (int pair = 0; pair < S::kStateTiles / 2; ++pair) weigh(p, lines, kept, to, pair, block, grad);
+// visit(pair, block) for every sixteen states, whose cotangents come first then, and every block of rows.
+template <class S, class Visit>
+AAPE_DEVICE void each_pair_of_tiles(const LineParams<S>& p, Complex<float> (&grad)[S::kStateTiles][4], Visit visit) {
+#pragma unroll 1
+  for (int pair = 0; pair < S::kStateTiles / 2; ++pair) {
+    for (int block = 0; block < p.blocks(); ++block) visit(pair, block);
+    if (S::kStateTiles > 2) rotate<2>(grad);
   }
 }
 

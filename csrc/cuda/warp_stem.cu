@@ -76,8 +76,8 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
   }
 #pragma unroll
   for (int n = 0; n < S::kHiddenTiles; ++n) {
-    each_pair(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
-      store_two(p.hidden + at.row(h) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
+    each_pair<S>(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
+      store_two<S::kPairs>(p.hidden + at.row(h) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
     });
 #pragma unroll
     for (float& value : hidden[n].at) value *= sigmoid<float>(value);
@@ -85,25 +85,20 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
   }
 }
 
-// The logits of decays and frequencies, r = W2 · SiLU(hidden) + b2.
+// The logits of decays or frequencies of states 8n …, r = W2 · SiLU(hidden) + b2.
 template <class S>
-AAPE_DEVICE void second_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
-                              const Split<Left<typename S::X>> (&active)[S::kHiddenSteps], Sums (&logits)[2][S::kStateTiles]) {
+AAPE_DEVICE Sums second_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
+                              const Split<Left<typename S::X>> (&active)[S::kHiddenSteps], int part, int n) {
+  Sums sum;
+  set_bias(sum, m.b2 + part * S::kStates + n * 8);
 #pragma unroll
-  for (int part = 0; part < 2; ++part)
-#pragma unroll
-    for (int n = 0; n < S::kStateTiles; ++n) {
-      Sums& sum = logits[part][n];
-      set_bias(sum, m.b2 + part * S::kStates + n * 8);
-#pragma unroll
-      for (int k = 0; k < S::kHiddenSteps; ++k) {
-        add_product(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * 32));
-      }
-      each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-        float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
-        store_two(r, sum.at[k], sum.at[k + 1], two);
-      });
-    }
+  for (int k = 0; k < S::kHiddenSteps; ++k) {
+    add_product(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * kLanes));
+  }
+  each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+    store_two<S::kPairs>(p.r + (at.row(h) * 2 + part) * p.grid.states + s, sum.at[k], sum.at[k + 1], two);
+  });
+  return sum;
 }
 
 template <class S>
@@ -113,22 +108,22 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
   fill(p, m);
   __syncthreads();
   each_tile(p, m.lines, [&](const TwoTokens& at) {
-    Sums logits[2][S::kStateTiles];
-    {
-      Split<Left<typename S::X>> active[S::kHiddenSteps];
-      first_layer(p, at, m, active);
-      second_layer(p, at, m, active, logits);
-    }
-    Complex<float> y[S::kStateTiles][4];
-#pragma unroll
-    for (int n = 0; n < S::kStateTiles; ++n) {
-      State<float> states[4];
-      states_of(p.squash, logits[0][n], logits[1][n], states);
-      respond(p, m.lines, m.projection + n * 32, states, y[n]);
-    }
+    Split<Left<typename S::X>> active[S::kHiddenSteps];
+    first_layer(p, at, m, active);
     Levels<S> levels;
-    if (p.planes != 2) levels.set(y, p.grid.states);
-    store_planes(p, at, y, levels);
+#pragma unroll 1
+    for (int n = 0; n < S::kStateTiles; ++n) {
+      const Sums decay = second_layer(p, at, m, active, 0, n), frequency = second_layer(p, at, m, active, 1, n);
+      State<float> states[4];
+      states_of(p.squash, decay, frequency, states);
+      Complex<float> y[4];
+      respond(p, m.lines, m.projection + n * kLanes, states, y);
+      store_responses(p, at, n, y);
+      levels.push_magnitudes(y);
+    }
+    if (p.planes == 2) return;
+    levels.standardise(p.grid.states);
+    store_levels(p, at, levels);
   });
 }
 

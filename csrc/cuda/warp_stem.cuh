@@ -17,7 +17,8 @@ struct Sizes {
   static constexpr int kMostWarps = kWarps_, kBackwardWarps = backward_warps<X>(kWarps_);
   static constexpr int kStates = kStates_, kHidden = kHidden_;
   static constexpr int kLogitSteps = 2 * kStates_ / 16, kHiddenSteps = kHidden_ / 16;  // of products over them
-  static constexpr bool kUsual = kUsual_;
+  // with even numbers of states and units
+  static constexpr bool kUsual = kUsual_, kPairs = kUsual_;
 };
 
 template <class S>
@@ -77,15 +78,23 @@ AAPE_DEVICE float token_sum(float value) {
   return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
 }
 
-// The features of two tokens from y, and their adjoint. Sums over the states of a token: sum k belongs to token k / 2.
+// The standardised log-magnitudes of two tokens. Sums over the states of a token: sum k belongs to token k / 2.
 template <class S>
 struct Levels {
-  float level[S::kStateTiles][4];  // n, the standardised log-magnitude
+  float level[S::kStateTiles][4];  // e, then n
   float inverse[2];                // 1/σ
 
-  AAPE_DEVICE void set(const Complex<float> (&y)[S::kStateTiles][4], int states) {
+  // e of the next eight states.
+  AAPE_DEVICE void push_magnitudes(const Complex<float> (&y)[4]) {
+    float own[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) own[k] = log_magnitude<float>(y[k]);
+    push(level, own);
+  }
+
+  AAPE_DEVICE void standardise(int states) {
     float mean[2] = {0, 0}, variance[2] = {0, 0};
-    for_each(states, [&](int n, int k) { mean[k / 2] += level[n][k] = log_magnitude<float>(y[n][k]); });
+    for_each(states, [&](int n, int k) { mean[k / 2] += level[n][k]; });
     for (float& value : mean) value = token_sum(value) * (1.0f / float(states));
     for_each(states, [&](int n, int k) {
       level[n][k] -= mean[k / 2];
@@ -107,19 +116,23 @@ struct Levels {
   }
 };
 
+// Planes of the operand: Re y and Im y of states 8n …, if they are features; and n of all.
 template <class S>
-AAPE_DEVICE void store_planes(const WarpStemParams<S>& p, const TwoTokens& at,
-                              const Complex<float> (&y)[S::kStateTiles][4], const Levels<S>& levels) {
-  const int states = p.grid.states;
+AAPE_DEVICE void store_responses(const WarpStemParams<S>& p, const TwoTokens& at, int n, const Complex<float> (&y)[4]) {
+  if (p.planes == 1) return;
+  each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+    auto* to = p.operand + at.row(h) * p.row_step + p.length() + s;
+    store_two<S::kPairs>(to, y[k].re, y[k + 1].re, two);
+    store_two<S::kPairs>(to + p.grid.states, y[k].im, y[k + 1].im, two);
+  });
+}
+template <class S>
+AAPE_DEVICE void store_levels(const WarpStemParams<S>& p, const TwoTokens& at, const Levels<S>& levels) {
 #pragma unroll
   for (int n = 0; n < S::kStateTiles; ++n) {
-    each_pair(at, n, states, [&](int h, int k, int s, bool two) {
-      auto* to = p.operand + at.row(h) * p.row_step + p.length() + s;
-      if (p.planes != 1) {
-        store_two(to, y[n][k].re, y[n][k + 1].re, two);
-        store_two(to + states, y[n][k].im, y[n][k + 1].im, two);
-      }
-      if (p.planes != 2) store_two(to + (p.planes - 1) * states, levels.level[n][k], levels.level[n][k + 1], two);
+    each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+      auto* to = p.operand + at.row(h) * p.row_step + p.length() + (p.planes - 1) * p.grid.states + s;
+      store_two<S::kPairs>(to, levels.level[n][k], levels.level[n][k + 1], two);
     });
   }
 }
@@ -155,7 +168,8 @@ WarpStemParams<S> warp_stem_params(const StemCall& call) {
 template <class X, class O, class Run>
 bool with_sizes_of(const StemCall& call, Run run) {
   constexpr bool kNarrow = std::is_same_v<X, BFloat16>;
-  const bool usual = is_packed<X, O>(call) && is_usual(call.grid, call.x);
+  const bool usual = is_packed<X, O>(call) && is_usual(call.grid, call.x) && call.grid.states % 2 == 0 &&
+                     call.hidden_units % 2 == 0;
   if (call.grid.states <= 16 && call.hidden_units <= 32) {
     return usual ? run(Sizes<X, O, 16, 32, kNarrow ? 16 : 12, true>()) : run(Sizes<X, O, 16, 32, 12, false>());
   }

@@ -67,9 +67,9 @@ AAPE_DEVICE void load_states(const WarpStemParams<S>& p, const TwoTokens& at, in
   Sums logits[2];
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
-    each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+    each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
       const float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
-      load_two(r, two, logits[part].at[k], logits[part].at[k + 1]);
+      load_two<S::kPairs>(r, two, logits[part].at[k], logits[part].at[k + 1]);
     });
   }
   states_of(p.squash, logits[0], logits[1], states);
@@ -85,13 +85,13 @@ AAPE_DEVICE void grad_of_y(const WarpStemParams<S>& p, const TwoTokens& at, cons
   for (int n = 0; n < S::kStateTiles; ++n) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) grad[n][k] = {0, 0};
-    each_pair(at, n, states, [&](int h, int k, int s, bool two) {
+    each_pair<S>(at, n, states, [&](int h, int k, int s, bool two) {
       const auto* from = p.grad + at.row(h) * p.planes * states + s;
       if (p.planes != 1) {
-        load_two(from, two, grad[n][k].re, grad[n][k + 1].re);
-        load_two(from + states, two, grad[n][k].im, grad[n][k + 1].im);
+        load_two<S::kPairs>(from, two, grad[n][k].re, grad[n][k + 1].re);
+        load_two<S::kPairs>(from + states, two, grad[n][k].im, grad[n][k + 1].im);
       }
-      if (p.planes != 2) load_two(from + (p.planes - 1) * states, two, grad_n[n][k], grad_n[n][k + 1]);
+      if (p.planes != 2) load_two<S::kPairs>(from + (p.planes - 1) * states, two, grad_n[n][k], grad_n[n][k + 1]);
     });
   }
   if (p.planes == 2) return;
@@ -131,22 +131,22 @@ AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at
         const Complex<float>& slope = part ? slopes[n][k].frequency : slopes[n][k].decay;
         sum.at[k] = Slopes::along(slope, grad[n][k]);
       }
-      each_pair(at, n, states, [&](int h, int k, int s, bool two) {
+      each_pair<S>(at, n, states, [&](int h, int k, int s, bool two) {
         auto* to = p.grad_encoder + at.row(h) * width + part * states + s;
-        store_two(to, sum.at[k], sum.at[k + 1], two);
+        store_two<S::kPairs>(to, sum.at[k], sum.at[k + 1], two);
       });
       set_half(grad_r[(part * S::kStateTiles + n) / 2], n, sum);
     }
-#pragma unroll
+#pragma unroll 1
   for (int n = 0; n < S::kHiddenTiles; ++n) {
     Sums sum;
 #pragma unroll
     for (int k = 0; k < S::kLogitSteps; ++k) {
       add_product(sum, grad_r[k], load_right(m.w2() + (n * S::kLogitSteps + k) * 32));
     }
-    each_pair(at, n, units, [&](int h, int k, int unit, bool two) {
+    each_pair<S>(at, n, units, [&](int h, int k, int unit, bool two) {
       float hidden[2] = {0, 0};
-      load_two(p.hidden + at.row(h) * units + unit, two, hidden[0], hidden[1]);
+      load_two<S::kPairs>(p.hidden + at.row(h) * units + unit, two, hidden[0], hidden[1]);
       float active[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -154,8 +154,8 @@ AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at
         active[e] = hidden[e] * share;
         sum.at[k + e] *= share * fma(hidden[e], 1.0f - share, 1.0f);
       }
-      store_two(p.grad_encoder + at.row(h) * width + 2 * states + unit, sum.at[k], sum.at[k + 1], two);
-      store_two(p.operand + at.row(h) * p.row_step + p.active + unit, active[0], active[1], two);
+      store_two<S::kPairs>(p.grad_encoder + at.row(h) * width + 2 * states + unit, sum.at[k], sum.at[k + 1], two);
+      store_two<S::kPairs>(p.operand + at.row(h) * p.row_step + p.active + unit, active[0], active[1], two);
     });
   }
 #pragma unroll
@@ -179,29 +179,37 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backwa
     {
       Slopes slopes[S::kStateTiles][4];
       Complex<float> y[S::kStateTiles][4];
-#pragma unroll
+      Levels<S> levels;
+#pragma unroll(S::kStateTiles > 2 ? 1 : 2)  // two cost no more room than their arrays' moving
       for (int n = 0; n < S::kStateTiles; ++n) {
         State<float> states[4];
         load_states(p, at, n, states);
-        respond(p, m.lines(), m.projection() + n * 32, m.kept(), n, states, y[n], slopes[n]);
+        Complex<float> own_y[4];
+        Slopes own_slopes[4];
+        respond(p, m.lines(), m.projection() + n * kLanes, m.kept(), n, states, own_y, own_slopes);
+        store_responses(p, at, n, own_y);
+        levels.push_magnitudes(own_y);
+        push(y, own_y);
+        push(slopes, own_slopes);
       }
-      Levels<S> levels;
-      if (p.planes != 2) levels.set(y, p.grid.states);
-      store_planes(p, at, y, levels);
+      if (p.planes != 2) {
+        levels.standardise(p.grid.states);
+        store_levels(p, at, levels);
+      }
       grad_of_y(p, at, y, levels, grad);
       through_encoder(p, at, m, grad, slopes);
     }
     if (p.grad_y) {
 #pragma unroll
       for (int n = 0; n < S::kStateTiles; ++n) {
-        each_pair(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
+        each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
           float* to = p.grad_y + at.row(h) * 2 * p.grid.states + s;
-          store_two(to, grad[n][k].re, grad[n][k + 1].re, two);
-          store_two(to + p.grid.states, grad[n][k].im, grad[n][k + 1].im, two);
+          store_two<S::kPairs>(to, grad[n][k].re, grad[n][k + 1].re, two);
+          store_two<S::kPairs>(to + p.grid.states, grad[n][k].im, grad[n][k + 1].im, two);
         });
       }
     }
-    weigh(p, m.lines(), m.kept(), m.sums(), grad);
+    each_pair_of_tiles(p, grad, [&](int pair, int block) { weigh(p, m.lines(), m.kept(), m.sums(), pair, block, grad); });
   });
   add_up(p, m.sums(), p.partial);
 }

@@ -246,13 +246,13 @@ BROKEN = {
     "lanes without a state that miss the sums": ("respond.cuh", "if (!there && !standardised)", "if (!there)"),
     "a half of a row that is not swapped": (
         "lines.cuh",
-        "load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, frame, lane / 16 * 8))",
-        "load_left(lines + lane % 16 * p.pitch() + frame * kRows + lane / 16 * 8)",
+        "load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, group, lane / 16 * 8))",
+        "load_left(lines + lane % 16 * p.pitch() + group * kRows + lane / 16 * 8)",
     ),
-    "frames of some tokens that have not changed places": (
+    "groups of some tokens that have not changed places": (
         "lines.cuh",
-        "lines + m * p.pitch() + Layout<float>::in_line(m, frame, lane % 4 * 2)",
-        "lines + m * p.pitch() + Layout<float>::in_line(m & 4, frame, lane % 4 * 2)",
+        "lines + m * p.pitch() + Layout<float>::in_line(m, group, lane % 4 * 2)",
+        "lines + m * p.pitch() + Layout<float>::in_line(m & 4, group, lane % 4 * 2)",
     ),
     "the low part of float32 left out": ("products.cuh", "multiply(sum, a.low, b.high);", ""),
     "the gradients of the second sixteen states in place of the sum": (
