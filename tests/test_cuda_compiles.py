@@ -126,3 +126,12 @@ def test_the_usual_path_of_an_h100_on_tensor_cores(cubins, source, sizes):
     assert sum(each.startswith("LDG.E.128") for each in instructions) >= 16
     if "stem" in source:
         assert sum(each.startswith("STG.E.128") for each in instructions) >= 16
+
+
+@pytest.mark.parametrize("source", ON_TENSOR_CORES)
+def test_code_fits_into_the_instruction_cache(cubins, source):
+    """128 kB of a multiprocessor, 16 bytes an instruction: what went beyond took twice its time (benchmarks/NOTES.md)."""
+    _, cubin = cubins(90, source)
+    sizes = {name: len(body) for name, body in functions(cubin).items() if "ELb1EEEEE" in name}
+    assert len(sizes) >= 4
+    assert max(sizes.values()) <= 6144, sizes

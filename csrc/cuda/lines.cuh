@@ -75,7 +75,10 @@ struct LineParams {
   AAPE_DEVICE bool packed() const { return S::kUsual || packed_; }
   AAPE_DEVICE int blocks() const { return S::kUsual ? 1 : row_blocks; }
   AAPE_DEVICE int group(int frame, int block) const { return frame * blocks() + block; }
-  AAPE_DEVICE int pitch() const { return Layout<X>::pitch(group(line.frames(), 0)); }
+  template <class Y = X>
+  AAPE_DEVICE int pitch() const {
+    return Layout<Y>::pitch(group(line.frames(), 0));
+  }
 };
 
 // A lane's two tokens, g and g + 8 of the warp's.
@@ -168,9 +171,9 @@ AAPE_DEVICE TwoRights<float> group_rights(const LineParams<S>& p, const float* l
 }
 
 // Bytes of one warp's.
-template <class S>
+template <class S, class X = typename S::X>
 size_t lines_bytes(const LineParams<S>& p) {
-  return size_t(kTokensOfWarp) * size_t(Layout<typename S::X>::pitch(p.line.frames_ * p.row_blocks)) * sizeof(typename S::X);
+  return size_t(kTokensOfWarp) * size_t(Layout<X>::pitch(p.line.frames_ * p.row_blocks)) * sizeof(X);
 }
 
 // A block a multiprocessor, of as many warps as find room; none if that is not one.

@@ -50,7 +50,7 @@ struct WarpSbluParams : LineParams<S> {
   Strided<const X, Offset> grad;
   Strided<float, Offset> grad_decay, grad_frequency;
   float* partial;  // (blocks, S, C · P_f)
-  X* windows;      // ∂x of every window
+  Values windows;  // ∂x of every window, in X or in float32
   Offset window_stride[5];  // (B, N_f, N_t, C · P_f, K)
   Divisor<int32_t> by_window;
 };
@@ -101,7 +101,7 @@ WarpSbluParams<S> warp_sblu_params(const SbluCall& call) {
   strided(p.grad, call.grad_y, true);
   strided(p.grad_decay, call.grad_decay, false);
   strided(p.grad_frequency, call.grad_frequency, false);
-  p.windows = reinterpret_cast<typename S::X*>(call.grad_x.data);
+  p.windows = {call.grad_x.data, call.grad_x.type};
   copy_strides(p.window_stride, call.grad_x, 5);
   p.by_window = Divisor<int32_t>(call.grid.window);
   return p;

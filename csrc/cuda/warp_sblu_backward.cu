@@ -6,32 +6,43 @@
 namespace aape {
 namespace cuda {
 
+// Whether windows' gradients need memory beside the pixels'.
+template <class X>
+constexpr bool windows_apart() {
+  return !std::is_same_v<X, float>;
+}
+
 // A block's right factors, and what each warp has behind them.
 template <class S>
 struct UnitBackwardShared {
   using X = typename S::X;
   static constexpr size_t kSumsAt = Kept<S>::kBytes;
-  static AAPE_FN size_t common_bytes(int blocks) { return 2 * blocks * S::kStateTiles * kLanes * sizeof(Weights<X>); }
+  static AAPE_FN size_t common_bytes(int blocks) { return 2 * blocks * S::kStateTiles * kLanes * sizeof(Weights<float>); }
   static AAPE_FN size_t lines_after(int blocks) { return kSumsAt + blocks * WeightSums<S>::kCount * sizeof(float); }
-  Weights<X> *projection, *turned;  // (rows × states), (states × rows)
+  Weights<X>* projection;  // (rows × states)
+  Weights<float>* turned;  // (states × rows)
   Kept<S> kept;
   WeightSums<S> sums;
   X* lines;
+  float* windows;  // their gradients, as lines of float32: of float32 in place of the pixels
 
   AAPE_DEVICE UnitBackwardShared(const WarpSbluParams<S>& p, unsigned char* memory) {
-    const int lines_at = int(lines_after(p.blocks())), own_bytes = lines_at + kTokensOfWarp * p.pitch() * int(sizeof(X));
+    const int lines_at = int(lines_after(p.blocks())), apart = windows_apart<X>() && p.windows.data;
+    const int windows_at = lines_at + kTokensOfWarp * p.pitch() * int(sizeof(X));
+    const int own_bytes = windows_at + apart * kTokensOfWarp * p.template pitch<float>() * int(sizeof(float));
     unsigned char* const own = memory + common_bytes(p.blocks()) + threadIdx.x / kLanes * own_bytes;
     projection = reinterpret_cast<Weights<X>*>(memory);
-    turned = projection + p.blocks() * S::kStateTiles * kLanes;
+    turned = reinterpret_cast<Weights<float>*>(projection + p.blocks() * S::kStateTiles * kLanes);
     kept = {reinterpret_cast<Pack<float, 4>*>(own)};
     sums = {reinterpret_cast<float*>(own + kSumsAt), own_bytes};
     lines = reinterpret_cast<X*>(own + lines_at);
+    windows = reinterpret_cast<float*>(own + (windows_apart<X>() ? windows_at : lines_at));
   }
 };
 
 // The projection's weights (states × rows): for every sixteen rows, two factors for every sixteen states.
 template <class S>
-AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<typename S::X>* to, int first) {
+AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<float>* to, int first) {
   const int rows = p.rows();
   fill_rights(to, p.blocks() * S::kStateTiles, [&](int tile, int state, int column) {
     const int s = first + tile % S::kStateTiles / 2 * 16 + state;
@@ -53,7 +64,7 @@ AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, cons
   });
 }
 
-// Lines ← Σ_s ∂u · weight, the windows' gradients, in place of their pixels. A lane has four rows of two tokens in a frame.
+// Σ_s ∂u · weight, the windows' gradients, in lines of float32. A lane has four rows of two tokens in a frame.
 template <class S>
 AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>& m, int pair, int block,
                         const Complex<float> (&grad)[S::kStateTiles][4]) {
@@ -74,7 +85,7 @@ AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>&
     for (int tile = 0; tile < 2; ++tile) multiply(sums[tile], factor, weights[tile]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float* to = m.lines + (token + 8 * h) * p.pitch() + Layout<float>::in_line(token, p.group(at, block), row);
+      float* to = m.windows + (token + 8 * h) * p.template pitch<float>() + Layout<float>::in_line(token, p.group(at, block), row);
       Four value = {{sums[0].at[2 * h], sums[0].at[2 * h + 1], sums[1].at[2 * h], sums[1].at[2 * h + 1]}};
       if (pair) {
         const Four before = load_pack<Four>(to);
@@ -90,18 +101,30 @@ AAPE_DEVICE void spread(const WarpSbluParams<S>& p, const UnitBackwardShared<S>&
   });
 }
 
-// Lines -> the windows' gradients, in the order of `load_packs`, or one by one.
+// Four in X or, where the address has it, in float32.
+template <class X, class I>
+AAPE_DEVICE void store_four(const Values& to, I at, const Quad<float>& value) {
+  if (std::is_same_v<X, float> || to.type == DType::kFloat32) {
+    store_global(static_cast<float*>(to.data) + at, value);
+  } else {
+    Pack<X, 4> narrowed;
+    for (int k = 0; k < 4; ++k) narrowed.at[k] = narrow<X>(value.at[k]);
+    store_global(static_cast<X*>(to.data) + at, narrowed);
+  }
+}
+
+// Lines -> the windows' gradients, in the order of `load_packs` of float32, or one by one.
 template <class S>
 AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, int first_token) {
   const int lane = threadIdx.x % kLanes;
   const auto window_of = [&](int m) {
     const Position at = position_of(p, first_token + m);
-    return p.windows + at.b * p.window_stride[0] + at.i * p.window_stride[1] + at.j * p.window_stride[2];
+    return at.b * p.window_stride[0] + at.i * p.window_stride[1] + at.j * p.window_stride[2];
   };
   const auto place = [&](int m, int frame, int row) {
-    return lines + m * p.pitch() + Layout<float>::in_line(m, p.group(frame, row / kRows), row % kRows);
+    return lines + m * p.template pitch<float>() + Layout<float>::in_line(m, p.group(frame, row / kRows), row % kRows);
   };
-  bool packed = p.packed() && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(p.windows);
+  bool packed = p.packed() && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(static_cast<char*>(p.windows.data));
   for (int axis = 0; axis < 4; ++axis) packed = packed && p.window_stride[axis] % 4 == 0;
   if (packed) {
     const Quarters own;
@@ -112,24 +135,24 @@ AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, i
       for (int step = 0; step < 8; ++step) {
         const int m = own.token(step);
         if (first_token + m >= p.tokens) continue;
-        Pack<float, 4> rows[2];
+        Quad<float> rows[2];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const auto two = load_pack<Two<float>>(place(m, f + k, row));
           for (int n = 0; n < 2; ++n) rows[n].at[k] = two.at[n];
         }
-        float* to = window_of(m) + row * p.window_stride[3] + f;
+        const auto to = window_of(m) + row * p.window_stride[3] + f;
         for (int n = 0; n < 2; ++n) {
-          if (row + n < p.rows()) store_global(to + n * p.window_stride[3], rows[n]);
+          if (row + n < p.rows()) store_four<typename S::X>(p.windows, to + n * p.window_stride[3], rows[n]);
         }
       }
     });
   } else {
     for (int m = 0; m < kTokensOfWarp && first_token + m < p.tokens; ++m) {
-      float* to = window_of(m);
+      const auto to = window_of(m);
       for (int k = lane; k < p.rows() * p.line.window(); k += kLanes) {
         const auto [row, f] = p.by_window(k);
-        to[row * p.window_stride[3] + f * p.window_stride[4]] = *place(m, p.line.window_first() + f, row);
+        store(p.windows, to + row * p.window_stride[3] + f * p.window_stride[4], *place(m, p.line.window_first() + f, row));
       }
     }
   }
@@ -142,7 +165,7 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
   const int first = int(blockIdx.y) * S::kStates;
   m.sums.clear(p.blocks());
   fill_projection(p, p.weight, m.projection, first);
-  if (p.windows) fill_turned(p, m.turned, first);
+  if (p.windows.data) fill_turned(p, m.turned, first);
   __syncthreads();
   each_tile(p, m.lines, KeepNothing(), [&](const TwoTokens& at) {
     const Positions<S> positions(p, at);
@@ -168,13 +191,11 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
     if (p.partial) {
       each_pair_of_tiles(p, grad, [&](int pair, int block) { weigh(p, m.lines, m.kept, m.sums, pair, block, grad); });
     }
-    if constexpr (std::is_same_v<typename S::X, float>) {
-      if (p.windows) {
-        __syncwarp();  // before pixels are written over
-        each_pair_of_tiles(p, grad, [&](int pair, int block) { spread(p, m, pair, block, grad); });
-        __syncwarp();
-        store_windows(p, m.lines, at.first - int(threadIdx.x % kLanes / 4));
-      }
+    if (p.windows.data) {
+      __syncwarp();  // before pixels are written over
+      each_pair_of_tiles(p, grad, [&](int pair, int block) { spread(p, m, pair, block, grad); });
+      __syncwarp();
+      store_windows(p, m.windows, at.first - int(threadIdx.x % kLanes / 4));
     }
   });
   if (p.partial) add_up(p, m.sums, p.partial, first);
@@ -182,18 +203,14 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
 
 template <class S>
 Launch unit_backward_launch(const WarpSbluParams<S>& p) {
+  const size_t windows = windows_apart<typename S::X>() && p.windows.data ? lines_bytes<S, float>(p) : 0;
   return launch_of(p.tokens, S::kBackwardWarps, UnitBackwardShared<S>::common_bytes(p.row_blocks),
-                   UnitBackwardShared<S>::lines_after(p.row_blocks) + lines_bytes(p));
-}
-
-// The gradient of x: of float32, as its windows take the place of its pixels, and of all states at once.
-bool can_give(const SbluCall& call) {
-  return !call.grad_x.data || (call.x.type == DType::kFloat32 && call.grid.states <= 32);
+                   UnitBackwardShared<S>::lines_after(p.row_blocks) + lines_bytes(p) + windows);
 }
 
 int64_t warp_sblu_programs(const SbluCall& call) {
   int64_t programs = 0;
-  if (!can_give(call)) return programs;
+  if (call.grad_x.data && call.grid.states > 32) return programs;  // which is of all states at once
   with_unit_sizes(call, [&](auto sizes) {
     const Launch launch = unit_backward_launch(warp_sblu_params<decltype(sizes)>(call));
     programs = launch.warps < kLeastWarps ? 0 : launch.blocks;
