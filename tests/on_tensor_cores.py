@@ -21,6 +21,7 @@ STEMS = {
     "two-channels": {"in_chans": 2, "patch_size": (8, 16), "stride": (8, 8)},
     "three-channels": {"in_chans": 3, "patch_size": (16, 4)},
     "whole-packs": {"patch_size": (24, 8), "num_states": 12},
+    "bilateral": {"kernel": "bilateral"},
     "many-rows": {"patch_size": (20, 6), "stride": (12, 5), "window": 8, "num_states": 18, "encoder_dim": 10},
 }
 # SBLU alone: what is moved by packs and what is not, windows that overlap, leave gaps or are longer than the patch.
@@ -33,6 +34,8 @@ UNITS = {
     "channels": Case(2, 3, 5, (6, 8), (6, 8), 8, (2, 9), (0, 0), "quadrature"),
     "long-window": Case(2, 1, 18, (9, 4), (9, 4), 8, (2, 9), (0, 3), "quadrature"),
     "short-window": Case(2, 2, 3, (7, 10), (5, 9), 4, (2, 9), (1, 0), "quadrature"),
+    "bilateral": Case(2, 1, 20, (16, 16), (16, 16), 16, (2, 7), (0, 0), "bilateral"),
+    "bilateral-overlap": Case(2, 2, 5, (7, 10), (5, 8), 12, (2, 9), (1, 1), "bilateral"),
     "a-frame-apart": Case(2, 1, 3, (3, 6), (3, 1), 6, (2, 17), (0, 0), "quadrature"),
 }
 # The types of x and of tokens; where they differ, autocast is at work.

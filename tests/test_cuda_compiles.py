@@ -88,7 +88,7 @@ EXPECTED = {
 # What a lane of the stem's backward on tensor cores may keep in memory while a loop runs, in bytes for a tile of 16
 # tokens, which moves 20 kB: 16 warps of it fit on a multiprocessor with 128 registers a lane. On an H100 they do.
 USUAL_SIZES = "SizesI13__nv_bfloat16S3_Li16ELi32ELi16ELb1E"
-SPILLS = {("warp_stem_backward", 80): 8, ("warp_stem_backward", 100): 28, ("warp_stem_backward", 120): 44}
+SPILLS = {("warp_stem_backward", 80): 16, ("warp_stem_backward", 120): 8}
 
 
 def functions(cubin: Path) -> dict[str, list[str]]:
@@ -130,7 +130,7 @@ def test_the_usual_path_of_an_h100_on_tensor_cores(cubins, source, sizes):
 
 @pytest.mark.parametrize("source", ON_TENSOR_CORES)
 def test_code_fits_into_the_instruction_cache(cubins, source):
-    """128 kB of a multiprocessor, 16 bytes an instruction: what went beyond took twice its time (benchmarks/NOTES.md)."""
+    """Three quarters of a multiprocessor's 128 kB, 16 bytes an instruction (benchmarks/NOTES.md)."""
     _, cubin = cubins(90, source)
     sizes = {name: len(body) for name, body in functions(cubin).items() if "ELb1EEEEE" in name}
     assert len(sizes) >= 4

@@ -80,10 +80,8 @@ void py_windows(const py::tuple& sizes, bool quadrature, const py::object& logit
 // The gradient of x's windows has five axes.
 SbluCall backward_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
                        const py::object& x, const py::object& windows) {
-  SbluCall call;
-  call.grid = grid(sizes, quadrature);
-  call.ranges = ranges(logit_ranges);
-  call.x = view(x);
+  const py::none none;
+  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, none, none, none, none);
   call.grad_y = view(grad_y);
   call.grad_x = view(windows);
   return call;

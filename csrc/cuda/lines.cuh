@@ -55,7 +55,7 @@ struct Layout<float> {
 };
 
 // What a warp's tokens are: S says X, the type of pixels, and whether the geometry is the usual one, where patch and window
-// are the same 16 frames of 16 rows and pixels can be moved 16 bytes at once.
+// are the same 16 frames of 16 rows, the kernel is in quadrature and pixels can be moved 16 bytes at once.
 template <class S>
 struct LineParams {
   using X = typename S::X;
@@ -72,6 +72,7 @@ struct LineParams {
 
   AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
   AAPE_DEVICE int length() const { return rows() * line.patch(); }
+  AAPE_DEVICE bool quadrature() const { return S::kUsual || grid.quadrature; }
   AAPE_DEVICE bool packed() const { return S::kUsual || packed_; }
   AAPE_DEVICE int blocks() const { return S::kUsual ? 1 : row_blocks; }
   AAPE_DEVICE int group(int frame, int block) const { return frame * blocks() + block; }
@@ -233,13 +234,13 @@ void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool packed, bool
 
 // Whether warps can project windows like a call's, if they find room.
 inline bool has_lines(const Grid& g) {
-  return g.quadrature && g.window % 2 == 0 && g.batch * g.n_f * g.n_t < INT32_MAX && g.channels * g.patch_f < INT16_MAX &&
+  return g.window % 2 == 0 && g.batch * g.n_f * g.n_t < INT32_MAX && g.channels * g.patch_f < INT16_MAX &&
          g.patch_t < INT16_MAX && g.window < INT16_MAX;
 }
 
 // Whether a call that is packed has the usual geometry.
 inline bool is_usual(const Grid& g, const View& x) {
-  return g.channels == 1 && g.patch_f == kRows && g.patch_t == 16 && is_small(x, {g.batch, g.channels, g.mel_bins, g.frames});
+  return g.quadrature && g.channels == 1 && g.patch_f == kRows && g.patch_t == 16 && is_small(x, {g.batch, g.channels, g.mel_bins, g.frames});
 }
 
 }  // namespace cuda

@@ -4,8 +4,8 @@
 // frames under its windows are projected once and kept in shared memory, u[frame][state]: where lanes are states, accesses to
 // it are free of bank conflicts.
 //
-// These kernels do what those on tensor cores (`warp_sblu.cuh`) do not: double and float16, the bilateral kernel, odd windows,
-// patches too large for a warp.
+// These kernels do what those on tensor cores (`warp_sblu.cuh`) do not: double and float16, odd windows, patches too large for
+// a warp.
 
 #pragma once
 

@@ -12,7 +12,7 @@ template <class X_, int kStates_, bool kUsual_>
 struct UnitSizes {
   using X = X_;
   static constexpr int kStateTiles = kStates_ / 8, kStates = kStates_;
-  static constexpr int kMostWarps = 12, kBackwardWarps = backward_warps<X>(kMostWarps);
+  static constexpr int kMostWarps = 12, kBackwardWarps = kStates > 16 ? 8 : backward_warps<X>(kMostWarps);
   static constexpr bool kUsual = kUsual_, kPairs = false;
 };
 

@@ -113,7 +113,7 @@ AAPE_DEVICE void respond(const LineParams<S>& p, const typename S::X* lines, con
     }
   }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) y[k] = response(gains[k].gamma, plus[k], minus[k], true);
+  for (int k = 0; k < 4; ++k) y[k] = response(gains[k].gamma, plus[k], minus[k], p.quadrature());
 }
 
 // What y's cotangent is multiplied by to give those of a state's decay and frequency, or of their logits:
@@ -164,9 +164,10 @@ AAPE_DEVICE void respond(const LineParams<S>& p, const typename S::X* lines, con
   for (int k = 0; k < 4; ++k) {
     const auto [derivative_re, derivative_im, decay_slope, frequency_slope] = kept(n, k).at;
     const Gain<float> g = {z[k], gamma[k], {derivative_re, derivative_im}};
+    if (!p.quadrature()) minus[k] = plus[k];  // Im y is of P⁺ as well
     y[k] = response(g.gamma, plus[k].value, minus[k].value, true);
-    const Complex<float> one = {1, 0}, even = adjoint<float>(one, g, plus[k].value, plus[k].slope),
-                         odd = adjoint<float>(one, g, minus[k].value, minus[k].slope);
+    const Complex<float> one = {1, 0}, even = adjoint<float>(one, g, plus[k].value, plus[k].slope);
+    const Complex<float> odd = adjoint<float>(one, g, minus[k].value, minus[k].slope);
     slopes[k] = {{even.re * decay_slope, odd.im * decay_slope}, {-even.im * frequency_slope, odd.re * frequency_slope}};
     kept(n, k) = {{z[k].re, z[k].im, gamma[k].re, gamma[k].im}};
   }
@@ -227,7 +228,7 @@ AAPE_DEVICE void each_grad_of_u(const LineParams<S>& p, const Kept<S>& kept, int
         const Complex<float>& cotangent = grad[tile][k];
         const float odd = cotangent.im * q[tile][k].im;
         right[tile][k] = fma(cotangent.re, q[tile][k].re, odd);
-        left[tile][k] = fma(cotangent.re, q[tile][k].re, -odd);
+        left[tile][k] = fma(cotangent.re, q[tile][k].re, p.quadrature() ? -odd : odd);
         q[tile][k] = q[tile][k] * z[tile][k];
       }
     visit(f, right, left);

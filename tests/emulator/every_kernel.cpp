@@ -211,7 +211,7 @@ void set_device(int) {}
 
 int main() {
   // overlapping windows, more rows than are loaded at once, more states than one block's, two tiles; and odd windows
-  run({1, 1, 20, 144, 20, 16, 20, 8, 16, 1, 17, 33, false}, false);
+  run({1, 1, 20, 143, 20, 15, 20, 8, 15, 1, 17, 33, true}, false);
   run({1, 2, 6, 23, 3, 5, 3, 2, 5, 2, 10, 3, false}, true);
   // packs of 16 bytes, the last tile of tokens not whole; and pixel by pixel, sizes that fill no product
   const Grid usual = {1, 1, 32, 104, 16, 16, 16, 8, 16, 2, 12, 16, true}, odd = {1, 2, 9, 21, 3, 4, 2, 3, 6, 4, 6, 7, true};

@@ -306,7 +306,7 @@ def broken(request, tmp_path, emulated_objects):
     return link(with_changed(emulated_objects, changed), tmp_path, name)
 
 
-OTHERS = Case(1, 2, 8, (20, 16), (20, 8), 16, (2, 30), (0, 0), "bilateral")
+OTHERS = Case(1, 2, 8, (20, 15), (20, 8), 15, (2, 30), (0, 0), "quadrature")
 ON_TENSOR_CORES = Case(2, 1, 24, (16, 16), (16, 16), 16, (2, 11), (0, 0), "quadrature")
 
 # One of each kind: every one compiles sources anew.
@@ -325,7 +325,7 @@ OF_A_KIND = {"no barrier before hidden is read", "an index off by one", "the low
 def test_a_broken_kernel_is_caught(broken, monkeypatch):
     use(monkeypatch, broken)
     stems = [
-        AaPE(patch_size=(18, 4), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0), kernel="bilateral"),
+        AaPE(patch_size=(18, 5), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0)),
         AaPE(embed_dim=6),
         AaPE(embed_dim=6).bfloat16(),
     ]

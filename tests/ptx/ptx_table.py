@@ -27,12 +27,11 @@ BATCH, BLOCKS = 64, 6  # blocks of a launch that are run
 
 
 def stem(
-    dtype: torch.dtype, states: int, hidden: int, rows: int = 16, kernel: str = "quadrature",
-    cast: torch.dtype | None = None,
-) -> Callable[[int], None]:  # fmt: skip
+    dtype: torch.dtype, states: int, hidden: int, patch: tuple[int, int] = (16, 16), cast: torch.dtype | None = None
+) -> Callable[[int], None]:
     def step(batch: int) -> None:
-        sizes = {"patch_size": (rows, 16), "num_states": states, "encoder_dim": hidden}
-        module = AaPE(embed_dim=8, kernel=kernel, dtype=dtype, **sizes)
+        sizes = {"patch_size": patch, "stride": (patch[0], 16), "num_states": states, "encoder_dim": hidden}
+        module = AaPE(embed_dim=8, dtype=dtype, **sizes)
         with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
             tokens = module(torch.randn(batch, 1, 128, 1024).to(dtype))
         tokens.sum().backward()
@@ -40,16 +39,17 @@ def stem(
     return step
 
 
-def unit(dtype: torch.dtype, states: int, rows: int = 16, kernel: str = "quadrature") -> Callable[[int], None]:
+def unit(dtype: torch.dtype, states: int, patch: tuple[int, int] = (16, 16)) -> Callable[[int], None]:
     def step(batch: int) -> None:
-        x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 128 // rows, 64, states)
-        leaves = [torch.rand(tokens) + 0.1, torch.rand(tokens) + 1, torch.randn(states, 1, rows).to(dtype)]
-        sblu(x, *(leaf.requires_grad_() for leaf in leaves), patch_size=(rows, 16), kernel=kernel).sum().backward()
+        x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 128 // patch[0], 64, states)
+        leaves = [torch.rand(tokens) + 0.1, torch.rand(tokens) + 1, torch.randn(states, 1, patch[0]).to(dtype)]
+        y = sblu(x, *(leaf.requires_grad_() for leaf in leaves), patch_size=patch, stride=(patch[0], 16))
+        y.sum().backward()
 
     return step
 
 
-# A step, its states, and its tokens of a clip. Tensor cores are not used for the bilateral kernel.
+# A step, its states, and its tokens of a clip. Tensor cores are not used for odd windows.
 CALLS = {
     "stem, bfloat16, S = 16, H = 32": (stem(torch.bfloat16, 16, 32), 16, 512),
     "stem, bfloat16, S = 32, H = 64": (stem(torch.bfloat16, 32, 64), 32, 512),
@@ -59,10 +59,10 @@ CALLS = {
     "`sblu`, bfloat16, S = 16": (unit(torch.bfloat16, 16), 16, 512),
     "`sblu`, float32, S = 16": (unit(torch.float32, 16), 16, 512),
     "`sblu`, float32, S = 32": (unit(torch.float32, 32), 32, 512),
-    "stem, 32 rows, float32, S = 16, H = 32": (stem(torch.float32, 16, 32, rows=32), 16, 256),
-    "`sblu`, 32 rows, float32, S = 16": (unit(torch.float32, 16, rows=32), 16, 256),
-    "stem, bilateral, float32, S = 32, H = 64": (stem(torch.float32, 32, 64, kernel="bilateral"), 32, 512),
-    "`sblu`, bilateral, float32, S = 32": (unit(torch.float32, 32, kernel="bilateral"), 32, 512),
+    "stem, 32 rows, float32, S = 16, H = 32": (stem(torch.float32, 16, 32, patch=(32, 16)), 16, 256),
+    "`sblu`, 32 rows, float32, S = 16": (unit(torch.float32, 16, patch=(32, 16)), 16, 256),
+    "stem, 15 frames, float32, S = 32, H = 64": (stem(torch.float32, 32, 64, patch=(16, 15)), 32, 512),
+    "`sblu`, 15 frames, float32, S = 32": (unit(torch.float32, 32, patch=(16, 15)), 32, 512),
 }
 
 

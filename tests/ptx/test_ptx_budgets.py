@@ -53,27 +53,27 @@ BUDGETS = {
         "warp_sblu_backward_kernel": (32.9, 1.02, 0.94, 0.98),
     },
     "stem, 32 rows, float32, S = 16, H = 32": {
-        "warp_stem_kernel": (58.9, 1.01, 0.4, 0.93),
-        "warp_stem_backward_kernel": (65, 1.2, 0.98, 0.85),
+        "warp_stem_kernel": (59, 1.01, 0.4, 0.93),
+        "warp_stem_backward_kernel": (65.8, 1.2, 0.98, 0.85),
         "gradients_kernel": (0.46, 1.01, 0.99, 0.99),
     },
     "`sblu`, 32 rows, float32, S = 16": {
-        "warp_sblu_kernel": (32, 1.31, 0.98, 0.99),
-        "warp_sblu_backward_kernel": (76.8, 1.14, 0.97, 0.98),
+        "warp_sblu_kernel": (32.1, 1.31, 0.98, 0.99),
+        "warp_sblu_backward_kernel": (77.9, 1.14, 0.97, 0.98),
     },
-    "stem, bilateral, float32, S = 32, H = 64": {
-        "stem_kernel": (60.6, 1.63, 0.99, 0.99),
-        "sblu_forward_kernel": (32.4, 1.44, 0.99, 0.99),
-        "sblu_backward_states_kernel": (26.9, 1.44, 0.99, 0.99),
-        "sblu_backward_weight_kernel": (27.4, 1.39, 0.99, 0.99),
-        "gather_kernel": (6.08, 1.01, 0.99, 0.99),
+    "stem, 15 frames, float32, S = 32, H = 64": {
+        "stem_kernel": (114, 1.65, 0.52, 0.99),
+        "sblu_forward_kernel": (87.6, 1.52, 0.69, 0.99),
+        "sblu_backward_states_kernel": (82.5, 1.52, 0.68, 0.99),
+        "sblu_backward_weight_kernel": (74.3, 1.53, 0.47, 0.99),
+        "gather_kernel": (10.4, 1.01, 0.22, 0.99),
     },
-    "`sblu`, bilateral, float32, S = 32": {
-        "sblu_forward_kernel": (23.8, 1.44, 0.99, 0.99),
-        "sblu_backward_windows_kernel": (28.5, 1.49, 0.89, 0.99),
-        "overlap_add_kernel": (7.13, 1.01, 0.99, 0.99),
-        "sblu_backward_states_kernel": (25.8, 1.44, 0.95, 0.99),
-        "sblu_backward_weight_kernel": (26.5, 1.39, 0.95, 0.99),
+    "`sblu`, 15 frames, float32, S = 32": {
+        "sblu_forward_kernel": (78.9, 1.52, 0.66, 0.99),
+        "sblu_backward_windows_kernel": (55.9, 1.44, 0.97, 0.51),
+        "overlap_add_kernel": (25.9, 1.01, 0.69, 0.99),
+        "sblu_backward_states_kernel": (81.3, 1.52, 0.65, 0.99),
+        "sblu_backward_weight_kernel": (73.4, 1.53, 0.41, 0.99),
     },
 }
 

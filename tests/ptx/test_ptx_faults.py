@@ -43,7 +43,7 @@ def step(kernel: str) -> None:
         run_sblu(case.options, *case.inputs(torch.float32))
         return
     if kernel.startswith("sblu"):
-        case = Case(2, 2, 40, (20, 16), (20, 8), 16, (2, 40), (0, 0), "bilateral")
+        case = Case(2, 2, 40, (20, 15), (20, 8), 15, (2, 40), (0, 0), "quadrature")
         run_sblu(case.options, *case.inputs(torch.float32))
         return
     if kernel.startswith("stem"):
