@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["embed", "embed_backward", "kernels", "reason", "runs_on", "sblu", "sblu_backward", "unusable"]
 
 
+# Of x, where kernels multiply on tensor cores.
+ON_TENSOR_CORES = (torch.float32, torch.bfloat16)
+
+
 def kernels() -> Any:
     """The module that has the kernels."""
     return load().cuda
@@ -201,28 +205,28 @@ class CudaKernels(Kernels):
         self, grad: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, wanted: set[str]
     ) -> dict[str, Tensor]:
         """What tensor cores can give in one pass over x, of what is wanted."""
+        if not wanted or self.x.dtype not in ON_TENSOR_CORES:
+            return {}
         got: dict[str, Tensor] = {}
         gradients: tuple[Tensor, ...] = ()
-        grad_x = windows = own = None
+        own = windows = None
+        if "x" in wanted:
+            got["x"] = self.x.new_empty(self.x.shape)
+            own = self._windows_of(got["x"])
+            windows = self._windows() if own is None else own
         if wanted & {"decay", "frequency"}:
             shape = (self.rows, self.states)
             got |= {name: self.x.new_empty(shape, dtype=self.work) for name in ("decay", "frequency")}
             gradients = self.by_token(got["decay"]), self.by_token(got["frequency"])
-        if "x" in wanted:
-            grad_x = self.x.new_empty(self.x.shape)
-            own = self._windows_of(grad_x)
-            windows = self._windows() if own is None else own
-        partial = self._pass(grad, decay, frequency, weight, None, gradients, "weight" in wanted, windows)
-        if partial is None:
-            if windows is None:
-                return {}
-            return self.at_once(grad, decay, frequency, weight, wanted - {"x"})
+        partial = None
+        if "x" not in wanted or windows is not None:
+            partial = self._pass(grad, decay, frequency, weight, None, gradients, "weight" in wanted, windows)
+        if partial is None:  # perhaps without x's
+            return self.at_once(grad, decay, frequency, weight, wanted - {"x"}) if "x" in wanted else {}
         if "weight" in wanted:
             got["weight"] = partial.sum(0)
-        if grad_x is not None and windows is not None:
-            if own is None:
-                self._sum(windows, grad_x, 1, self.grid.window, self.grid.offset, add=False)
-            got["x"] = grad_x
+        if windows is not None and own is None:
+            self._sum(windows, got["x"], 1, self.grid.window, self.grid.offset, add=False)
         return got
 
     def _pass(
@@ -243,8 +247,9 @@ class CudaKernels(Kernels):
         return partial
 
     def _windows(self) -> Tensor | None:
-        """For every token's part of x's gradient, (B, N_f, N_t, C·P_f, K); None if they would be much larger than x."""
-        if self.grid.window > 2 * self.grid.stride[1]:
+        """For every token's part of x's gradient, (B, N_f, N_t, C·P_f, K); None if they would be much larger than x, or
+        nothing could write them."""
+        if self.x.dtype not in ON_TENSOR_CORES or self.grid.window > 2 * self.grid.stride[1]:
             return None
         shape = (self.x.shape[0], self.n_f, self.n_t, self.projected, self.grid.window)
         return self.x.new_empty(shape, dtype=self.work)
