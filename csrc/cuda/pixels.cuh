@@ -75,8 +75,8 @@ AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, BFloat16* lines, K
   });
 }
 
-// A lane's rows and frames where two lanes have eight frames of float32, and half a warp two tokens' sixteen rows:
-// visit(token, row of a block, frame) for eight pairs of tokens, four at once.
+// A lane's two rows of a block and four frames of a pair of packs, where two lanes have eight frames of float32, and half a warp
+// two tokens' sixteen rows; eight steps are a warp's tokens.
 struct Quarters {
   int row, of_pair, half;
   AAPE_DEVICE Quarters() {
