@@ -68,7 +68,7 @@ def test_nothing_spills(cubins, architecture, source):
 def threads(name: str) -> int:
     """What a multiprocessor is to have of a kernel at once, by its __launch_bounds__."""
     if sizes := re.search(r"SizesI(f|13__nv_bfloat16)", name):  # one block of so many warps
-        if "backward" in name and sizes[1] == "f":
+        if "backward" in name and (sizes[1] == "f" or re.search(r"UnitSizesI\w+?Li32E", name)):
             return 32 * 8
         warps = re.search(r"Li\d+ELi\d+ELi(\d+)E", name)
         return 32 * (int(warps[1]) if warps else 12)
