@@ -63,9 +63,10 @@ struct StemCall {
 };
 
 // The stem's backward on tensor cores, where `warp_stem` ran: from `grad`, the features' cotangent (rows, planes·S),
-// contiguous, to grad_encoder (rows, 2S + H) in bfloat16, the cotangents of r and hidden; grad_y (rows, 2S), unless data is
-// null, and partial (programs, S, C·P_f), whose sum over programs is the projection's gradient, in float32. The operand is
-// written again, with more columns: from `one` a column of ones, and zeros; from `active` SiLU(hidden).
+// contiguous, to grad_encoder (rows, 2S + H), the cotangents of r and hidden, both in the operand's type; to grad_y
+// (rows, 2S), unless data is null, and to partial (programs, S, C·P_f), whose sum over programs is the projection's gradient,
+// in float32. The operand is written again, with more columns: from `one` a column of ones, and zeros; from `active`
+// SiLU(hidden).
 struct StemGradientCall : StemCall {
   int64_t one = 0, active = 0;
   View grad, grad_encoder, grad_y, partial;
