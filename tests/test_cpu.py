@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from cases import AWKWARD, SQUARE, Case
-from checks import check_gain_and_z, far_apart, poisoned_memory, same_bits
+from checks import check_gain_and_z, compare, far_apart, poisoned_memory, same_bits, spread
 from oracle import bound, relative_error
 from test_stem import check_16_bit_forward_and_gradients
 from torch.nn import functional
@@ -94,6 +94,26 @@ def test_few_tokens_leave_no_sum_unwritten(isa):
     environment = os.environ | {"MALLOC_PERTURB_": "165"}
     done = subprocess.run([sys.executable, "-c", FEW_TOKENS], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("states", [8, 16, 32, 48])
+@pytest.mark.parametrize(
+    ("channels", "patch", "stride", "window"),
+    [(1, (16, 16), (16, 16), 16), (3, (5, 7), (4, 5), 11), (2, (4, 12), (4, 20), 8)],
+    ids=["grid", "overlap", "gaps"],
+)
+def test_rows_in_place_and_copied_give_the_same_bits(isa, dtype, states, channels, patch, stride, window):
+    """Pixels, states and cotangents are read where they lie if they are whole vectors there, and else from a copy."""
+    case = Case(2, channels, states, patch, stride, window, (2, 40), (3, 4), "quadrature")
+    inputs, cotangent = case.inputs(dtype)
+    with poisoned_memory():
+        got = gradients(lambda *v: sblu(*v, **case.options), inputs, cotangent)
+        want = gradients(lambda *v: sblu(*v, **case.options), [spread(value) for value in inputs], spread(cotangent))
+    assert same_bits(got, want)
+    wide = [value.double() for value in inputs]
+    exact = gradients(lambda *v: sblu(*v, **case.options, backend="reference"), wide, cotangent.double())
+    compare(got, exact, inputs, dtype)
 
 
 def test_elements_beyond_2_to_the_31(isa):

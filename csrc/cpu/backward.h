@@ -50,18 +50,18 @@ AAPE_FN Jets<T> jets(const T* u, int64_t states, const Fold& w, const Gain<Vec<T
   C plus = {zero, zero}, minus = plus, plus_slope = plus, minus_slope = plus;
   for (int64_t m = w.last; m >= (w.even ? 0 : 1); --m) {
     Vec<T> upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
-    plus_slope = plus_slope * g.z + plus;
+    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
     plus = step<Vec<T>>(plus, g.z, upper + lower);
     if (Quadrature) {
-      minus_slope = minus_slope * g.z + minus;
+      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
       minus = step<Vec<T>>(minus, g.z, upper - lower);
     }
   }
   if (!w.even) {
-    plus_slope = plus_slope * g.z + plus;
+    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
     plus = step<Vec<T>>(plus, g.z, M::load(u + w.upper * states));
     if (Quadrature) {
-      minus_slope = minus_slope * g.z + minus;
+      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
       minus = minus * g.z;
     }
   }
@@ -89,7 +89,7 @@ template <class T>
 inline void accumulate_weight(T* grad, const T* x, const T* grad_u, const Tiling& t, int64_t frames) {
   using M = Math<Vec<T>>;
   constexpr int lanes = Simd<T>::kLanes;
-  constexpr int block = kFrameBlock;  // rows at once
+  constexpr int block = kSums / 2;  // rows at once
   for (int64_t r = 0; r < t.rows; r += block) {
     int count = int(smaller(block, t.rows - r));
     for (int64_t s = 0; s < t.states; s += lanes) {
@@ -127,14 +127,14 @@ inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, T
                          const Tiling& t, const Unit& unit) {
   using M = Math<Vec<T>>;
   constexpr int lanes = Simd<T>::kLanes;
-  for (int64_t f = 0; f < unit.frames; f += kFrameBlock) {
+  for (int64_t f = 0; f < unit.frames; f += kSums) {
     for (int64_t r = 0; r < rows; r += lanes) {
-      Vec<T> sum[kFrameBlock] = {};
+      Vec<T> sum[kSums] = {};
       for (int64_t s = 0; s < g.states; ++s) {
         auto w = M::load(weight + s * rows + r);
-        for (int k = 0; k < kFrameBlock; ++k) sum[k] += grad_u[(f + k) * t.states + s] * w;
+        for (int k = 0; k < kSums; ++k) sum[k] += grad_u[(f + k) * t.states + s] * w;
       }
-      for (int k = 0; k < kFrameBlock; ++k) M::store(tile + (f + k) * rows + r, sum[k]);
+      for (int k = 0; k < kSums; ++k) M::store(tile + (f + k) * rows + r, sum[k]);
     }
   }
   int64_t begin = larger(0, -unit.frame), end = smaller(unit.frames, g.frames - unit.frame);
@@ -150,6 +150,13 @@ inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, T
 
 enum Passes : int { kParameters = 1, kWeight = 2, kInput = 4 };
 
+// What a vector of states is filtered by.
+template <class T>
+struct Filter {
+  Parameters<T> parameters;
+  Gain<Vec<T>> gain;
+};
+
 // One thread's scratch, and what it does with a unit.
 template <class T, bool Quadrature>
 struct Worker {
@@ -159,12 +166,20 @@ struct Worker {
   Fold w;
   int64_t padded_rows;  // of x, to whole vectors
   Buffer<T> x, u, grad_u, rows, across, tile;
+  Buffer<Filter<T>> filters;
+  States<T> decays, frequencies, real, imaginary, grad_decays, grad_frequencies;
 
   Worker(const SbluCall& c, const Tiling& tiles, const T* packed)
       : call(c), t(tiles), weight(packed), w(fold(c.grid.window)),
         padded_rows(c.grad_x.data ? round_up(t.rows, Simd<T>::kLanes) : 0), x(t.rows * t.columns),
         u(t.columns * t.states), grad_u(t.columns * t.states), rows(6 * t.states),
-        across(c.grid.states * padded_rows), tile(t.columns * padded_rows) {
+        across(c.grid.states * padded_rows), tile(t.columns * padded_rows),
+        filters(t.tokens * t.states / Simd<T>::kLanes),
+        decays(c.decay, 3, c.grid.states, rows.data), frequencies(c.frequency, 3, c.grid.states, rows.data + t.states),
+        real(c.grad_y, 4, c.grid.states, rows.data + 2 * t.states),
+        imaginary(c.grad_y, 4, c.grid.states, rows.data + 3 * t.states, c.grad_y.stride[3]),
+        grad_decays(c.grad_decay, 3, c.grid.states, rows.data + 4 * t.states),
+        grad_frequencies(c.grad_frequency, 3, c.grid.states, rows.data + 5 * t.states) {
     if (c.grad_x.data) {
       transpose_weight(across.data, weight, c.grid, t, padded_rows);
       // the last frame block reads a few frames beyond the tile
@@ -177,19 +192,26 @@ struct Worker {
     constexpr int lanes = Simd<T>::kLanes;
     const Grid& g = call.grid;
     const Unit unit = unit_at(g, t, k);
-    T *decay = rows.data, *frequency = decay + t.states, *re = frequency + t.states, *im = re + t.states;
-    T *grad_decay = im + t.states, *grad_frequency = grad_decay + t.states;
-    bool frames = passes & (kWeight | kInput);
+    const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
     if (passes & (kParameters | kWeight)) load_tile(x.data, call.x, g, t, unit);
-    if (passes & kParameters) project(u.data, x.data, weight, t, unit.frames);
-    if (frames) fill_zero(grad_u.data, unit.frames * t.states);
+    if (passes & kParameters) project(u.data, rows_of<T>(x.data, g, t), weight, g, t, unit.frames);
+    if (frames && !apart) fill_zero(grad_u.data, unit.frames * t.states);
+    // for all tokens first: each is a long chain of operations, and they overlap
+    Filter<T>* filter = filters.data;
+    for (int64_t n = 0; n < unit.count; ++n) {
+      const T *decay = decays.load(unit, unit.first + n, T(1)), *frequency = frequencies.load(unit, unit.first + n, T(1));
+      for (int64_t s = 0; s < t.states; s += lanes, ++filter) {
+        filter->parameters = parameters<T, true>(decay + s, frequency + s, call.ranges);
+        filter->gain = gain<Vec<T>, true>(filter->parameters.decay, filter->parameters.frequency, w.even);
+      }
+    }
+    filter = filters.data;
     for (int64_t n = 0; n < unit.count; ++n) {
       int64_t j = unit.first + n, at = n * g.stride_t * t.states;
-      load_parameters(decay, frequency, call, t, unit.b, unit.i, j);
-      load_cotangent(re, im, unit, j);
-      for (int64_t s = 0; s < t.states; s += lanes) {
-        auto p = parameters<T, true>(decay + s, frequency + s, call.ranges);
-        auto gains = gain<Vec<T>, true>(p.decay, p.frequency, w.even);
+      const T *re = real.load(unit, j, T(0)), *im = imaginary.load(unit, j, T(0));
+      T *grad_decay = grad_decays.place(unit, j), *grad_frequency = grad_frequencies.place(unit, j);
+      for (int64_t s = 0; s < t.states; s += lanes, ++filter) {
+        const auto& [p, gains] = *filter;
         Vec<T> zero = {}, gr = M::load(re + s), gi = M::load(im + s);
         // conj ḡ: split by polynomial for the quadrature kernel
         Complex<Vec<T>> plus = {gr, Quadrature ? zero : -gi}, minus = {zero, -gi};
@@ -200,31 +222,17 @@ struct Worker {
           M::store(grad_decay + s, d.re);
           M::store(grad_frequency + s, d.im);
         }
-        if (frames) spread<T, Quadrature>(grad_u.data + at + s, t.states, w, gains, plus, minus);
+        T* window = grad_u.data + at + s;
+        if (frames && apart) spread<T, Quadrature, true>(window, t.states, w, gains, plus, minus);
+        else if (frames) spread<T, Quadrature>(window, t.states, w, gains, plus, minus);
       }
       if (passes & kParameters) {
-        store(call.grad_decay, grad_decay, unit, j);
-        store(call.grad_frequency, grad_frequency, unit, j);
+        grad_decays.store(unit, j);
+        grad_frequencies.store(unit, j);
       }
     }
     if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);
     if (passes & kInput) accumulate_x(call.grad_x, grad_u.data, across.data, tile.data, padded_rows, g, t, unit);
-  }
-
-  inline void load_cotangent(T* re, T* im, const Unit& unit, int64_t j) {
-    const View& y = call.grad_y;
-    const char* at = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
-    load_row(re, at, y.type, y.stride[4], call.grid.states);
-    load_row(im, at + y.stride[3] * size_of(y.type), y.type, y.stride[4], call.grid.states);
-    // lanes beyond S
-    fill_zero(re + call.grid.states, t.states - call.grid.states);
-    fill_zero(im + call.grid.states, t.states - call.grid.states);
-  }
-
-  inline void store(const View& to, const T* from, const Unit& unit, int64_t j) {
-    if (!to.data) return;
-    int64_t at = unit.b * to.stride[0] + unit.i * to.stride[1] + j * to.stride[2];
-    store_row(to.data + at * size_of(to.type), from, to.type, to.stride[3], call.grid.states);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../sblu.h"
 #include "api.h"
 
 // Compiled once and called: in every caller's code they would double the module and what the compiler takes for it.
@@ -54,17 +55,23 @@ inline uint16_t to_float16(float value) {
   return uint16_t(sign | ((rounded - 0x38000000) >> 13));
 }
 
-// to[k] = from[k · stride], k < count; in elements
 template <class T>
-AAPE_APART void load_row(T* to, const char* from, DType type, int64_t stride, int64_t count) {
+constexpr DType kTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+
+// A vector at a time, so that few numbers are no call.
+template <class T>
+AAPE_FN void copy_row(T* to, const T* from, int64_t count) {
+  constexpr int64_t lanes = AAPE_VECTOR_BYTES / sizeof(T);
+  for (; count >= lanes; count -= lanes, to += lanes, from += lanes) std::memcpy(to, from, AAPE_VECTOR_BYTES);
+  if (count) std::memcpy(to, from, count * sizeof(T));
+}
+
+template <class T>
+AAPE_APART void convert_from(T* to, const char* from, DType type, int64_t stride, int64_t count) {
   switch (type) {
     case DType::kFloat32: {
       auto row = reinterpret_cast<const float*>(from);
-      if (stride == 1) {
-        for (int64_t k = 0; k < count; ++k) to[k] = T(row[k]);
-      } else {
-        for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
-      }
+      for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
       break;
     }
     case DType::kFloat64: {
@@ -86,15 +93,11 @@ AAPE_APART void load_row(T* to, const char* from, DType type, int64_t stride, in
 }
 
 template <class T>
-AAPE_APART void store_row(char* to, const T* from, DType type, int64_t stride, int64_t count) {
+AAPE_APART void convert_to(char* to, const T* from, DType type, int64_t stride, int64_t count) {
   switch (type) {
     case DType::kFloat32: {
       auto row = reinterpret_cast<float*>(to);
-      if (stride == 1) {
-        for (int64_t k = 0; k < count; ++k) row[k] = float(from[k]);
-      } else {
-        for (int64_t k = 0; k < count; ++k) row[k * stride] = float(from[k]);
-      }
+      for (int64_t k = 0; k < count; ++k) row[k * stride] = float(from[k]);
       break;
     }
     case DType::kFloat64: {
@@ -113,6 +116,19 @@ AAPE_APART void store_row(char* to, const T* from, DType type, int64_t stride, i
       break;
     }
   }
+}
+
+// to[k] = from[k · stride], k < count; in elements
+template <class T>
+AAPE_FN void load_row(T* to, const char* from, DType type, int64_t stride, int64_t count) {
+  if (type == kTypeOf<T> && stride == 1) copy_row(to, reinterpret_cast<const T*>(from), count);
+  else convert_from(to, from, type, stride, count);
+}
+// to[k · stride] = from[k], k < count
+template <class T>
+AAPE_FN void store_row(char* to, const T* from, DType type, int64_t stride, int64_t count) {
+  if (type == kTypeOf<T> && stride == 1) copy_row(reinterpret_cast<T*>(to), from, count);
+  else convert_to(to, from, type, stride, count);
 }
 
 }  // namespace AAPE_NAMESPACE

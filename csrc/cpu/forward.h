@@ -27,18 +27,36 @@ struct Parameters {
   Vec<T> decay_slope, frequency_slope;  // d/dr, with logits
 };
 
-// A token's decays and frequencies, padded: lanes beyond S hold something harmless.
+// A token's states in a tensor whose axis `axis` they are: worked on in place if they are whole vectors of T there, else by
+// way of `spare`, which has room for whole vectors.
 template <class T>
-inline void load_parameters(T* decay, T* frequency, const SbluCall& call, const Tiling& t, int64_t b, int64_t i,
-                            int64_t j) {
-  auto load = [&](T* to, const View& from) {
-    const char* at = from.data + (b * from.stride[0] + i * from.stride[1] + j * from.stride[2]) * size_of(from.type);
-    load_row(to, at, from.type, from.stride[3], call.grid.states);
-    for (int64_t s = call.grid.states; s < t.states; ++s) to[s] = T(1);
-  };
-  load(decay, call.decay);
-  load(frequency, call.frequency);
-}
+struct States {
+  View view;
+  int64_t stride, count, offset;
+  T* spare;
+  bool in_place;
+
+  States(const View& of, int axis, int64_t states, T* buffer, int64_t first = 0)
+      : view(of), stride(of.stride[axis]), count(states), offset(first), spare(buffer),
+        in_place(of.data && of.type == kTypeOf<T> && stride == 1 && states % Simd<T>::kLanes == 0) {}
+
+  char* at(const Unit& unit, int64_t j) const {
+    const int64_t elements = offset + unit.b * view.stride[0] + unit.i * view.stride[1] + j * view.stride[2];
+    return view.data + elements * size_of(view.type);
+  }
+  // Lanes beyond the states hold `beyond`.
+  AAPE_FN const T* load(const Unit& unit, int64_t j, T beyond) const {
+    if (in_place) return reinterpret_cast<const T*>(at(unit, j));
+    load_row(spare, at(unit, j), view.type, stride, count);
+    for (int64_t s = count; s % Simd<T>::kLanes; ++s) spare[s] = beyond;
+    return spare;
+  }
+  // Where to write them before `store`, which does nothing for a tensor that is not there.
+  AAPE_FN T* place(const Unit& unit, int64_t j) const { return in_place ? reinterpret_cast<T*>(at(unit, j)) : spare; }
+  AAPE_FN void store(const Unit& unit, int64_t j) const {
+    if (!in_place && view.data) store_row(at(unit, j), spare, view.type, stride, count);
+  }
+};
 
 template <class T, bool Slopes>
 AAPE_FN Parameters<T> parameters(const T* decay, const T* frequency, const Ranges& ranges) {
@@ -78,13 +96,6 @@ AAPE_FN Complex<Vec<T>> respond(const T* u, int64_t states, const Fold& w, const
   return y;
 }
 
-template <class T>
-inline void store_response(const View& y, const T* re, const T* im, const Unit& unit, int64_t j, int64_t states) {
-  char* to = y.data + (unit.b * y.stride[0] + unit.i * y.stride[1] + j * y.stride[2]) * size_of(y.type);
-  store_row(to, re, y.type, y.stride[4], states);
-  store_row(to + y.stride[3] * size_of(y.type), im, y.type, y.stride[4], states);
-}
-
 template <class T, bool Quadrature>
 inline void forward(const SbluCall& call) {
   using M = Math<Vec<T>>;
@@ -98,15 +109,19 @@ inline void forward(const SbluCall& call) {
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> x(t.rows * t.columns), u(t.columns * t.states), rows(4 * t.states);
-    T *decay = rows.data, *frequency = decay + t.states, *re = frequency + t.states, *im = re + t.states;
+    const States<T> decays(call.decay, 3, g.states, rows.data), frequencies(call.frequency, 3, g.states, rows.data + t.states);
+    const States<T> real(call.y, 4, g.states, rows.data + 2 * t.states);
+    const States<T> imaginary(call.y, 4, g.states, rows.data + 3 * t.states, call.y.stride[3]);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
       const Unit unit = unit_at(g, t, k);
-      load_tile(x.data, call.x, g, t, unit);
-      project(u.data, x.data, weight.data, t, unit.frames);
+      Rows<T> pixels = rows_of(x.data, g, t);
+      if (!rows_in_place(pixels, call.x, g, t, unit)) load_tile(x.data, call.x, g, t, unit);
+      project(u.data, pixels, weight.data, g, t, unit.frames);
       for (int64_t n = 0; n < unit.count; ++n) {
         int64_t j = unit.first + n;
-        load_parameters(decay, frequency, call, t, unit.b, unit.i, j);
+        const T *decay = decays.load(unit, j, T(1)), *frequency = frequencies.load(unit, j, T(1));
+        T *re = real.place(unit, j), *im = imaginary.place(unit, j);
         const T* window = u.data + n * g.stride_t * t.states;
         for (int64_t s = 0; s < t.states; s += lanes) {
           auto p = parameters<T, false>(decay + s, frequency + s, call.ranges);
@@ -115,7 +130,8 @@ inline void forward(const SbluCall& call) {
           M::store(re + s, y.re);
           M::store(im + s, y.im);
         }
-        store_response(call.y, re, im, unit, j, g.states);
+        real.store(unit, j);
+        imaginary.store(unit, j);
       }
     }
   }

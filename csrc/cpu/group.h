@@ -60,7 +60,7 @@ template <class T>
 inline void gather_runs(T* to, int64_t step, const View& x, const Group<T>& group, int64_t offset, int64_t unit,
                         int64_t length, int64_t runs, int64_t apart) {
   constexpr int lanes = Simd<T>::kLanes;
-  const bool plain = unit == 1 && x.type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  const bool plain = unit == 1 && x.type == kTypeOf<T>;
   const T* pixels = reinterpret_cast<const T*>(x.data);
   struct Piece {
     int64_t offset, first, count;

@@ -16,8 +16,8 @@ AAPE_FN int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 AAPE_FN int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 AAPE_FN int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// Frames projected at once, as many as keep the accumulators in registers.
-constexpr int kFrameBlock = AAPE_VECTOR_BYTES == 64 ? 8 : 4;
+// Sums at once, as many as registers hold beside what they are made of; frames are padded to whole blocks of so many.
+constexpr int kSums = AAPE_VECTOR_BYTES == 64 ? 16 : 8;
 constexpr int kVectorBlock = 2;
 
 struct Tiling {
@@ -27,7 +27,7 @@ struct Tiling {
   int64_t units;       // tiles in all
   int64_t rows;        // C·P_f
   int64_t states;      // S, padded to whole blocks of vectors
-  int64_t columns;     // frames, padded to whole frame blocks
+  int64_t columns;     // frames, padded to whole blocks
 };
 
 template <class T>
@@ -41,7 +41,7 @@ AAPE_FN Tiling tiling(const Grid& g) {
   t.tiles = (g.n_t + t.tokens - 1) / t.tokens;
   t.units = g.batch * g.n_f * t.tiles;
   t.states = round_up(g.states, Simd<T>::kLanes);
-  t.columns = round_up(t.frames, kFrameBlock);
+  t.columns = round_up(t.frames, kSums);
   return t;
 }
 
@@ -76,7 +76,9 @@ struct Buffer {
 };
 
 template <class T>
-inline void fill_zero(T* to, int64_t count) { std::memset(to, 0, count * sizeof(T)); }
+inline void fill_zero(T* to, int64_t count) {
+  if (count) std::memset(to, 0, count * sizeof(T));  // few or none are often asked for, and a call each
+}
 
 // weight (S, C, P_f), any strides -> [C·P_f][states], zero beyond S
 template <class T>
@@ -99,39 +101,67 @@ inline void load_tile(T* to, const View& x, const Grid& g, const Tiling& t, cons
     for (int64_t p = 0; p < g.patch_f; ++p) {
       T* row = to + (c * g.patch_f + p) * t.columns;
       int64_t at = unit.b * x.stride[0] + c * x.stride[1] + (unit.i * g.stride_f + p) * x.stride[2];
-      if (before) fill_zero(row, before);
+      fill_zero(row, before);
       load_row(row + before, x.data + (at + begin * x.stride[3]) * size, x.type, x.stride[3], count);
       fill_zero(row + before + count, t.columns - before - count);
     }
   }
 }
 
+// Rows of pixels under a tile's windows: frame f of row r = (c, p) at data[c · channel + p · mel + f].
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t channel, mel;
+};
+
+// In `tile`, once `load_tile` has filled it.
+template <class T>
+AAPE_FN Rows<T> rows_of(const T* tile, const Grid& g, const Tiling& t) {
+  return {tile, g.patch_f * t.columns, t.columns};
+}
+
+// In x itself, where a tile and what pads its frames lie in the clip and a block of frames is whole lines of the cache: rows
+// a power of two apart share its sets, which lose a line before the next block comes for the rest of it.
+template <class T>
+AAPE_FN bool rows_in_place(Rows<T>& rows, const View& x, const Grid& g, const Tiling& t, const Unit& unit) {
+  if (AAPE_VECTOR_BYTES < 64 || x.type != kTypeOf<T> || x.stride[3] != 1) return false;
+  if (unit.frame < 0 || unit.frame + round_up(unit.frames, kSums) > g.frames) return false;
+  const int64_t at = unit.b * x.stride[0] + unit.i * g.stride_f * x.stride[2] + unit.frame;
+  rows = {reinterpret_cast<const T*>(x.data) + at, x.stride[1], x.stride[2]};
+  return true;
+}
+
 // u[t][s] = Σ_r x[r][t] · weight[r][s]
 template <class T, int kVectors>
-AAPE_FN void project_states(T* u, const T* x, const T* weight, const Tiling& t, int64_t frames, int64_t s) {
+AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames,
+                            int64_t s) {
   using M = Math<typename Simd<T>::Vector>;
-  constexpr int lanes = Simd<T>::kLanes;
-  for (int64_t f = 0; f < frames; f += kFrameBlock) {
-    typename Simd<T>::Vector sum[kFrameBlock][kVectors] = {};
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const T* from = x + r * t.columns + f;
-      for (int v = 0; v < kVectors; ++v) {
-        auto w = M::load(weight + r * t.states + s + v * lanes);
-        for (int k = 0; k < kFrameBlock; ++k) sum[k][v] += from[k] * w;
+  constexpr int lanes = Simd<T>::kLanes, block = kSums / kVectors;
+  for (int64_t f = 0; f < frames; f += block) {
+    typename Simd<T>::Vector sum[block][kVectors] = {};
+    const T* states = weight + s;
+    for (int64_t c = 0; c < g.channels; ++c) {
+      const T* from = x.data + c * x.channel + f;
+      for (int64_t p = 0; p < g.patch_f; ++p, from += x.mel, states += t.states) {
+        for (int v = 0; v < kVectors; ++v) {
+          auto w = M::load(states + v * lanes);
+          for (int k = 0; k < block; ++k) sum[k][v] += from[k] * w;
+        }
       }
     }
-    for (int k = 0; k < kFrameBlock; ++k)
+    for (int k = 0; k < block; ++k)
       for (int v = 0; v < kVectors; ++v) M::store(u + (f + k) * t.states + s + v * lanes, sum[k][v]);
   }
 }
 
 template <class T>
-inline void project(T* u, const T* x, const T* weight, const Tiling& t, int64_t frames) {
+inline void project(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames) {
   constexpr int lanes = Simd<T>::kLanes;
   int64_t s = 0;
   for (; s + kVectorBlock * lanes <= t.states; s += kVectorBlock * lanes)
-    project_states<T, kVectorBlock>(u, x, weight, t, frames, s);
-  for (; s < t.states; s += lanes) project_states<T, 1>(u, x, weight, t, frames, s);
+    project_states<T, kVectorBlock>(u, x, weight, g, t, frames, s);
+  for (; s < t.states; s += lanes) project_states<T, 1>(u, x, weight, g, t, frames, s);
 }
 
 }  // namespace AAPE_NAMESPACE
