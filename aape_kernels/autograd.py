@@ -71,13 +71,16 @@ def _below(name: str, arguments: Sequence[Any]) -> Any:
     """The op past the tape that its Function is for; below functorch's level there may be another, and is let be."""
     if not ops.is_seen(arguments[: ops.FIRST_SIZE[name]]):
         return ops.run(name, arguments)
-    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+    # a Function turns both modes of differentiation off
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return getattr(ops, name)(*arguments)
 
 
 def _call(name: str, arguments: Sequence[Any]) -> Any:
     """The op, differentiable; past the dispatcher where nobody has to see it."""
-    if ops.is_seen(arguments[: ops.FIRST_SIZE[name]]):
+    tensors = arguments[: ops.FIRST_SIZE[name]]
+    _refuse_forward_mode(tensors, arguments[-1])
+    if ops.is_seen(tensors):
         return getattr(ops, name)(*arguments)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         return _apply(FUNCTIONS[name], arguments)
@@ -196,10 +199,10 @@ def _register(name: str, function: Any) -> None:
     op = getattr(ops, name)
 
     def run(keyset: Any, *arguments: Any) -> Any:
+        _refuse_forward_mode(arguments[: ops.FIRST_SIZE[name]], arguments[-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             with enable_single_level_autograd_function():
                 return _apply(function, arguments)
-        _refuse_forward_mode([value for value in arguments if isinstance(value, Tensor)], arguments[-1])
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -227,13 +230,11 @@ def bind(backend: str) -> SimpleNamespace:
 
     def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
         tensors = (x, decay, frequency, weight)
-        _refuse_forward_mode(tensors, backend)
         y: Tensor = _call("sblu", (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend))
         return y
 
     def embed(x: Tensor, weights: Weights, grid: PatchGrid, *options: Any) -> Tensor:
         tensors = (x, *weights)
-        _refuse_forward_mode(tensors, backend)
         tokens: Tensor = _call("embed", (*tensors, grid.patch, grid.stride, grid.window, *options, backend))[0]
         return tokens
 

@@ -347,6 +347,30 @@ def test_forward_mode_is_refused():
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
             stem(dual)
         assert torch.equal(stem(x), stem(x.clone()))  # nothing to refuse without a tangent
+        leaf = x.clone().requires_grad_()
+        tokens = stem(leaf)
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.autograd.grad(tokens, leaf, torch.autograd.forward_ad.make_dual(tokens.detach(), tokens.detach()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("parts", [False, True], ids=["fused", "by parts"])
+def test_forward_over_reverse_is_refused(parts):
+    """It was zero without a word, as Functions turn tangents off. Reverse over reverse gives the same."""
+    stem, x = small_stem(), torch.randn(1, 1, 5, 8, dtype=torch.float64)
+    if parts:
+        stem.encoder.register_forward_hook(lambda *_: None)
+
+    def loss(x):
+        return stem(x).square().sum()
+
+    gradient, v = torch.func.grad(loss), torch.randn_like(x)
+    for product in (lambda: torch.func.jvp(gradient, (x,), (v,)), lambda: torch.func.hessian(loss)(x)):
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            product()
+    (got,) = torch.func.vjp(gradient, x)[1](v)
+    stem.backend = "reference"
+    assert relative_error(got, torch.func.jvp(gradient, (x,), (v,))[1]) <= 1e-10
 
 
 def test_matrix_products_of_rank_deficient_grids():

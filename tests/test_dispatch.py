@@ -155,3 +155,38 @@ def test_double_backward_past_the_dispatcher(no_dispatcher):
     (first,) = torch.autograd.grad(made(X).square().sum(), made.sblu.weight, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), made.encoder.b2)
     assert second.abs().sum() > 0
+
+
+def negated(value):
+    """The same numbers with the negative bit: memory holds them with the other sign."""
+    return torch._neg_view(-value.detach())
+
+
+def test_numbers_are_not_always_what_memory_holds():
+    """Negative bits and zeros without memory, of input, weights and cotangents; vmap of old, for batched gradients."""
+    stem = AaPE(embed_dim=8, patch_size=8, num_states=4, backend="cpu")
+    x = X.clone().requires_grad_()
+    tokens, cotangent = stem(x), torch.randn(2, 24, 8)
+    want = torch.autograd.grad(tokens, [x, *stem.parameters()], cotangent, retain_graph=True)
+    assert torch.equal(stem(negated(X)), tokens)
+    assert torch.equal(stem.responses(negated(X)).y, stem.responses(X).y)
+    assert same_bits(torch.autograd.grad(tokens, [x, *stem.parameters()], negated(cotangent), retain_graph=True), want)
+    weights = {name: negated(value) for name, value in stem.named_parameters()}
+    assert torch.equal(torch.func.functional_call(stem, weights, (X,)), tokens)
+
+    nothing = torch._efficientzerotensor
+    assert torch.equal(stem(nothing(2, 1, 32, 48)), stem(torch.zeros(2, 1, 32, 48)))
+    (gradient,) = torch.autograd.grad(tokens, x, nothing(2, 24, 8), retain_graph=True)
+    assert not gradient.any()
+
+    several = torch.stack([cotangent, -2 * cotangent])
+    (gradient,) = torch.autograd.grad(tokens, x, several, is_grads_batched=True)
+    assert torch.equal(gradient, torch.stack([want[0], -2 * want[0]]))
+
+
+def test_memory_that_was_freed():
+    """As FSDP frees parameters: a message instead of the end of the process."""
+    stem = AaPE(embed_dim=8, patch_size=8, backend="cpu")
+    stem.encoder.w1.data.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"expected tensors that have memory.*shape \(32, 1, 8, 8\).*FSDP"):
+        stem(X)

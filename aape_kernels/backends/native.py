@@ -59,8 +59,19 @@ def sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
 
 
 def view(tensor: Tensor | None) -> View | None:
-    """A tensor as pointer, element strides and dtype code."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), DTYPE_CODES[tensor.dtype])
+    """A tensor as pointer, element strides and dtype code.
+
+    Errors: `RuntimeError` for a tensor whose memory was freed, as FSDP does with parameters outside of its forward.
+    """
+    if tensor is None:
+        return None
+    pointer = tensor.data_ptr()
+    if not pointer and tensor.numel():
+        raise RuntimeError(
+            f"expected tensors that have memory, got one of shape {tuple(tensor.shape)} whose memory was freed "
+            "(by FSDP, whose own forward brings it back?)"
+        )
+    return pointer, tensor.stride(), DTYPE_CODES[tensor.dtype]
 
 
 def sblu(
