@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from . import reference
 from .functional import sblu
 
-__all__ = ["BranchModule", "Filters", "Fusion", "LambdaEncoder", "as_made", "convolves"]
+__all__ = ["BranchModule", "Filters", "Fusion", "LambdaEncoder", "as_made", "convolves", "hooked"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 FORWARD, CONV_FORWARD = nn.Conv2d.forward, nn.Conv2d._conv_forward  # torch's: people patch the class, too
@@ -32,15 +32,14 @@ def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
         return False
-    own = module.__dict__
-    if "forward" in own or any(map(own.get, HOOKS)) or hooks_everywhere():
+    if "forward" in module.__dict__ or hooked(module):
         return False
     return not isinstance(module, nn.Conv2d) or convolves(module)
 
 
-def hooks_everywhere() -> bool:
-    """Whether hooks are registered on all modules, by `register_module_forward_hook` and its like."""
-    return bool(torch.nn.modules.module._has_any_global_hook())
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module also calls hooks, its own or those on all (`register_module_forward_hook`)."""
+    return any(map(module.__dict__.get, HOOKS)) or bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def convolves(conv: nn.Conv2d) -> bool:

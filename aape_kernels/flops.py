@@ -103,7 +103,6 @@ class _OnceImported(importlib.abc.MetaPathFinder):
         """PyTorch's own spec, whose loader then also tells the counter."""
         if name != COUNTER:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
@@ -112,6 +111,7 @@ class _OnceImported(importlib.abc.MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             load(module)
             _tell(module)
+            sys.meta_path.remove(self)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -17,7 +17,13 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
     Errors: `TypeError` if `value` is neither an int nor two of them, `ValueError` if one is below 1.
     """
-    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    both = (
+        (value, value)
+        if isinstance(value, int)
+        else tuple(value)
+        if isinstance(value, Sequence) and not isinstance(value, bytes)
+        else ()
+    )
     if len(both) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) for size in both):
         raise TypeError(f"{name}: expected an int or two of them, got {value!r}")
     if min(both) < 1:
@@ -82,7 +88,9 @@ class PatchGrid:
         The last patch on an axis begins inside the spectrogram, even with gaps: no patch holds padding alone.
         """
         (p_f, p_t), (s_f, s_t) = self.patch, self.stride
-        return max(-((max(p_f, s_f) - mel_bins) // s_f), 0) + 1, max(-((max(p_t, s_t) - frames) // s_t), 0) + 1
+        # no division of negative numbers, which ONNX rounds towards zero
+        over_f, over_t = max(mel_bins - max(p_f, s_f), 0), max(frames - max(p_t, s_t), 0)
+        return (over_f + s_f - 1) // s_f + 1, (over_t + s_t - 1) // s_t + 1
 
     def extent(self, n_f: int, n_t: int) -> tuple[int, int]:
         """Mel bins and frames from the beginning of the first patch to the end of the last."""

@@ -45,12 +45,14 @@ class OrdinaryFiles(PyTorchModelHubMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """Load what `save_pretrained` wrote into a folder, or uploaded as "owner/name".
 
-        Errors: `ValueError` for a folder that is not there, before any network access; huggingface_hub's.
+        Errors: `ValueError` for a folder that is not there, before any network access; `RuntimeError` for parameters
+        that are missing in it or too many, unless `strict=False`; huggingface_hub's.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(name) and not may_be_on_the_hub(name):
             raise ValueError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
-        return super().from_pretrained(name, **options)
+        # a parameter that the file lacks would keep its random values
+        return super().from_pretrained(name, **{"strict": True, **options})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         super()._save_pretrained(save_directory)

@@ -238,6 +238,8 @@ def _background(background: object, x: Tensor) -> Tensor:
 
 
 def _centres(mel_hz: Sequence[float] | Tensor, bins: int) -> Tensor:
+    if not isinstance(mel_hz, Tensor | Sequence) or isinstance(mel_hz, str | bytes):
+        raise TypeError(f"mel_hz: expected a tensor or a sequence of frequencies in Hz, got {mel_hz!r}")
     centres = torch.as_tensor(mel_hz, dtype=torch.float64).detach().cpu()
     if centres.shape != (bins,) or not bool((centres.diff() > 0).all()):
         got = f"shape {tuple(centres.shape)}" if centres.shape != (bins,) else "ones that do not rise"

@@ -19,7 +19,7 @@ SMALLEST, LARGEST = 1e-18, 1e18
 
 
 def _two_floats(value: Sequence[float], name: str) -> tuple[float, float]:
-    both = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    both = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
     if len(both) != 2 or not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in both):
         raise TypeError(f"{name}: expected two numbers (low, high), got {value!r}")
     if not all(math.isfinite(end) for end in both):
@@ -35,10 +35,11 @@ def check_band(band: Sequence[float] | None, grid: PatchGrid) -> tuple[float, fl
     """
     if band is None:
         if grid.stride[1] == 1:
+            length = grid.patch[1]
+            say = f"; band=(math.pi / {length}, math.pi) is what a stride of the patch's {length} frames would alias"
             raise ValueError(
                 "band: expected (low, high) in rad/frame, as a stride of 1 frame leaves no alias-prone band to default "
-                f"to, got None; band=({math.pi / grid.patch[1]:.4g}, {math.pi:.4g}) is what a stride of the patch's "
-                f"{grid.patch[1]} frames would alias"
+                f"to, got None{say if length > 1 else ''}"
             )
         return math.pi / grid.stride[1], math.pi
     low, high = _two_floats(band, "band")
@@ -77,7 +78,7 @@ def logit_ranges(decay: Sequence[float], band: Sequence[float]) -> LogitRanges:
 
 def check_hop(hop: float) -> float:
     """Seconds from one frame to the next. Errors: `ValueError` unless a positive number."""
-    if not isinstance(hop, (int, float)) or not math.isfinite(hop) or hop <= 0:
+    if not isinstance(hop, (int, float)) or isinstance(hop, bool) or not math.isfinite(hop) or hop <= 0:
         raise ValueError(f"hop: expected a positive number of seconds, got {hop!r}")
     return float(hop)
 

@@ -131,10 +131,13 @@ def kernels(decay: Tensor, frequency: Tensor, window: int, quadrature: bool) -> 
 
 
 def unfold(x: Tensor, axis: int, size: int, step: int) -> Tensor:
-    """`x.unfold`; by indices while tracing, as TorchScript's ONNX exporter has it only for known sizes."""
+    """`x.unfold`; by indices while tracing, as TorchScript's ONNX exporter has it only for known sizes. The trace then
+    holds for these sizes, and fails for others."""
     if not is_traced():
         return x.unfold(axis, size, step)
-    count = (sizes_of(x)[axis] - size) // step + 1
+    length = sizes_of(x)[axis]
+    x = x.expand([length if k == axis else -1 for k in range(x.dim())])
+    count = (length - size) // step + 1
     index = torch.arange(count).unsqueeze(1) * step + torch.arange(size)
     picked = x.index_select(axis, index.flatten().to(x.device))
     return torch.unflatten(picked, axis, (count, size)).movedim(axis + 1, -1)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from .geometry import PatchGrid, pair, sizes_of
 
-__all__ = ["SizedStem"]
+__all__ = ["SizedStem", "check_flag"]
 
 FORMATS = ("NCHW", "NHWC", "NCL", "NLC")
 
 
-def _flag(value: object, name: str) -> bool:
+def check_flag(value: object, name: str) -> bool:
+    """Errors: `TypeError` for anything but a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return value
@@ -36,21 +37,23 @@ class SizedStem(nn.Module):
     def _set_format(self, flatten: bool, output_fmt: str | None) -> None:
         if output_fmt is not None and output_fmt not in FORMATS:
             raise ValueError(f"output_fmt: expected one of {', '.join(FORMATS)} or None, got {output_fmt!r}")
-        self.flatten = _flag(flatten, "flatten") and output_fmt is None
+        self.flatten = check_flag(flatten, "flatten") and output_fmt is None
         self.output_fmt = "NCHW" if output_fmt is None else output_fmt
 
     def _set_sizes(self, img_size: int | Sequence[int] | None, strict: bool, pad: bool) -> None:
-        self.strict_img_size = _flag(strict, "strict_img_size")
-        self.dynamic_img_pad = _flag(pad, "dynamic_img_pad")
+        self.strict_img_size = check_flag(strict, "strict_img_size")
+        self.dynamic_img_pad = check_flag(pad, "dynamic_img_pad")
         self._set_img_size(img_size)
 
+    def _size(self, img_size: int | Sequence[int]) -> tuple[int, int]:
+        size = pair(img_size, "img_size")
+        if not self.dynamic_img_pad and any(s < patch for s, patch in zip(size, self.patch_size, strict=True)):
+            raise ValueError(f"img_size: expected at least one patch, {self.patch_size}, got {size}")
+        return size
+
     def _set_img_size(self, img_size: int | Sequence[int] | None) -> None:
-        size = None if img_size is None else pair(img_size, "img_size")
-        grid: tuple[int, int] | None = None
-        if size is not None:
-            if not self.dynamic_img_pad and any(s < patch for s, patch in zip(size, self.patch_size, strict=True)):
-                raise ValueError(f"img_size: expected at least one patch, {self.patch_size}, got {size}")
-            grid = self.dynamic_feat_size(size)
+        size = None if img_size is None else self._size(img_size)
+        grid = None if size is None else self.dynamic_feat_size(size)
         self.img_size, self.grid_size = size, grid
         self.num_patches = None if grid is None else grid[0] * grid[1]
 
@@ -115,12 +118,14 @@ class SizedStem(nn.Module):
             tensor([[ True,  True, False],
                     [ True, False, False]])
         """
+        if not isinstance(lengths, Tensor | Sequence | int) or isinstance(lengths, str | bytes):
+            raise TypeError(f"lengths: expected a tensor or a sequence of integers (frames), got {lengths!r}")
         frames = torch.as_tensor(lengths)
         if frames.dtype.is_floating_point or frames.dtype.is_complex or frames.dtype == torch.bool:
             raise TypeError(f"lengths: expected integers (frames), got {frames.dtype}")
         if frames.dim() != 1:
             raise ValueError(f"lengths: expected shape (batch), got {tuple(frames.shape)}")
-        n_f, n_t = self._mel_first(self.dynamic_feat_size(img_size))
+        n_f, n_t = self._mel_first(self.dynamic_feat_size(self._size(img_size)))
         patch, stride = self._grid.patch[1], self._grid.stride[1]
         # a patch is the clip's if this frame of it is: its last, or with padding its first after the previous patch
         first = torch.arange(n_t, device=frames.device) * stride

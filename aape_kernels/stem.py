@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import check_backend
-from .branch import Filters, Fusion, LambdaEncoder, as_made, convolves
+from .branch import Filters, Fusion, LambdaEncoder, as_made, convolves, hooked
 from .functional import (
     DTYPES,
     KERNELS,
@@ -27,15 +27,16 @@ from .functional import (
 from .geometry import PatchGrid, pair, sizes_of
 from .ranges import check_band, check_decay
 from .reference import PLANES, magnitudes
-from .sizes import SizedStem
+from .sizes import SizedStem, check_flag
 
 __all__ = ["AaPE"]
 
-# Attributes of a stem that cannot change once it is made, including those of a convolution.
-SETTLED = frozenset(
+# Attributes of a stem that cannot change once it is made: its keywords, and what a convolution has.
+KEYWORDS = frozenset(
     {"patch_size", "stride", "window", "kernel", "features", "band", "decay", "layout", "num_states", "encoder_dim"}
-    | {"in_chans", "embed_dim", "in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups"}
+    | {"in_chans", "embed_dim"}
 )
+SETTLED = KEYWORDS | {"in_channels", "out_channels", "kernel_size", "padding", "dilation", "groups"}
 
 
 def _positive(value: object, name: str) -> int:
@@ -65,6 +66,11 @@ def _means(value: object, known: object) -> bool:
     return list(known) == (list(value) if isinstance(value, tuple | list) else [value] * len(known)) or (
         value == "valid" and known == (0, 0)
     )
+
+
+def _forward(stem: AaPE, x: Tensor) -> Tensor:
+    """What a stem's class computes, without hooks."""
+    return AaPE.forward(stem, x)
 
 
 def computes_conv(conv: nn.Conv2d) -> bool:
@@ -187,12 +193,13 @@ class AaPE(SizedStem):
         self.band = check_band(band, self._grid)
         self.decay = check_decay(decay, self._grid)
 
-        if norm_layer is not None and not callable(norm_layer):
+        if norm_layer is not None and (not callable(norm_layer) or isinstance(norm_layer, nn.Module)):
             raise TypeError(f"norm_layer: expected a module's class or another callable, or None, got {norm_layer!r}")
         self._set_format(flatten, output_fmt)
         self._set_sizes(img_size, strict_img_size, dynamic_img_pad)
 
         factory = _factory(device, dtype)
+        bias = check_flag(bias, "bias")
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, bias=bias, **factory)
         self.encoder = LambdaEncoder(in_chans, self._grid.patch, encoder_dim, num_states, **factory)
         self.sblu = Filters(num_states, in_chans, self._grid.patch[0], **factory)
@@ -224,6 +231,11 @@ class AaPE(SizedStem):
             raise TypeError(f"conv: expected an nn.Conv2d, got {type(conv).__name__}")
         if not computes_conv(conv):
             raise TypeError(f"conv: expected an nn.Conv2d with nn.Conv2d's forward, got {type(conv).__name__}")
+        if (conv._forward_hooks or conv._forward_pre_hooks) and not cls._is_proj:  # `replace_stem` takes them along
+            raise ValueError(
+                "conv: expected one without forward hooks, such as weight_norm's or pruning's, which the stem would "
+                "not have: remove them first (torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove)"
+            )
         padding = (0, 0) if conv.padding == "valid" else conv.padding
         for name, got, expected in (
             ("padding", padding, (0, 0)),
@@ -335,7 +347,14 @@ class AaPE(SizedStem):
 
     def _leaf(self, x: Any) -> Any:
         """One node of `torch.fx`'s graph: what happens inside depends on sizes, which its tracer does not know."""
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        path = x.tracer.path_of_module(self)
+        if not path:
+            raise TypeError("torch.fx: expected a model that holds the stem, such as nn.Sequential(stem), got the stem")
+        if type(self).__module__.startswith("aape_kernels.") and not hooked(self):
+            return x.tracer.create_proxy("call_module", path, (x,), {})
+        # the tracer has met its hooks, and what a subclass does besides: they are nodes of their own
+        stem = x.tracer.create_proxy("get_attr", path, (), {})
+        return x.tracer.create_proxy("call_function", _forward, (stem, x), {})
 
     @torch.no_grad()
     def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,9 +415,9 @@ class AaPE(SizedStem):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTLED and (known := getattr(self, name, None)) is not None:
             if value != known and not _means(value, known):
+                another = f"; make another stem with {name}={value!r}" if name in KEYWORDS else ""
                 raise AttributeError(
-                    f"{name}: cannot be set, as window, band and weights belong to {known}, got {value!r}; "
-                    f"make another stem with {name}={value!r}"
+                    f"{name}: cannot be set, as window, band and weights belong to {known}, got {value!r}{another}"
                 )
             value = known  # in its own notation
         super().__setattr__(name, value)

@@ -6,10 +6,11 @@ checks, attributes, hooks and output format, and the names under which checkpoin
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .finder import KNOWN, Known, find, get, is_conv, layout_of, listed, size_of
@@ -42,10 +43,11 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
     output_padding = (0, 0)
     _is_proj = True
     _carried: frozenset[str] = frozenset()
+    _replaced: type[nn.Conv2d] = nn.Conv2d
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
         """A plain `nn.Conv2d` if called like one: LoRA makes its convolutions by `type(conv)(...)`."""
-        return nn.Conv2d(*sizes, **options) if sizes else super().__new__(cls)
+        return nn.Conv2d(*sizes, **options) if sizes or "in_channels" in options else super().__new__(cls)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, flatten=False)
@@ -55,6 +57,10 @@ class AaPEConv2d(AaPE, nn.Conv2d):  # type: ignore[misc]  # stride is a pair in 
         self.weight = proj.weight
         self.register_parameter("bias", proj.bias)  # type: ignore[arg-type]  # a Parameter or None
         self.in_channels, self.out_channels, self.kernel_size = self.in_chans, self.embed_dim, self.patch_size
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # a convolution's name for it
+        """Tokens as the convolution lays them out, (B, D, N_f, N_t), or (B, D, N_t, N_f) for layout "TF"."""
+        return super().forward(input)
 
     @property
     def proj(self) -> AaPEConv2d:  # type: ignore[override]
@@ -119,8 +125,8 @@ def replace_stem(model: Model, *, path: str | None = None, layout: str | None = 
     stem = AaPEConv2d.from_conv(conv, layout, **options)
     assert isinstance(stem, AaPEConv2d)
     _check_shape(conv, stem)
-    stem.weight, stem.bias = conv.weight, conv.bias
-    _carry(conv, stem)
+    stem.weight, stem.bias, stem._replaced = conv.weight, conv.bias, type(conv)
+    _carry(conv, stem, where)
     _put(model, conv, stem)
     return model
 
@@ -148,6 +154,11 @@ def revert_stem(model: Model) -> Model:
                 "pruning or the like: remove these first (torch.nn.utils.parametrize.remove_parametrizations, "
                 "torch.nn.utils.prune.remove)"
             )
+        if "forward" in vars(stem) or type(stem.weight) is not nn.Parameter:
+            raise ValueError(
+                "model: expected a stem with a weight of its own and its class's forward, neither offloaded "
+                f"(accelerate) nor sharded (FSDP), got a {type(stem.weight).__name__}: revert it before, or undo that"
+            )
     for stem in stems:
         conv = nn.Conv2d(
             stem.in_channels,
@@ -158,6 +169,7 @@ def revert_stem(model: Model) -> Model:
             device="meta",
         )
         conv.weight, conv.bias = stem.weight, stem.bias
+        conv.__class__ = stem._replaced
         for name in stem._carried & vars(stem).keys():
             setattr(conv, name, getattr(stem, name))
         _put(model, stem, conv.train(stem.training))
@@ -199,6 +211,13 @@ def _check_plain(conv: nn.Conv2d, path: str) -> None:
             f"model: expected {path!r} to hold weight and bias alone, got {type(conv).__name__} with "
             f"{listed(sorted(others))} too, for which AaPE has no place"
         )
+    own = {name for kind in type(conv).__mro__ if not issubclass(nn.Conv2d, kind) for name in vars(kind)}
+    lost = sorted(name for name in own if not name.startswith("_") and not hasattr(nn.Conv2d, name))
+    if lost:
+        raise ValueError(
+            f"model: expected {path!r} to have what an nn.Conv2d has, got {type(conv).__name__} with {listed(lost)} "
+            "too, which AaPE in its place would not have"
+        )
 
 
 @torch.no_grad()
@@ -211,9 +230,13 @@ def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
         raise RuntimeError(f"replace_stem: expected output {tuple(old)}, the old stem's, got {tuple(new)}")
 
 
-def _carry(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
+def _carry(conv: nn.Conv2d, stem: AaPEConv2d, path: str) -> None:
     """Copy the convolution's other attributes, such as a library's marks; not functions, which may be bound to it."""
     found = {name: value for name, value in vars(conv).items() if name not in vars(stem) and not callable(value)}
+    usual = vars(nn.Conv2d(1, 1, 1, device="meta"))
+    taken = sorted(name for name in found if name not in usual and hasattr(stem, name))
+    if taken:
+        raise ValueError(f"model: expected {path!r} without an attribute {listed(taken)}, which AaPE has for itself")
     stem._carried = frozenset(found)
     for name, value in found.items():
         setattr(stem, name, value)
@@ -224,6 +247,9 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for name in vars(new):
         if "hook" in name:
             setattr(new, name, getattr(old, name))
+    for hook in new._load_state_dict_pre_hooks.values():
+        if getattr(hook, "with_module", False):  # torch's own wrapper, which holds the module that it is called with
+            setattr(hook, "module", weakref.ref(new))  # noqa: B010  # no name of Callable's
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is old:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aape_kernels import AaPE, embed, sblu
+from aape_kernels import AaPE, decay_from_hz, embed, sblu
 
 X = torch.randn(2, 1, 32, 64)
 DECAY = torch.rand(2, 2, 4, 3)
@@ -244,6 +244,20 @@ TABLE = {
         TypeError,
         r"conv: expected an nn\.Conv2d, got Linear",
     ),
+    "conv-hooks": (
+        lambda: AaPE.from_conv(nn.utils.spectral_norm(nn.Conv2d(1, 8, 16, 16))),
+        ValueError,
+        r"conv: expected one without forward hooks.*remove_weight_norm",
+    ),
+    "bias": (make(bias="x"), TypeError, "bias: expected True or False, got 'x'"),
+    "norm-layer-made": (
+        make(norm_layer=nn.LayerNorm(8)),
+        TypeError,
+        "norm_layer: expected a module.*got LayerNorm",
+    ),
+    "backend-list": (make(backend=["cpu"]), ValueError, r"backend: expected one of auto.*got \['cpu'\]"),
+    "patch-bytes": (make(patch_size=b"ab"), TypeError, "patch_size: expected an int or two of them, got b'ab'"),
+    "hop-bool": (lambda: decay_from_hz((1, 2), hop=True), ValueError, "hop: expected a positive number .*got True"),
     "conv-settles": (
         lambda: AaPE.from_conv(nn.Conv2d(1, 8, 16, 16), patch_size=8),
         TypeError,

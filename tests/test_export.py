@@ -75,6 +75,9 @@ def test_traced(name, backend):
     for batch in (1, 3):
         x = torch.randn(batch, 1, 32, 50, dtype=torch.float64)
         assert relative_error(traced(x), model(x)) <= 1e-12
+    for size in ((32, 66), (48, 50), (32, 51)):  # for no other size: it would leave the rest of the clip out
+        with pytest.raises(RuntimeError, match="expanded size of the tensor"):
+            traced(torch.randn(1, 1, *size, dtype=torch.float64))
 
 
 # torch.onnx itself calls what is deprecated
@@ -94,6 +97,38 @@ def test_onnx_from_the_default_backend(name, exporter, tmp_path):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(torch.from_numpy(got), model(x)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_onnx_pads_every_length(tmp_path):
+    """The padding's arithmetic is in the graph, where divisions of negative numbers round another way."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file = randomised(EXPORTED["padded"]()), tmp_path / "model.onnx"
+    dynamic = ({0: "batch", 2: "bins", 3: "frames"},)
+    torch.onnx.export(model, (torch.randn(2, 1, 32, 50),), file, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for shape in ((2, 1, 16, 70), (1, 1, 33, 67), (3, 1, 5, 3)):
+        x = torch.randn(*shape)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        assert relative_error(torch.from_numpy(got), model(x)) <= 1e-5
+
+
+class Doubled(AaPE):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_fx_runs_hooks_and_subclasses_once():
+    stem, x = AaPE(embed_dim=8), torch.randn(2, 1, 32, 50)
+    stem.register_forward_pre_hook(lambda module, given: (3 * given[0],))
+    stem.register_forward_hook(lambda module, given, out: 2 * out)
+    for model in (nn.Sequential(stem), nn.Sequential(Doubled(embed_dim=8))):
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    with pytest.raises(TypeError, match=r"torch\.fx: expected a model that holds the stem"):
+        torch.fx.symbolic_trace(AaPE(embed_dim=8))
 
 
 @pytest.mark.parametrize("name", EXPORTED)

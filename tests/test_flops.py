@@ -84,3 +84,14 @@ def test_whichever_is_imported_first(order):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) > 0
+
+
+def test_after_somebody_only_looked_for_the_counter():
+    code = (
+        "import importlib.util, aape_kernels, torch\n"
+        "importlib.util.find_spec('torch.utils.flop_counter')\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "print(torch.ops.aape.embed in flop_registry)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "True\n"

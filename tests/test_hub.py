@@ -27,6 +27,21 @@ def test_round_trip(tmp_path):
     assert AaPE.from_pretrained(tmp_path, backend="reference").backend == "reference"
 
 
+def test_a_file_that_lacks_a_parameter(tmp_path):
+    pytest.importorskip("huggingface_hub")
+    from safetensors.torch import load_file, save_file
+
+    from aape_kernels.hub import AaPE
+
+    AaPE(embed_dim=8).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["fusion.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"fusion\.weight"):
+        AaPE.from_pretrained(tmp_path)
+    assert AaPE.from_pretrained(tmp_path, strict=False).fusion.weight.shape == (8, 3, 16)
+
+
 def test_what_was_a_convolution(tmp_path):
     pytest.importorskip("huggingface_hub")
     from aape_kernels.hub import AaPE

@@ -171,8 +171,22 @@ def test_token_mask(stride, layout, pad):
         ([1.5], TypeError, r"lengths: expected integers \(frames\), got torch\.float32"),
         ([True], TypeError, r"lengths: expected integers \(frames\), got torch\.bool"),
         (16, ValueError, r"lengths: expected shape \(batch\), got \(\)"),
+        (None, TypeError, r"lengths: expected a tensor or a sequence of integers \(frames\), got None"),
     ],
 )
 def test_bad_lengths(lengths, error, words):
     with pytest.raises(error, match=words):
         small().token_mask(lengths, (40, 40))
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [
+        (None, TypeError, "img_size: expected an int or two of them, got None"),
+        ((40, 40, 40), TypeError, r"img_size: expected an int or two of them, got \(40, 40, 40\)"),
+        ((40, 1), ValueError, r"img_size: expected at least one patch, .*got \(40, 1\)"),
+    ],
+)
+def test_bad_sizes_of_a_mask(size, error, words):
+    with pytest.raises(error, match=words):
+        small().token_mask([40], size)

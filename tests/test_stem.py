@@ -202,6 +202,18 @@ def test_whole_module_in_16_bits(dtype, features):
     check_16_bit_forward_and_gradients(AaPE(embed_dim=64, num_states=8, features=features).to(dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_empty_batch(dtype):
+    """Also under autocast: tokens of no clip, and gradients of zero."""
+    stem, x = AaPE(embed_dim=8), torch.randn(0, 1, 32, 48, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        tokens = stem(x)
+    assert tokens.shape == (0, 6, 8)
+    gradients = torch.autograd.grad(tokens.sum(), [x, *stem.parameters()])
+    assert not any(value.any() for value in gradients)
+    assert AaPE(embed_dim=8, dtype=dtype)(x.detach().to(dtype)).shape == (0, 6, 8)
+
+
 def check_16_bit_forward_and_gradients(stem: AaPE, dtype: torch.dtype) -> None:
     x = torch.randn(2, 1, 32, 64).to(dtype).requires_grad_()
     tokens = stem(x)

@@ -170,6 +170,40 @@ def test_hooks_move_along():
     assert len(seen) == 2
 
 
+def test_hooks_of_loading_move_along():
+    """torch wraps them with a reference to the module they were registered on, which nobody else holds any more."""
+    model, seen = nn.Sequential(nn.Conv2d(1, 8, 16, 16)), []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    replace_stem(model, path="0", layout="FT").load_state_dict(model.state_dict())
+    assert seen == [model[0]]
+    revert_stem(model).load_state_dict(model.state_dict())
+    assert seen[1:] == [model[0]]
+
+
+class Marked(nn.Conv2d):
+    """Nothing of its own."""
+
+
+def test_called_like_the_convolution():
+    model, x = nn.Sequential(Marked(1, 8, 16, 16)), torch.randn(1, 1, 16, 32)
+    want = model[0](input=x)
+    replace_stem(model, path="0", layout="FT")
+    assert relative_error(model[0](input=x), want) <= 1e-6
+    assert type(type(model[0])(in_channels=1, out_channels=8, kernel_size=16)) is nn.Conv2d
+    assert type(revert_stem(model)[0]) is Marked
+    assert torch.equal(model[0](input=x), want)
+
+
+def test_a_stem_that_is_not_its_own_is_not_reverted():
+    """Offloaded, as accelerate does: the weight is elsewhere until its own forward brings it back."""
+    model = replace_stem(nn.Sequential(nn.Conv2d(1, 8, 16, 16)), path="0", layout="FT")
+    stem = model[0]
+    stem.forward = lambda x: AaPEConv2d.forward(stem, x)
+    with pytest.raises(ValueError, match=r"model: expected a stem with .* its class's forward, neither offloaded"):
+        revert_stem(model)
+    assert model[0] is stem
+
+
 @torch.no_grad()
 def test_copies():
     model, x = randomised(replace_stem(timm_vit())), torch.randn(1, 1, 32, 64)
@@ -273,6 +307,17 @@ class Called(nn.Conv2d):
         return 2 * super().__call__(x)
 
 
+class WithTokens(nn.Conv2d):
+    def tokens(self, x):
+        return self(x).flatten(2)
+
+
+def with_attribute(name, value) -> nn.Module:
+    conv = nn.Conv2d(1, 8, 16, 16)
+    setattr(conv, name, value)
+    return other(stem=conv)
+
+
 def other(**convolutions) -> nn.Module:
     return nn.ModuleDict(convolutions)
 
@@ -338,6 +383,19 @@ ERRORS = {
         ValueError,
         "model: expected 'stem' to hold weight and bias alone, got Masked with 'mask' too",
     ),
+    "method": (
+        lambda: other(stem=WithTokens(1, 8, 16, 16)),
+        BY_PATH,
+        ValueError,
+        "model: expected 'stem' to have what an nn.Conv2d has, got WithTokens with 'tokens' too",
+    ),
+    "name-that-is-ours": (
+        lambda: with_attribute("norm", None),
+        BY_PATH,
+        ValueError,
+        "model: expected 'stem' without an attribute 'norm', which AaPE has for itself",
+    ),
+    "property-that-is-ours": (lambda: with_attribute("proj", 3), BY_PATH, ValueError, "without an attribute 'proj'"),
     "parametrised": (parametrised, BY_PATH, ValueError, "model: expected 'stem' to be .*got ParametrizedConv2d"),
     "lazy": (lambda: other(stem=nn.LazyConv2d(8, 16, 16)), BY_PATH, ValueError, "got LazyConv2d"),
 }

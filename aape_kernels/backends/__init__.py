@@ -108,7 +108,7 @@ def reasons(call: Call) -> dict[str, str | None]:
 
 def check_backend(name: str, argument: str = "backend") -> str:
     """`name` if it is "auto" or a backend's, else a `ValueError` naming `argument`."""
-    if name != "auto" and name not in BACKENDS:
+    if not isinstance(name, str) or (name != "auto" and name not in BACKENDS):
         raise ValueError(f"{argument}: expected one of {', '.join(['auto', *BACKENDS])}, got {name!r}")
     return name
 

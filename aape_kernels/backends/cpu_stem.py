@@ -74,7 +74,7 @@ def embed(
         run.forward((None, None, *encoder, None), (None, operand, hidden, r))
     weight = torch.cat([proj_w.flatten(1), fusion_w.to(out).flatten(1)], dim=1)
     flat = F.linear(operand, weight, None if proj_b is None else proj_b.to(out))
-    return flat.view(batch, tokens, -1), r, hidden
+    return flat.view(batch, tokens, weights.dim), r, hidden
 
 
 def embed_backward(
