@@ -47,6 +47,8 @@ def _check_tensor(value: object, name: str, shape: tuple[int | str, ...], meanin
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a tensor with strides (to_dense()), got layout {value.layout}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, where x is, got one on {value.device}")
     sizes = sizes_of(value)

@@ -249,6 +249,8 @@ TABLE = {
         ValueError,
         r"conv: expected one without forward hooks.*remove_weight_norm",
     ),
+    "sparse": (call_stem(X.to_sparse()), TypeError, r"x: expected a tensor with strides \(to_dense\(\)\), got layout"),
+    "mkldnn": (call_stem(X.to_mkldnn()), TypeError, r"x: expected a tensor with strides .*got layout torch\._mkldnn"),
     "bias": (make(bias="x"), TypeError, "bias: expected True or False, got 'x'"),
     "norm-layer-made": (
         make(norm_layer=nn.LayerNorm(8)),

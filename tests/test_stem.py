@@ -449,11 +449,3 @@ def test_from_conv_starts_at_zero_again():
 def test_from_conv_on_the_meta_device():
     stem = AaPE.from_conv(nn.Conv2d(1, 16, 16, 16, device="meta"))
     assert all(parameter.is_meta for parameter in stem.parameters())
-
-
-def test_empty_batch():
-    stem = AaPE(embed_dim=8)
-    tokens = stem(torch.randn(0, 1, 32, 64))
-    assert tokens.shape == (0, 8, 8)
-    tokens.sum().backward()
-    assert all(not parameter.grad.any() for parameter in stem.parameters())
