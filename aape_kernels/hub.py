@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,13 @@ class AaPE(
         >>> AaPE(embed_dim=192, num_states=8).save_pretrained("stem")  # doctest: +SKIP
         >>> AaPE.from_pretrained("stem")  # doctest: +SKIP
     """
+
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """As for any stem; it is also the size that is saved."""
+        super().set_input_size(img_size, patch_size)
+        self._hub_mixin_config["img_size"] = self.img_size
 
     def generate_model_card(self, **given: object) -> ModelCard:
         """The README.md that lies beside the weights."""

@@ -25,6 +25,9 @@ def test_round_trip(tmp_path):
     x = torch.randn(2, 1, 40, 30)
     assert torch.equal(other(x), stem(x))
     assert AaPE.from_pretrained(tmp_path, backend="reference").backend == "reference"
+    stem.set_input_size((44, 38))
+    stem.save_pretrained(tmp_path)
+    assert AaPE.from_pretrained(tmp_path).img_size == (44, 38)
 
 
 def test_a_file_that_lacks_a_parameter(tmp_path):
