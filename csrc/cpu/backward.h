@@ -86,23 +86,25 @@ AAPE_FN Complex<Vec<T>> slope(const Jets<T>& p, const Gain<Vec<T>>& g, Complex<V
 
 // grad_weight[r][s] += Σ_t x[r][t] · grad_u[t][s]
 template <class T>
-inline void accumulate_weight(T* grad, const T* x, const T* grad_u, const Tiling& t, int64_t frames) {
+inline void accumulate_weight(T* grad, const Rows<T>& x, const T* grad_u, const Grid& g, const Tiling& t, int64_t frames) {
   using M = Math<Vec<T>>;
   constexpr int lanes = Simd<T>::kLanes;
   constexpr int block = kSums / 2;  // rows at once
   for (int64_t r = 0; r < t.rows; r += block) {
     int count = int(smaller(block, t.rows - r));
+    const T* row[block];
+    for (int k = 0; k < count; ++k) row[k] = row_at(x, g, r + k);
     for (int64_t s = 0; s < t.states; s += lanes) {
       Vec<T> sum[block] = {};
       if (count == block) {
         for (int64_t f = 0; f < frames; ++f) {
           auto value = M::load(grad_u + f * t.states + s);
-          for (int k = 0; k < block; ++k) sum[k] += x[(r + k) * t.columns + f] * value;
+          for (int k = 0; k < block; ++k) sum[k] += row[k][f] * value;
         }
       } else {
         for (int64_t f = 0; f < frames; ++f) {
           auto value = M::load(grad_u + f * t.states + s);
-          for (int k = 0; k < count; ++k) sum[k] += x[(r + k) * t.columns + f] * value;
+          for (int k = 0; k < count; ++k) sum[k] += row[k][f] * value;
         }
       }
       for (int k = 0; k < count; ++k) {
@@ -193,8 +195,10 @@ struct Worker {
     const Grid& g = call.grid;
     const Unit unit = unit_at(g, t, k);
     const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
-    if (passes & (kParameters | kWeight)) load_tile(x.data, call.x, g, t, unit);
-    if (passes & kParameters) project(u.data, rows_of<T>(x.data, g, t), weight, g, t, unit.frames);
+    Rows<T> pixels = rows_of<T>(x.data, g, t);
+    const bool reads = passes & (kParameters | kWeight);
+    if (reads && !rows_in_place(pixels, call.x, g, t, unit)) load_tile(x.data, call.x, g, t, unit);
+    if (passes & kParameters) project(u.data, pixels, weight, g, t, unit.frames);
     if (frames && !apart) fill_zero(grad_u.data, unit.frames * t.states);
     // for all tokens first: each is a long chain of operations, and they overlap
     Filter<T>* filter = filters.data;
@@ -231,7 +235,7 @@ struct Worker {
         grad_frequencies.store(unit, j);
       }
     }
-    if (passes & kWeight) accumulate_weight(grad_weight, x.data, grad_u.data, t, unit.frames);
+    if (passes & kWeight) accumulate_weight(grad_weight, pixels, grad_u.data, g, t, unit.frames);
     if (passes & kInput) accumulate_x(call.grad_x, grad_u.data, across.data, tile.data, padded_rows, g, t, unit);
   }
 };

@@ -115,6 +115,11 @@ struct Rows {
   int64_t channel, mel;
 };
 
+template <class T>
+AAPE_FN const T* row_at(const Rows<T>& x, const Grid& g, int64_t r) {
+  return x.data + r / g.patch_f * x.channel + r % g.patch_f * x.mel;
+}
+
 // In `tile`, once `load_tile` has filled it.
 template <class T>
 AAPE_FN Rows<T> rows_of(const T* tile, const Grid& g, const Tiling& t) {
