@@ -58,12 +58,13 @@ inline uint16_t to_float16(float value) {
 template <class T>
 constexpr DType kTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
-// A vector at a time, so that few numbers are no call.
+// In pieces of lengths that the compiler knows: others are calls.
 template <class T>
 AAPE_FN void copy_row(T* to, const T* from, int64_t count) {
-  constexpr int64_t lanes = AAPE_VECTOR_BYTES / sizeof(T);
-  for (; count >= lanes; count -= lanes, to += lanes, from += lanes) std::memcpy(to, from, AAPE_VECTOR_BYTES);
-  if (count) std::memcpy(to, from, count * sizeof(T));
+  constexpr int64_t line = 64 / sizeof(T), few = 16 / sizeof(T);
+  for (; count >= line; count -= line, to += line, from += line) std::memcpy(to, from, 64);
+  for (; count >= few; count -= few, to += few, from += few) std::memcpy(to, from, 16);
+  for (; count; --count) *to++ = *from++;
 }
 
 template <class T>
