@@ -105,6 +105,13 @@ def test_frames_of_short_waveforms(samples):
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)
+@pytest.mark.parametrize("shape", [(), (0, 4000), (2, 0, 4000), (0, 100)])
+def test_no_waveform_at_all_is_named(name, shape):
+    with pytest.raises(ValueError, match=r"waveform: expected shape \(..., samples\) of at least one waveform, got \("):
+        FRONT_ENDS[name].log_mel(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
 @pytest.mark.parametrize("frames", [1, 3, 4, 16])
 def test_seconds_is_the_shortest_waveform(name, frames):
     front_end = FRONT_ENDS[name]
@@ -209,6 +216,59 @@ def test_truncated_wav_is_a_shorter_clip(tmp_path):
     soundfile.write(path, tone(500, 1.0), 16000)
     path.write_bytes(path.read_bytes()[: 44 + 2 * 9000])
     assert len(audio.load(path)) == 9000
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_truncated_mp3_is_a_shorter_clip(tmp_path, rate):
+    """Its header still tells of 10 s; pieces are of what there is, not silence that somebody adds."""
+    path = tmp_path / "cut.mp3"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(10 * rate), rate)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert audio.duration(path) == 10
+    there = audio.load(path, seconds=5)
+    assert len(there) < 5 * 16000
+    for at in (0.6, 1.0):
+        assert len(audio.load(path, 2.0, at)) == 32000
+    if rate == 16000:
+        torch.testing.assert_close(audio.load(path, 2.0, 1.0), there[-32000:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate"),
+    [*((suffix, rate) for suffix in ("mp3", "ogg", "opus") for rate in (8000, 16000, 48000)), ("mp3", 44100)],
+)
+def test_pieces_of_whole_files_are_read_once(tmp_path, monkeypatch, suffix, rate):
+    """Headers of compressed files tell their length to the sample, wherever it falls between their own frames."""
+    path = tmp_path / f"noise.{suffix}"
+    kind = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(3 * rate + 37), rate, **kind)
+    read, pieces = audio._piece, []
+    monkeypatch.setattr(audio, "_piece", lambda *given: pieces.append(given) or read(*given))
+    for at in (0.3, 1.0):
+        assert len(audio.load(path, 0.5, at)) == 8000
+    assert len(pieces) == 2
+
+
+def test_an_mp3_without_its_length_has_no_silence_at_its_end(tmp_path):
+    """A whole one: its length is estimated from the file's size, of which a picture in front is a part."""
+    path = tmp_path / "plain.mp3"
+    kind = {"bitrate_mode": "CONSTANT", "compression_level": 0}
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(48000), 16000, **kind)
+    content = path.read_bytes()
+    second = content.index(content[:2], content.index(b"Info"))  # the first frame only tells the length
+    tag = b"ID3\x03\0\0\0\0\x7f\x7f"  # of 2^14 - 1 bytes
+    path.write_bytes(tag + bytes(2**14 - 1) + content[second:])
+    assert audio.duration(path) > 3.5
+    assert len(audio.load(path, 0.5, 1.0)) == 8000
+
+
+def test_a_decoder_that_lost_its_place_is_one_line(tmp_path, monkeypatch):
+    """In some damaged mp3s libsndfile is beyond the end after a seek, and soundfile asks for less than nothing."""
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(500, 1.0), 16000)
+    monkeypatch.setattr(soundfile.SoundFile, "tell", lambda sound: sound.frames + 5)
+    with pytest.raises(AudioError, match="cannot be read as sound"):
+        audio.load(path, 0.1, 0.5)
 
 
 def test_share_of_two_sinusoids():

@@ -1,5 +1,6 @@
 """ClipData under Lightning's Trainer: the same batches whether interrupted or not, statistics, bad files listed."""
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -49,7 +50,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(root, data, steps, resume=None):
+def fit(root, data, steps, resume=None, **options):
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -58,6 +59,7 @@ def fit(root, data, steps, resume=None):
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
+        **options,
     )
     model = Recorder(root)
     trainer.fit(model, data, ckpt_path=resume, weights_only=True)
@@ -80,6 +82,30 @@ def test_resumed_training_gets_the_same_batches(folder, tmp_path, workers):
             assert torch.equal(got["index"], expected["index"])
             assert torch.equal(got["log_mel"], expected["log_mel"])
         assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize("limit", [2, 0.7])
+def test_resumed_after_an_epoch_that_a_limit_ended(folder, tmp_path, limit):
+    """2 of 3 batches an epoch: where it was cut is its end, not its middle."""
+    options = {"batch_size": 4, "frames": 64, "workers": 0}
+    whole = fit(tmp_path / "whole", ClipData(str(folder), **options), 6, limit_train_batches=limit)
+    for step in (2, 3, 4):
+        checkpoint = tmp_path / "whole" / f"step={step}.ckpt"
+        resumed = fit(tmp_path / "again", ClipData(str(folder), **options), 6, checkpoint, limit_train_batches=limit)
+        got, expected = ([batch["index"].tolist() for batch in run.batches] for run in (resumed, whole))
+        assert got == expected[step:]
+
+
+def test_other_statistics_than_a_run_began_with_are_refused(folder):
+    state = ClipData(str(folder), statistics=(-4.0, 4.0)).state_dict()
+    for same in ("preset", "data", (-4, 4), [-4.0, 4.0]):
+        data = ClipData(str(folder), statistics=same)
+        data.load_state_dict(state)
+        assert (data.front_end.mean, data.front_end.std) == (-4, 4)
+    with pytest.raises(
+        ValueError, match=r"statistics: the checkpoint was made with \(-4.0, 4.0\), this run has \(0.0, 1"
+    ):
+        ClipData(str(folder), statistics=(0.0, 1.0)).load_state_dict(state)
 
 
 def test_another_set_is_not_resumed(folder, tmp_path):
@@ -130,8 +156,14 @@ def test_on_the_device(folder):
 def test_bad_arguments(folder, tmp_path):
     with pytest.raises(ValueError, match="front_end: expected one of audioset128, m2d80, got 'mfcc'"):
         ClipData(str(folder), front_end="mfcc")
-    for statistics in ("none", (0.0, 0.0), (1.0,)):
+    for statistics in ("none", (0.0, 0.0), (1.0,), (math.nan, 1.0), (0.0, math.inf), (-math.inf, 1.0)):
         with pytest.raises(ValueError, match="statistics: expected"):
             ClipData(str(folder), statistics=statistics)
+    for name in ("frames", "batch_size", "workers"):
+        for value in (True, 2.5):
+            with pytest.raises(ValueError, match=rf"{name}: expected a whole number, got {value}"):
+                ClipData(str(folder), **{name: value})
+    with pytest.raises(ValueError, match="splits: expected names"):
+        ClipData(str(folder), splits="train").setup()
     with pytest.raises(SourceError, match="no such file or folder"):
         ClipData(str(tmp_path / "missing")).setup()

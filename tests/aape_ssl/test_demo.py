@@ -155,6 +155,19 @@ def test_equal_stems_keep_their_pictures(noise, tmp_path, capsys, quick):
     assert {path.stem for path in (tmp_path / "out").iterdir()} == set(table)
 
 
+def test_pages_keep_their_pictures_too(noise, tmp_path, capsys, quick, monkeypatch):
+    """Whether the clip of two pages comes first or last; names that no page has stay as they are."""
+    monkeypatch.setattr(picture, "PATCHES", 3)
+    files = [noise("X.wav", seconds=0.8), noise("x-page2.wav"), noise("x-pages.wav"), noise("y-page2.wav")]
+    for order, first in ((files, "X"), (files[::-1], "X-2")):
+        out = tmp_path / first
+        assert main(["demo", *map(str, order), "--out", str(out)]) == 0
+        table = rows(capsys.readouterr().out)
+        assert {first, "x-pages", "y-page2"} < table.keys()
+        assert {path.stem for path in out.iterdir()} == {*table, f"{first}-page2"}
+        assert len(table) == 4
+
+
 def test_odd_names(noise, tmp_path, recwarn, quick):
     names = ["$x^$ is no formula.wav", "雨.wav", "a" * 200 + ".wav"]
     assert main(["demo", *(str(noise(name)) for name in names), "--out", str(tmp_path / "out")]) == 0

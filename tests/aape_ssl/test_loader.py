@@ -121,6 +121,19 @@ def test_an_epoch_left_early_is_over(folder):
     assert batches.epoch == 1
 
 
+@pytest.mark.parametrize(("limit", "taken"), [(2, 2), (9, 4), (0.5, 2), (1.0, 4)])
+def test_whether_a_resumed_epoch_was_over_depends_on_its_limit(folder, limit, taken):
+    """4 batches an epoch."""
+    for given in range(1, taken + 1):
+        first = ClipLoader(crops(folder), 6)
+        for _ in zip(range(given), first, strict=False):
+            pass
+        second = ClipLoader(crops(folder), 6, limit=limit)
+        second.load_state_dict(first.state_dict())
+        next(iter(second))
+        assert (second.epoch, second.given) == ((1, 1) if given == taken else (0, given + 1))
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"size": 8}, {"drop": 1}])
 def test_a_checkpoint_of_another_run_is_refused(folder, change):
     state = ClipLoader(crops(folder), 6).state_dict()
@@ -282,6 +295,11 @@ def test_bad_arguments(folder):
         (name,) = options
         with pytest.raises(ValueError, match=f"{name}: expected a number"):
             crops(folder, **options)
+    for name in ("frames", "seed"):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number, got True"):
+            crops(folder, **{name: True})
+    with pytest.raises(ValueError, match="workers: expected a whole number, got True"):
+        ClipLoader(crops(folder), 6, workers=True)
     with pytest.raises(ValueError, match="batch_size: expected at most the 24 clips there are, got 50 in all"):
         ClipLoader(crops(folder), 25, world=2)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+from aape_ssl._files import replacing
 from aape_ssl.demo import command as demo
 from aape_ssl.sound import audio
 from aape_ssl.sound.sources import Clip, SourceError, find, read_manifest, write_manifest
@@ -17,12 +18,17 @@ from aape_ssl.sound.sources import Clip, SourceError, find, read_manifest, write
 CLIPS = demo.bundled_clips()
 
 
-def shard(path, files, **options):
+def shard(path, files, links=(), **options):
+    """links: (name, type, target), after the files."""
     with tarfile.open(path, options.pop("mode", "w"), **options) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
     return path
 
 
@@ -59,11 +65,105 @@ def test_a_shard_that_shrank(tmp_path):
     path = shard(tmp_path / "one.tar", {"a.flac": CLIPS[0].read_bytes()})
     (clip,) = find(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(audio.AudioError, match="cut short by the end of its shard"):
+    with pytest.raises(audio.AudioError, match=r"cannot be read from its shard \(unexpected end of data\)"):
         clip.load()
     path.unlink()
-    with pytest.raises(audio.AudioError, match="cannot be read from its shard"):
+    with pytest.raises(audio.AudioError, match=r"cannot be read from its shard \(No such file"):
         clip.load()
+
+
+def test_links_in_a_shard_are_the_members_they_lead_to(tmp_path):
+    first, second = (path.read_bytes() for path in CLIPS[:2])
+    links = [
+        ("b/hard.flac", tarfile.LNKTYPE, "./a/x.flac"),
+        ("b/soft.flac", tarfile.SYMTYPE, "../a/x.flac"),
+        ("b/twice.flac", tarfile.SYMTYPE, "soft.flac"),
+        ("b/twice.cls", tarfile.SYMTYPE, "../a/x.cls"),
+        ("b/out.flac", tarfile.SYMTYPE, "/data/x.flac"),
+        ("b/circle.flac", tarfile.SYMTYPE, "circle.flac"),
+    ]
+    path = shard(tmp_path / "one.tar", {"./a/x.flac": first, "a/x.cls": b"7", "y.flac": second}, links)
+    clips = {clip.name.removeprefix("one.tar/"): clip for clip in find(path)}
+    assert list(clips) == ["./a/x.flac", "y.flac", *(name for name, *_ in links if name.endswith(".flac"))]
+    for name in ("b/hard.flac", "b/soft.flac", "b/twice.flac"):
+        assert torch.equal(clips[name].load(), audio.load(CLIPS[0]))
+    assert clips["b/twice.flac"].label == "7"
+    with pytest.raises(audio.AudioError, match=r"is a link to /data/x.flac, which its shard lacks"):
+        clips["b/out.flac"].load()
+    with pytest.raises(audio.AudioError, match=r"is a link to circle.flac, which its shard lacks"):
+        clips["b/circle.flac"].load()
+
+
+def test_sparse_members_are_whole(tmp_path):
+    """Header and samples with a hole of zeros between them: the archive holds two pieces and where they lie."""
+    samples = np.concatenate([np.full(4000, 0.25), np.zeros(60000), np.full(4000, 0.5)])
+    soundfile.write(tmp_path / "a.wav", samples, 16000)
+    content = (tmp_path / "a.wav").read_bytes()
+    holes = 16384, 16384 + 65536  # bytes of zeros within the middle
+    member = tarfile.TarInfo("a.wav")
+    member.type, member.size = tarfile.GNUTYPE_SPARSE, len(content) - 65536
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    pieces = [(0, holes[0]), (holes[1], len(content) - holes[1])]
+    for at, number in zip(range(386, 434, 12), sum(pieces, ()), strict=True):
+        header[at : at + 12] = b"%011o\0" % number
+    header[483:495] = b"%011o\0" % len(content)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    stored = content[: holes[0]] + content[holes[1] :]
+    (tmp_path / "one.tar").write_bytes(header + stored + bytes(-len(stored) % 512 + 1024))
+    shard(tmp_path / "one.tar", {"b.wav": content}, mode="a")
+    for clip in find(tmp_path / "one.tar"):
+        assert torch.equal(clip.load(), audio.load(tmp_path / "a.wav"))
+
+
+def test_a_shard_damaged_in_the_middle_is_not_a_shorter_one(tmp_path):
+    path = shard(tmp_path / "one.tar", {"a.flac": b"x" * 512, "b.flac": b"y" * 512})
+    content = bytearray(path.read_bytes())
+    content[1024:1030] = b"damage"
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match=r"one.tar: cannot be read .*bad header at byte 1024"):
+        find(path)
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path):
+    for folder in ("train", "valid"):
+        (tmp_path / folder).mkdir()
+        shard(tmp_path / folder / "0.tar", {"a.flac": CLIPS[0].read_bytes()})
+    names = ["train/0.tar/a.flac", "valid/0.tar/a.flac"]
+    assert [clip.name for clip in find(tmp_path)] == names
+    assert [clip.name for clip in find(tmp_path / "*" / "0.tar")] == names
+    assert [clip.name for clip in find(tmp_path / "train" / "0.t*")] == ["0.tar/a.flac"]
+
+
+def test_sound_and_shards_in_one_folder_are_refused(tmp_path):
+    shutil.copy(CLIPS[0], tmp_path / "a.flac")
+    shard(tmp_path / "b.tar", {"c.flac": CLIPS[0].read_bytes()})
+    with pytest.raises(SourceError, match=r"got both: 1 of sound, such as a.flac, and 1 shards, such as b.tar"):
+        find(tmp_path)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("set/a/one.flac", "set/b/two.flac", "other/three.flac"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CLIPS[0], tmp_path / name)
+    for link, target in (("c", "other"), ("a/up", "set"), ("0", "set/b"), ("loop", "set/loop")):
+        (tmp_path / "set" / link).symlink_to(tmp_path / target)
+    assert [clip.name for clip in find(tmp_path / "set")] == ["a/one.flac", "b/two.flac", "c/three.flac"]
+
+
+def test_a_folder_that_cannot_be_searched(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shutil.copy(CLIPS[0], tmp_path / "one.flac")
+    scandir = os.scandir
+
+    def refused(path):  # as chmod would, but for root too
+        if os.fspath(path).endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(SourceError, match=r"a/b: cannot be searched \(Permission denied\)"):
+        find(tmp_path)
 
 
 def test_manifest_round_trip(tmp_path):
@@ -71,6 +171,24 @@ def test_manifest_round_trip(tmp_path):
     write_manifest(tmp_path / "set.csv", clips)
     assert read_manifest(tmp_path / "set.csv") == clips
     assert [path.name for path in tmp_path.iterdir()] == ["set.csv"]
+
+
+def test_writers_of_one_path_do_not_meet(tmp_path):
+    """And leave alone what lies beside it, whatever its name."""
+    (tmp_path / "out.npz.part").write_text("mine")
+    with replacing(tmp_path / "out.npz") as first, replacing(tmp_path / "out.npz") as second:
+        np.savez(first, x=1)  # would add a suffix that it misses
+        np.savez(second, x=2)
+    assert np.load(tmp_path / "out.npz")["x"] == 1  # that was finished last
+    with replacing(tmp_path / "new" / "folder") as part:
+        part.mkdir()
+        (part / "file").touch()
+    with pytest.raises(IsADirectoryError), replacing(tmp_path / "new") as part:
+        part.write_text("no folder")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "out.npz", "out.npz.part"}
+    assert np.load(tmp_path / "out.npz")["x"] == 1
+    assert (tmp_path / "out.npz.part").read_text() == "mine"
 
 
 def test_manifest_paths_and_splits(tmp_path):
@@ -82,6 +200,12 @@ def test_manifest_paths_and_splits(tmp_path):
     assert find(tmp_path / "set.csv", ["test"]) == [second]
     with pytest.raises(SourceError, match=r"set.csv: holds no clips of splits \['dev'\]; it has \['test', 'train'\]"):
         find(tmp_path / "set.csv", ["dev"])
+    with pytest.raises(SourceError, match=r"holds no clips of splits \['unlabelled'\]; it has \['test', 'train'\]"):
+        find(tmp_path / "set.csv", ["train", "unlabelled"])
+    with pytest.raises(SourceError, match=r"holds no clips of splits \[\]"):
+        find(tmp_path / "set.csv", [])
+    with pytest.raises(ValueError, match=r"splits: expected names, such as \['train'\], got 'train'"):
+        find(tmp_path / "set.csv", "train")
 
 
 BAD_MANIFESTS = {
@@ -170,3 +294,7 @@ def test_names_that_are_not_utf8(tmp_path):
     assert [clip.name for clip in found] == ["a.wav", "b\\xff.wav"]
     with pytest.raises(audio.AudioError, match="its name is not UTF-8"):
         found[1].load()
+    shard(tmp_path / "one.tar", {"b\udcff.wav": (tmp_path / "a.wav").read_bytes()})
+    (clip,) = find(tmp_path / "one.tar")
+    assert clip.name == "one.tar/b\\xff.wav"
+    assert len(clip.load()) == 8000

@@ -259,17 +259,28 @@ def _nyquist(viewer: Viewer) -> float:
 
 
 def _unique_names(files: Sequence[str]) -> list[str]:
-    """A picture's name for each file: its stem, numbered if another has it already (in any case)."""
+    """A picture's name for each file: its stem, numbered if another has it already (in any case).
+
+    Another has it also where one of the two may be the name of a page of the other.
+    """
     names: list[str] = []
     taken: set[str] = set()
+    paged: set[str] = set()  # the names that have pages with names that are taken
     for file in files:
         name, number = Path(file).stem, 1
-        while name.casefold() in taken:
+        while taken & {name.casefold(), _paged(name.casefold())} or name.casefold() in paged:
             number += 1
             name = f"{Path(file).stem}-{number}"
         taken.add(name.casefold())
+        paged.add(_paged(name.casefold()))
         names.append(name)
     return names
+
+
+def _paged(name: str) -> str:
+    """The name whose page has this one, "x" for "x-page2"; "" if it is no page's."""
+    of, _, page = name.rpartition("-page")
+    return of if page.isdecimal() else ""
 
 
 def _printable(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, BinaryIO
@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 SAMPLE_RATE = 16_000  # Hz
+
+BLOCK = 65_536  # frames read at a time where all of a file is
 
 # times full scale; powers of louder samples overflow float32
 LOUDEST = 1e12
@@ -82,7 +84,8 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
         file: path or open binary file of any format that libsndfile reads: wav, flac, ogg, mp3, aiff; any sampling
             rate, any number of channels, which are averaged. Resampled by soxr ("HQ").
         seconds: how much to read; all unless given.
-        at: which piece of a longer file: 0 its start, 1 its end, in between a piece in between.
+        at: which piece of a longer file: 0 its start, 1 its end, in between a piece in between. A file that was cut
+            short is a shorter file, whatever its header says.
 
     Returns:
         (samples), float32, full scale ±1.
@@ -95,12 +98,17 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
 
     with _open(file) as sound:
         rate = int(sound.samplerate)
-        frames = sound.frames if seconds is None else min(sound.frames, math.ceil(seconds * rate))
+        most = sound.frames if seconds is None else math.ceil(seconds * rate)
         try:
-            if at > 0:
-                sound.seek(round(at * (sound.frames - frames)))
-            samples = sound.read(frames, dtype="float32", always_2d=True)
-        except (soundfile.SoundFileError, OSError, MemoryError) as error:
+            samples = _piece(sound, sound.frames, most, at)
+            if at > 0 and len(samples) < min(sound.frames, most):
+                # an mp3 that was cut is shorter than its header says; where that says nothing, the length is estimated,
+                # with tags taken for sound: only decoding tells
+                there = sound.seek(0)
+                while read := len(sound.read(BLOCK, dtype="float32")):
+                    there += read
+                samples = _piece(sound, there, most, at)
+        except (soundfile.SoundFileError, OSError, MemoryError, ValueError) as error:
             raise _unreadable(error) from error
     if len(samples) == 0:
         raise AudioError("holds no samples")
@@ -112,6 +120,14 @@ def load(file: str | os.PathLike[str] | BinaryIO, seconds: float | None = None, 
     if rate != SAMPLE_RATE:
         waveform = torch.from_numpy(soxr.resample(waveform.numpy(), rate, SAMPLE_RATE))
     return waveform
+
+
+def _piece(sound: Any, frames: int, most: int, at: float) -> Any:
+    """At most so many frames of an open file that has `frames`, (frames, channels) float32."""
+    count = min(frames, most)
+    if at > 0:
+        sound.seek(round(at * (frames - count)))
+    return sound.read(count, dtype="float32", always_2d=True)
 
 
 @dataclass(frozen=True)
@@ -141,12 +157,16 @@ class FrontEnd(ABC):
         waveform (..., samples) at 16 kHz -> (..., F, T) float32, contiguous, on the waveform's device; T = 0 where the
         waveform is shorter than one frame.
 
-        Errors: `TypeError` for samples that are not floating-point numbers.
+        Errors: `TypeError` for samples that are not floating-point numbers; `ValueError` for a number, or a batch of
+        no waveforms.
         """
         if not isinstance(waveform, Tensor):
             raise TypeError(f"waveform: expected a tensor, got {type(waveform).__name__}")
         if not waveform.is_floating_point():
             raise TypeError(f"waveform: expected floating-point samples, full scale ±1, got {waveform.dtype}")
+        if waveform.dim() == 0 or math.prod(waveform.shape[:-1]) == 0:
+            got = tuple(waveform.shape)
+            raise ValueError(f"waveform: expected shape (..., samples) of at least one waveform, got {got}")
         if self._too_short(waveform):
             return waveform.new_zeros(*waveform.shape[:-1], self.mel_bins, 0, dtype=torch.float32)
         return self._log_mel(waveform.float()).contiguous()
@@ -180,6 +200,12 @@ class FrontEnd(ABC):
     def normalise(self, log_mel: Tensor) -> Tensor:
         """(x − mean)/(spread · std)."""
         return (log_mel - self.mean) / (self.spread * self.std)
+
+    def by(self, statistics: Sequence[float]) -> FrontEnd:
+        """The same, normalising by this mean and standard deviation. Errors: `ValueError` for what are none."""
+        if len(statistics) != 2 or not (math.isfinite(statistics[0]) and 0 < statistics[1] < math.inf):
+            raise ValueError(f"statistics: expected (mean, std), finite and std > 0, got {tuple(statistics)}")
+        return replace(self, mean=float(statistics[0]), std=float(statistics[1]))
 
     def check(self, waveform: Tensor) -> Tensor:
         """`waveform` (samples), if it holds a frame: a shorter one would be silence that something else adds.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from .._lightning import LightningDataModule
 from .._messages import one_of
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
-from .loader import ClipLoader, Crops, features
+from .loader import ClipLoader, Crops, features, whole
 from .sources import Clip, SourceError, find
 
 __all__ = ["ClipData", "CropsData"]
@@ -34,6 +33,7 @@ class CropsData(LightningDataModule):
 
     def __init__(self, front_end: FrontEnd, batch_size: int, workers: int, **crops: Any) -> None:
         super().__init__()
+        whole(frames=crops["frames"], batch_size=batch_size, workers=workers)
         self.front_end, self.batch_size, self.workers = front_end, batch_size, workers
         self.frames: int = crops["frames"]
         self.crops_options = crops
@@ -44,7 +44,15 @@ class CropsData(LightningDataModule):
         trainer, before = self.trainer, self.loader
         rank, world, epoch = (trainer.global_rank, trainer.world_size, trainer.current_epoch) if trainer else (0, 1, 0)
         crops = Crops(clips, self.front_end, **self.crops_options)
-        self.loader = ClipLoader(crops, self.batch_size, workers=self.workers, rank=rank, world=world, epoch=epoch)
+        self.loader = ClipLoader(
+            crops,
+            self.batch_size,
+            workers=self.workers,
+            rank=rank,
+            world=world,
+            epoch=epoch,
+            limit=trainer.limit_train_batches if trainer else 1.0,
+        )
         if before:
             before.close()
             self.loader.failed |= before.failed
@@ -107,7 +115,7 @@ class ClipData(CropsData):
             raise ValueError(f"statistics: expected preset, data or (mean, std), got {statistics!r}")
         of = FRONT_ENDS[front_end]
         super().__init__(
-            of if isinstance(statistics, str) else _normalised_by(of, *statistics),
+            of if isinstance(statistics, str) else of.by(statistics),
             batch_size,
             workers,
             frames=frames,
@@ -158,15 +166,13 @@ class ClipData(CropsData):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The statistics that the run began with.
 
-        Errors: `ValueError` for another front end or length.
+        Errors: `ValueError` for another front end or length, or where other statistics were given as numbers.
         """
-        for name, here in (("front_end", self.front_end_name), ("frames", self.frames)):
-            if state[name] != here:
-                raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
-        self.front_end = _normalised_by(self.front_end, state["mean"], state["std"])
-
-
-def _normalised_by(front_end: FrontEnd, *statistics: float) -> FrontEnd:
-    if len(statistics) != 2 or not statistics[1] > 0:
-        raise ValueError(f"statistics: expected (mean, std) with std > 0, got {statistics}")
-    return replace(front_end, mean=float(statistics[0]), std=float(statistics[1]))
+        began = {**state, "statistics": (state["mean"], state["std"])}
+        asked = {"front_end": self.front_end_name, "frames": self.frames}
+        if not isinstance(self.statistics, str):
+            asked["statistics"] = tuple(map(float, self.statistics))
+        for name, here in asked.items():
+            if began[name] != here:
+                raise ValueError(f"{name}: the checkpoint was made with {began[name]}, this run has {here}")
+        self.front_end = self.front_end.by((state["mean"], state["std"]))

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,13 @@ __all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resi
 ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag comes first
 Key = tuple[int, int]  # epoch, index
 Batch = dict[str, Any]
+
+
+def whole(**arguments: int) -> None:
+    """Errors: `ValueError` naming the first argument that is no whole number; True and False are none."""
+    for name, value in arguments.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
 
 class TooManyFailedError(RuntimeError):
@@ -116,6 +124,7 @@ class Crops(Dataset[Any]):
         waveforms: bool = False,
         max_failed: float = 0.05,
     ) -> None:
+        whole(frames=frames, seed=seed)
         for name, value, least, most in (
             ("frames", frames, 1, math.inf),
             ("seed", seed, 0, math.inf),
@@ -232,6 +241,8 @@ class ClipLoader:
         workers: processes that load; 0 loads in this one.
         rank, world: which process this is, of how many.
         epoch: the one to begin with.
+        limit: how many batches of an epoch are taken, or which share, as lightning's `limit_train_batches`: whether a
+            resumed epoch was over depends on it. All unless given.
 
     Attributes:
         failed: index and reason of every clip that could not be decoded.
@@ -241,8 +252,17 @@ class ClipLoader:
     """
 
     def __init__(
-        self, data: Crops, batch_size: int, *, workers: int = 0, rank: int = 0, world: int = 1, epoch: int = 0
+        self,
+        data: Crops,
+        batch_size: int,
+        *,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        epoch: int = 0,
+        limit: int | float = 1.0,
     ) -> None:
+        whole(batch_size=batch_size, workers=workers)
         at_least(1, batch_size=batch_size)
         at_least(0, workers=workers)
         self.step = batch_size * world
@@ -252,6 +272,7 @@ class ClipLoader:
         self._order = _Order(len(data), data.seed, batch_size, rank, world)
         self._order.epoch = epoch
         self._resumed = False
+        self._taken = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
         self._loader = DataLoader(
             data,
             batch_sampler=self._order,
@@ -277,7 +298,7 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order
-        if order.given and not (self._resumed and order.given < len(self)):
+        if order.given and not (self._resumed and order.given < self._taken):
             order.epoch, order.given = order.epoch + 1, 0
         self._resumed = False
         for batch in self._loader:

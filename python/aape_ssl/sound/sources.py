@@ -6,8 +6,9 @@ import csv
 import glob
 import io
 import os
+import posixpath
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,11 @@ class Clip:
     """One sound of a set.
 
     Attributes:
-        name: identifies it, in reports and among the others: its path, or `shard.tar/member`.
+        name: identifies it, in reports and among the others: its path, or `shard.tar/member`, from the source on.
         path: of the file, or of the shard that holds it.
         label, split, group: as the manifest says, else ""; a folder's clips are labelled by the folder they lie in.
             Clips of one group (a recording, a syllable, an instrument's samples) belong on one side of any split.
-        span: (offset, size) in bytes within a shard.
+        span: (offset of its header, size) in bytes within a shard.
     """
 
     name: str
@@ -58,27 +59,27 @@ class Clip:
         except audio.AudioError:
             return 0.0
 
-    def check(self) -> None:
-        """Check that it exists and looks like sound: by its header if it is a file. Errors: `AudioError`."""
-        if self.span is None:
-            audio.duration(self.path)
-        else:
-            self.load(seconds=0.1)
-
     def load(self, seconds: float | None = None, at: float = 0.0) -> Tensor:
         """Its waveform, as `audio.load` gives it. Errors: `AudioError`."""
         if self.span is None:
             return audio.load(self.path, seconds, at)
-        offset, size = self.span
+        return audio.load(io.BytesIO(self._content(self.span[0])), seconds, at)
+
+    def _content(self, offset: int) -> bytes:
+        """Of the member whose header is there, as tarfile reads it: of a sparse one, the archive lacks the zeros."""
         try:
             with open(self.path, "rb") as shard:
                 shard.seek(offset)
-                content = shard.read(size)
-        except OSError as error:
-            raise audio.AudioError(f"cannot be read from its shard ({error.strerror})") from error
-        if len(content) < size:
-            raise audio.AudioError(f"is cut short by the end of its shard ({len(content)} of {size} bytes)")
-        return audio.load(io.BytesIO(content), seconds, at)
+                with tarfile.open(fileobj=shard, mode="r:") as archive:
+                    member = archive.next()
+                    if member is None:
+                        raise tarfile.ReadError("bad header")
+                    if not member.isfile():
+                        raise audio.AudioError(f"is a link to {_printable(member.linkname)}, which its shard lacks")
+                    return archive.extractfile(member).read()  # type: ignore[union-attr]  # as it is a file
+        except (tarfile.TarError, OSError) as error:
+            why = getattr(error, "strerror", error)
+            raise audio.AudioError(f"cannot be read from its shard ({why})") from error
 
 
 def split_name(text: str) -> str:
@@ -90,25 +91,32 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
     """The clips of a source, in an order that depends on their names only.
 
     Args:
-        source: a folder, searched recursively for files that end in one of `SUFFIXES`, or for `.tar` shards if it
-            holds any; a `.csv` manifest (`read_manifest`); one sound file; one shard; or several by a pattern such
-            as `shards/train-*.tar`.
-        splits: keep only the manifest's clips of these splits (or folds); all unless given. A folder's or a shard's
-            clips have none.
+        source: a folder, searched recursively for files that end in one of `SUFFIXES`, or for `.tar` shards, but not
+            for both; a `.csv` manifest (`read_manifest`); one sound file; one shard; or several by a pattern such as
+            `shards/train-*.tar`. Links are followed; a folder that several lead to is searched once.
+        splits: keep only the manifest's clips of these splits (or folds), each of which it must have; all unless given.
+            A folder's or a shard's clips have none.
 
-    Errors: `SourceError` for a source that is missing, damaged, or without clips.
+    Errors: `SourceError` for a source that is missing, damaged, or without clips; `ValueError` for `splits` that are
+    one name.
     """
     text = os.fspath(source)
+    if isinstance(splits, str):  # a collection of letters
+        raise ValueError(f"splits: expected names, such as [{splits!r}], got {splits!r}")
     if glob.has_magic(text) and not os.path.exists(text):
-        clips = [clip for path in sorted(glob.glob(text)) for clip in _shard(Path(path))]
+        root = Path(text)
+        while glob.has_magic(os.fspath(root)):
+            root = root.parent
+        paths = sorted(map(Path, glob.glob(text)))
+        clips = [clip for path in paths for clip in _shard(path, path.relative_to(root))]
     elif text.endswith(".csv"):
         clips = read_manifest(text)
     elif os.path.isdir(text):
         clips = list(_folder(Path(text)))
     elif os.path.isfile(text) and Path(text).suffix.lower() in SUFFIXES:
-        clips = [Clip(Path(text).name, Path(text))]
+        clips = [Clip(_printable(Path(text).name), Path(text))]
     elif os.path.isfile(text) and ".tar" in Path(text).suffixes:
-        clips = list(_shard(Path(text)))
+        clips = list(_shard(Path(text), Path(Path(text).name)))
     else:
         state = "it is another kind of file" if os.path.exists(text) else "there is no such file or folder"
         raise SourceError(
@@ -117,25 +125,48 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
     if not clips:
         raise SourceError(f"{text}: holds no clips (files that end in {', '.join(sorted(SUFFIXES))})")
     if splits is not None:
-        present = sorted({clip.split for clip in clips})
-        wanted = {split_name(split) for split in splits}
+        present = {clip.split for clip in clips}
+        missing = [split for split in splits if split_name(split) not in map(split_name, present)]
+        if missing or not splits:
+            raise SourceError(f"{text}: holds no clips of splits {sorted(missing)}; it has {sorted(present)}")
+        wanted = set(map(split_name, splits))
         clips = [clip for clip in clips if split_name(clip.split) in wanted]
-        if not clips:
-            raise SourceError(f"{text}: holds no clips of splits {sorted(splits)}; it has {present}")
     return clips
 
 
 def _folder(folder: Path) -> Iterator[Clip]:
-    inside = sorted(
-        (Path(root, file).relative_to(folder) for root, _, files in os.walk(folder) for file in files),
-        key=Path.as_posix,
-    )
+    inside = sorted((path.relative_to(folder) for path in _files(folder)), key=Path.as_posix)
     shards = [path for path in inside if path.suffix == ".tar"]
+    sounds = [path for path in inside if path.suffix.lower() in SUFFIXES]
+    if shards and sounds:
+        found = f"{len(sounds)} of sound, such as {sounds[0]}, and {len(shards)} shards, such as {shards[0]}"
+        raise SourceError(f"{folder}: expected files of sound or shards, got both: {found}")
     for path in shards:
-        yield from _shard(folder / path)
-    for path in [] if shards else inside:
-        if path.suffix.lower() in SUFFIXES:
-            yield Clip(_printable(path.as_posix()), folder / path, label=_printable(path.parent.name))
+        yield from _shard(folder / path, path)
+    for path in sounds:
+        yield Clip(_printable(path.as_posix()), folder / path, label=_printable(path.parent.name))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Those at any depth. Links are followed last, so that what lies here has the name it has here."""
+    seen: set[str] = set()
+    folders, links = [os.fspath(folder)], list[str]()
+    while folders or links:
+        here = folders.pop() if folders else links.pop(0)
+        if (real := os.path.realpath(here)) in seen:  # a second way, or a circle
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(here) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(entry.path)
+                    else:
+                        yield Path(entry.path)
+        except OSError as error:
+            raise SourceError(f"{here}: cannot be searched ({error.strerror})") from error
 
 
 def _printable(name: str) -> str:
@@ -143,26 +174,48 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _shard(path: Path) -> Iterator[Clip]:
-    """One clip per sound in the archive; `key.cls`, if it has one, is the label of `key.flac`.
+def _shard(path: Path, shown: Path) -> Iterator[Clip]:
+    """One clip per sound in the archive, named `shown`/member; `key.cls`, if it has one, is the label of `key.flac`.
 
     The index of offsets is read here, once, so that clips can be drawn in any order and a resumed run needs no replay.
     """
     try:
         with tarfile.open(path, "r:") as archive:
-            members = [member for member in archive if member.isfile()]
-            labels = {
-                member.name.removesuffix(".cls"): file.read().decode().strip()
-                for member in members
-                if member.name.endswith(".cls") and (file := archive.extractfile(member))
+            # of several members of one name the last counts, as when they are extracted
+            members = {
+                posixpath.normpath(member.name): member
+                for member in archive
+                if member.isfile() or member.issym() or member.islnk()
             }
+            labels = {
+                name.removesuffix(".cls"): file.read().decode().strip()
+                for name, member in members.items()
+                if name.endswith(".cls")
+                and (found := _linked(member, members)).isfile()
+                and (file := archive.extractfile(found))
+            }
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes it for the end
+                raise tarfile.ReadError(f"bad header at byte {archive.offset}")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as an uncompressed tar archive ({error})") from error
-    for member in members:
-        key, suffix = os.path.splitext(member.name)
+    for name, member in members.items():
+        key, suffix = os.path.splitext(name)
         if suffix.lower() in SUFFIXES:
-            span = (member.offset_data, member.size)
-            yield Clip(f"{path.name}/{member.name}", path, label=labels.get(key, ""), span=span)
+            found = _linked(member, members)
+            label, span = labels.get(key, ""), (found.offset, found.size)
+            yield Clip(_printable(f"{shown.as_posix()}/{member.name}"), path, label=label, span=span)
+
+
+def _linked(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """What a member links to in the end, or the last link if that leads out of its archive, or in a circle."""
+    for _ in members:  # no way through them is longer
+        folder = posixpath.dirname(member.name) if member.issym() else ""
+        target = posixpath.normpath(posixpath.join(folder, member.linkname))
+        if member.isfile() or target not in members:
+            break
+        member = members[target]
+    return member
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
