@@ -86,7 +86,7 @@ class AaPE(
     ) -> None:
         """As for any stem; it is also the size that is saved."""
         super().set_input_size(img_size, patch_size)
-        self._hub_mixin_config["img_size"] = self.img_size
+        self._hub_mixin_config["img_size"] = self.img_size  # type: ignore[index]  # as it is a dict here
 
     def generate_model_card(self, **given: object) -> ModelCard:
         """The README.md that lies beside the weights."""

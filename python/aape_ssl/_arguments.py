@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 import sys
-from argparse import SUPPRESS, Action
+from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -61,17 +62,34 @@ class _Formatter(DefaultHelpFormatter):
         return f"{', '.join(shown)} {value}"
 
 
+class _WithinError(ArgumentError):
+    """What the parser of a class among the options has to say: `options` are that class's own."""
+
+    def __init__(self, message: str, options: Collection[str]) -> None:
+        super().__init__(None, message)
+        self.options = options
+
+
 class ShortErrors:
     """A mixin for jsonargparse's parsers: a mistake is answered in two lines, which name the option as it is typed."""
 
     command: str
     names: Mapping[str, str]
+    exit_on_error: bool
     _option_string_actions: Mapping[str, Action]
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+    def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Say what is wrong, and end."""
-        said = _explained(one_line(message), self._option_string_actions)
-        print(f"aape-ssl: {as_typed(said, self.names)}", file=sys.stderr)
+        options: Collection[str] = self._option_string_actions
+        if not self.exit_on_error:  # of a class within: the outer parser knows the options' whole names
+            raise _WithinError(message, options) from ex
+        prefix = "--"
+        while ex:
+            if isinstance(ex, _WithinError):
+                prefix, message, options = f"{prefix}{_key(message)[0]}.", str(ex), ex.options
+            ex = ex.__cause__
+        options = [f"{prefix}{option[2:]}" for option in options if option.startswith("--")]
+        print(f"aape-ssl: {as_typed(_explained(message, options, prefix), self.names)}", file=sys.stderr)
         print(f"aape-ssl: `aape-ssl {self.command} --help` lists the options", file=sys.stderr)
         raise SystemExit(2)
 
@@ -83,7 +101,14 @@ def short(parser: type[Parser], command: str, names: Mapping[str, str] = Mapping
         given = {"formatter_class": _Formatter, "allow_abbrev": False, "prog": f"aape-ssl {command}"}
         parser.__init__(self, *args, **kwargs | given)
 
-    return type(parser.__name__, (ShortErrors, parser), {"__init__": init, "command": command, "names": names})
+    def parse_args(self: Parser, *args: Any, **kwargs: Any) -> Namespace:
+        try:
+            return parser.parse_args(self, *args, **kwargs)
+        except UnicodeDecodeError as error:  # all that is decoded are configurations
+            self.error(f"Problems parsing config: {error}")
+
+    members = {"__init__": init, "parse_args": parse_args, "command": command, "names": names}
+    return type(parser.__name__, (ShortErrors, parser), members)
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
@@ -93,42 +118,45 @@ def as_typed(message: str, names: Mapping[str, str]) -> str:
     return f"{shorter.get(option, option)}{colon}{rest}"
 
 
-def _explained(message: str, options: Collection[str]) -> str:
-    """jsonargparse's message in the words of the command line."""
+def _explained(message: str, options: Collection[str], prefix: str) -> str:
+    """jsonargparse's message in the words of the command line; `prefix` begins the options' whole names."""
     if match := re.match(r"[Uu]nrecognized arguments:? (.*)", message):
         unknown = [argument for argument in match[1].split() if argument.startswith("-")]
         return "; ".join(_unknown(one, options) for one in unknown) or f"{match[1]}: expected --option=value"
-    required = re.match(r"the following arguments are required: (.*)", message)
-    required = required or re.match(r".*[Kk]ey \"([\w.]+)\" is required", message)
-    required = required or re.match(r"Parser key \"([\w.]+)\": Expected .* Got value: None$", message)
-    if required:
-        missing = [f"--{name.lstrip('-')}" for name in required[1].split(", ")]
+    key, rest = _key(message)
+    if match := re.search(r"the following arguments are required: (.*)", message):
+        within = f"{prefix}{key}." if key else prefix
+        missing = [f"{within}{name.lstrip('-')}" for name in match[1].split(", ")]
         return f"{', '.join(missing)}: expected, and not given"
-    if match := re.match(r"(?:Problem with given class_path .*?)?Option '([\w.]+)' is not accepted", message):
-        return _unknown(f"--{match[1]}", options)
-    if match := re.search(r"Parser key \"([\w.]+)\":? *(.*)", message):
-        if "--data" in options and f"--{match[1]}" not in options and "." not in match[1]:  # of the module's class
-            return f"--data.{match[1]}: {_expected(match[2])}"
-        return f"--{match[1]}: {_expected(match[2])}"
+    if match := re.match(r"Option '([\w.]+)' is not accepted", message):
+        return _unknown(f"{prefix}{match[1]}", options)
+    if key:
+        return f"{prefix}{key}: {_expected(rest)}"
     if match := re.match(r"(?:Unexpected|Problems parsing) config: (.*)", message):
         what = "a file of options, such as the config.yaml among a run's logs"
         return f"--config: expected {what}, got {match[1][:80]!r}"
-    return message[:400]
+    return one_line(message)[:400]
+
+
+def _key(message: str) -> tuple[str, str]:
+    """The option that jsonargparse's message is about, if it names one, and what the message says."""
+    match = re.search(r"Parser key \"([\w.]+)\":?\s*", message)
+    return (match[1], message[match.end() :]) if match else ("", message)
 
 
 def _expected(message: str) -> str:
     """What was expected, and what came; types in the order of the annotation."""
-    value = re.search(r"(?:Given|Got) value: (.*?)(?:\.(?: |$)|$)", message)
-    inside = re.search(r"Errors: - (\w+: expected .*?)(?: - Expected |$)", message)  # what the class itself said
-    if inside:
-        return inside[1][:300]
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
     if "dot import path" in message or "class_path" in message:
-        return f"there is no such file, folder or class, got {value[1][:100]}" if value else message[:300]
+        said = "there is no such file, folder or class"
+        return f"{said}, got {value[1][:100]}" if value else one_line(message)[:300]
     types = re.findall(r"Expected (?:a |an )?(?:<class '(\w+)'>|typing\.Literal\[(.*?)\]|(\w[\w ]*))", message)
     names = ["".join(kind).replace("'", "") for kind in types]
     names = [name for name in names if name not in ("NoneType", "NoneType type")]
+    if value and value[1] == "None":
+        return "expected, and not given"
     if not value or not names:
-        return message[:300]
+        return one_line(message)[:300]
     return f"expected {' or '.join(dict.fromkeys(names))}, got {value[1][:100]}"
 
 
@@ -154,15 +182,20 @@ def _is_class(value: str) -> bool:
 
 
 def as_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
-    """`--methods=knn` and `--methods linear,knn` in jsonargparse's notation, `--methods=[linear,knn]`."""
+    """`--methods=knn` and `--methods linear,knn` in jsonargparse's notation, `--methods=["linear","knn"]`.
+
+    Quoted: a fold may be called 01, 1e1 or null, which YAML would take for something else.
+    """
     arguments: list[str] = []
     for argument in argv:
         before = arguments[-1] if arguments else ""
         if before.lstrip("-") in names and before.startswith("--") and not argument.startswith("-"):
             argument = f"{arguments.pop()}={argument}"
         name, given, value = argument.partition("=")
-        wrap = name.lstrip("-") in names and given and not value.startswith("[")
-        arguments.append(f"{name}=[{value}]" if wrap else argument)
+        if given and name.lstrip("-") in names:
+            items = [item.strip(" '\"") for item in value.removeprefix("[").removesuffix("]").split(",")]
+            argument = f"{name}={json.dumps([item for item in items if item], ensure_ascii=False)}"
+        arguments.append(argument)
     return arguments
 
 

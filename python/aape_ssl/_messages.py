@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
+from numbers import Real
 
 
 def at_least(least: float, **arguments: float) -> None:
     """Errors: `ValueError` naming the first argument that is less, or not a number."""
     for name, value in arguments.items():
-        if not value >= least:
+        if not (isinstance(value, Real) and value >= least):  # not <: NaN is no number
             raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 

@@ -153,7 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names (`sys.argv` unless given) and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        return _run(argv)
+        try:
+            return _run(argv)
+        finally:  # at the interpreter's end it would be too late to answer
+            if sys.stdout:
+                sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13

@@ -10,7 +10,9 @@ import torch
 from pyarrow import parquet
 
 from aape_ssl.demo import command as demo
+from aape_ssl.evaluation import commands
 from aape_ssl.evaluation.embedding import cache_folder, cached, embed, embed_files, pool, statistics
+from aape_ssl.saved.pretrained import AudioEncoder
 from aape_ssl.sound import audio
 from aape_ssl.sound.audio import AUDIOSET128, FRONT_ENDS, AudioError
 from aape_ssl.sound.loader import Crops
@@ -76,8 +78,9 @@ def test_a_shift_delays_the_clip(tmp_path):
     got = embed(patches, CLIPS, AUDIOSET128, 96, shift=5)
     np.testing.assert_allclose(got, embed(patches, delayed, AUDIOSET128, 96), atol=1e-3)
     assert np.abs(got - embed(patches, CLIPS, AUDIOSET128, 96)).max() > 0.01
-    with pytest.raises(ValueError, match="shift: expected at least 0 frames, got -1"):
-        embed(patches, CLIPS, AUDIOSET128, 96, shift=-1)
+    for shift in (-1, 96):
+        with pytest.raises(ValueError, match=f"shift: expected at least 0 frames and fewer than 96, got {shift}"):
+            embed(patches, CLIPS, AUDIOSET128, 96, shift=shift)
 
 
 def test_padding_is_left_out(tmp_path):
@@ -141,6 +144,13 @@ def test_cache_is_for_these_clips_and_this_key(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    path, features = tmp_path / "file" / "features.npz", np.ones((2, 3), np.float32)
+    with pytest.warns(UserWarning, match=f"cache: {path}: cannot be written .*: these embeddings will be computed"):
+        assert cached(path, CLIPS[:2], "key", lambda: features) is features
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     for name in ("AAPE_SSL_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -172,7 +182,7 @@ def test_files_have_frame_and_clip_embeddings(tmp_path, suffix):
     for level in ("clip", "frame"):
         out = tmp_path / f"{level}{suffix}"
         failed = embed_files(patches, clips, AUDIOSET128, 64, out, level, batch_size=3)
-        assert failed == {"empty.wav": "is empty (0 bytes)"}
+        assert failed == [("empty.wav", "is empty (0 bytes)")]
         tables[level] = read(out)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["empty.wav", f"clip{suffix}", f"frame{suffix}"])
     assert tables["clip"].keys() == {"name", "embedding"}
@@ -191,6 +201,22 @@ def test_files_have_frame_and_clip_embeddings(tmp_path, suffix):
         tokens, grid = patches(AUDIOSET128.normalise(x)[None, None])
         whole = tokens.view(*grid, 2).transpose(0, 1).flatten(1)
         np.testing.assert_allclose(frame["embedding"][mine], whole, atol=1e-3)
+
+
+def test_windows_of_a_pre_training_of_odd_frames_lose_nothing(tmp_path):
+    """Of 31 frames its encoder saw 16; each of the clip's columns is there, at its own time."""
+    AudioEncoder((16, 1, 2), frames=31).save_pretrained(tmp_path / "encoder")
+    clip, out = CLIPS[0], tmp_path / "x.npz"
+    assert commands.embed(str(tmp_path / "encoder"), str(clip.path), out, level="frame", device="cpu") == 0
+    times = read(out)["time"]
+    assert len(times) == math.ceil((len(clip.load()) - 240) / 2560)
+    np.testing.assert_allclose(times, 0.16 * (np.arange(len(times)) + 0.5), rtol=1e-6)
+
+
+def test_failed_clips_of_one_name_are_two(tmp_path):
+    bad = [Clip("a.tar/0.wav", tmp_path / folder / "a.tar", span=(0, 1)) for folder in "xy"]
+    failed = embed_files(patches, [CLIPS[0], *bad], AUDIOSET128, 64, tmp_path / "a.npz")
+    assert [name for name, _ in failed] == ["a.tar/0.wav", "a.tar/0.wav"]
 
 
 def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatch):
@@ -220,7 +246,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("aape_ssl.evaluation.embedding.np.savez", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"a.npz: cannot be written \(No space left on device\)"):
         embed_files(patches, CLIPS[:1], AUDIOSET128, 64, tmp_path / "a.npz")
     assert not list(tmp_path.iterdir())
 

@@ -214,7 +214,7 @@ def test_rounds_test_every_fold_once():
     for train, valid, test in rounds:
         assert sorted([*train, *valid, *test]) == list(range(20))
         assert {int(clips[n].split) for n in valid} == {(int(clips[test[0]].split) + 1) % 5}
-    ((_, valid, test),) = probe.folds_of(clips, ["4"])
+    ((_, valid, test),) = probe.folds_of(clips, ["4", "4"])
     assert {clips[n].split for n in test} == {"4"}
     ((train, valid, test),) = probe.folds_of(clips_of(list("aaaa"), ["train", "test", "valid", "train"]))
     assert (train.tolist(), valid.tolist(), test.tolist()) == ([0, 3], [2], [1])

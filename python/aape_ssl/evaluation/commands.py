@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 
 from .._arguments import as_lists, in_options, short
-from .._files import replacing
 from .._messages import one_line
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
@@ -35,16 +34,21 @@ def _device(name: str | None) -> str:
 
 
 def _frames(given: int | None, encoder: AudioEncoder, clips: Sequence[Clip]) -> int:
-    """As in pre-training unless given; at most those of the longest clip, as all beyond it would be silence."""
+    """As in pre-training unless given; at most those of the longest clip, as all beyond it would be silence.
+
+    A multiple of the patch's: what is left over is in no token, and windows that follow one another would lose it.
+    """
+    hop, patch = encoder.front_end.hop, encoder.encoder.patch_size[1]
     if given is None:
-        return encoder.frames
+        return encoder.frames // patch * patch
     encoder.encoder.check_frames(given)
+    if given % patch:
+        raise ValueError(f"frames: expected a multiple of {patch}, those of a patch, got {given}")
     if given <= encoder.frames:
         return given
-    hop, (_, patch) = encoder.front_end.hop, encoder.encoder.patch_size
-    most = max(math.ceil(clip.seconds() / hop) for clip in clips)
-    if given >= most + patch:
-        raise ValueError(f"frames: expected at most {max(most, encoder.frames)}, as the longest clip has, got {given}")
+    longest = patch * math.ceil(max(clip.seconds() for clip in clips) / (hop * patch))
+    if given > (most := max(longest, encoder.frames // patch * patch)):
+        raise ValueError(f"frames: expected at most {most}, as the longest clip has, got {given}")
     return given
 
 
@@ -71,7 +75,8 @@ def probe(
         data: a .csv manifest with the columns file, label, split (train, valid, test) or fold, and group.
         methods: linear, knn.
         test: only the rounds that hold these folds out; all unless given.
-        frames: how much of each clip to encode, from its beginning; as in pre-training unless given.
+        frames: how much of each clip to encode, from its beginning, a multiple of the patch's; as in pre-training
+            unless given.
         baselines: score random weights of the same sizes, and log-mel statistics, beside it.
         cache: folder for embeddings; ~/.cache/aape_ssl unless given.
         scores: a .csv to write to, one line per test clip, row and method.
@@ -79,6 +84,7 @@ def probe(
     """
     encoder, clips = load(checkpoint), find(data)
     probes.check_labels(clips, data)
+    probes.warn_of_several(clips, "a probe tells one label a clip")
     if len({clip.label for clip in clips}) < 2:
         raise ValueError(f"data: expected clips with at least two labels, {data} has {len({c.label for c in clips})}")
     if not methods:
@@ -133,7 +139,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_scores(path: Path, scores: Sequence[probes.Score]) -> None:
-    with open(path, "x", encoding="utf-8", newline="") as file:
+    with embedding.writing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["row", "method", "features", "group", "correct"])
         for score in scores:
@@ -162,7 +168,7 @@ def embed(
         data: a sound file, a folder, a .csv manifest, or .tar shards.
         out: the file, which must not exist; .parquet needs pyarrow.
         level: clip or frame.
-        frames: length of a window; as in pre-training unless given.
+        frames: length of a window, a multiple of the patch's; as in pre-training unless given.
         batch_size: windows that are encoded together.
         device: cuda where there is one, unless given.
     """
@@ -172,7 +178,7 @@ def embed(
         encoder.to(where).tokens, clips, encoder.front_end, frames, out, level, batch_size, where
     )
     print(f"{out}: {len(clips) - len(failed)} of {len(clips)} clips")
-    for name, why in failed.items():
+    for name, why in failed:
         print(f"aape-ssl: {name}: {why}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -191,7 +197,7 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists already")
     encoder = AudioEncoder.from_checkpoint(checkpoint, part)
-    with replacing(out) as folder:
+    with embedding.writing(out) as folder:
         encoder.save_pretrained(folder)
     print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 
@@ -206,6 +212,8 @@ def main(command: str, argv: Sequence[str]) -> int:
     arguments, parser = as_lists(argv, ("methods", "test")), short(ArgumentParser, command)
     try:
         return auto_cli(COMMANDS[command], args=arguments, as_positional=False, parser_class=parser) or 0
+    except BrokenPipeError:  # an OSError that is no complaint: `cli.main` answers it
+        raise
     except (AudioError, CheckpointError, OSError, ValueError) as error:
         print(f"aape-ssl: {in_options(one_line(error), {'': COMMANDS[command]})}", file=sys.stderr)
         return 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +33,7 @@ __all__ = [
     "own_columns",
     "pool",
     "statistics",
+    "writing",
 ]
 
 T = TypeVar("T")
@@ -107,17 +110,19 @@ def embed(
 
     Args:
         encoder: (B, 1, F, frames), normalised -> tokens and grid.
-        clips, front_end, frames: what to embed, as in training.
+        clips, front_end, frames: what to embed, as in training. Frames that fill no patch of the encoder's are in no
+            token: a multiple of the patch's loses nothing.
         batch_size, device: of the encoder's batches.
         shift: delays each clip by so many frames of silence. Its content moves against the patch grid and nothing of
             its beginning is lost; still only `frames` frames are looked at, so that any part of the clip beyond them
             is not. Source: the paper tests robustness to shifts; this definition is ours.
 
     Errors: `AudioError` naming the first clip that cannot be decoded: scores of fewer clips would not be comparable;
-    `ValueError` for a negative shift.
+    `ValueError` for another batch size or shift, such as one that leaves nothing of the clip to look at.
     """
-    if shift < 0:
-        raise ValueError(f"shift: expected at least 0 frames, got {shift}")
+    at_least(1, batch_size=batch_size)
+    if not 0 <= shift < frames:
+        raise ValueError(f"shift: expected at least 0 frames and fewer than {frames}, got {shift}")
     rows = []
     for first in range(0, len(clips), batch_size):
         windows = [
@@ -152,6 +157,16 @@ def named(clip: Clip, compute: Callable[[Clip], T]) -> T:
         raise AudioError(f"{clip.name}: {error}") from error
 
 
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing`, but an `OSError` names the file: that of a full disk does not."""
+    try:
+        with replacing(path) as part:
+            yield part
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def cache_folder() -> Path:
     """`AAPE_SSL_CACHE`, else `aape_ssl` in `XDG_CACHE_HOME` or `~/.cache`."""
     given = os.environ.get("AAPE_SSL_CACHE")
@@ -163,7 +178,7 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
     """What `compute` gives, (clips, features), kept in an `.npz`; computed again for other clips or another `key`.
 
     Clips differ if names, order, or a file's size or time do. `key`, which the file keeps as `about`, is whatever else
-    features depend on: checkpoint, front end, frames.
+    features depend on: checkpoint, front end, frames. Warns where the file cannot be written.
     """
     names = hashlib.sha256("\n".join([key, *map(_identity, clips)]).encode()).hexdigest()
     try:
@@ -174,9 +189,11 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or damaged
         pass
     features = compute()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part, open(part, "wb") as new:
-        np.savez(new, of=names, about=key, features=features)
+    try:
+        with writing(path) as part, open(part, "wb") as new:
+            np.savez(new, of=names, about=key, features=features)
+    except OSError as error:  # they are known all the same
+        warnings.warn(f"cache: {error}: these embeddings will be computed again", stacklevel=2)
     return features
 
 
@@ -198,7 +215,7 @@ def embed_files(
     level: Literal["clip", "frame"] = "clip",
     batch_size: int = 64,
     device: str = "cpu",
-) -> dict[str, str]:
+) -> list[tuple[str, str]]:
     """Embeddings of whole clips, however long, as one file of columns.
 
     A clip is encoded in consecutive windows of `frames` frames, the last one padded with silence. Level "frame" has one
@@ -210,7 +227,7 @@ def embed_files(
         out: a new `.npz`, whose arrays are these columns, or `.parquet`, which needs pyarrow.
         level: "clip" or "frame".
 
-    Returns: name and reason of each clip that could not be decoded, and is left out.
+    Returns: name and reason of each clip that could not be decoded, and is left out, in the clips' order.
     Errors: `ValueError` for `out` or `level`, before anything is encoded, and where no clip can be decoded.
     """
     out = Path(out)
@@ -226,12 +243,12 @@ def embed_files(
     names: list[str] = []
     times: list[Floats] = []
     rows: list[Floats] = []
-    failed: dict[str, str] = {}
+    failed: list[tuple[str, str]] = []  # clips of two shards may have the same name
     for clip in clips:
         try:
             x, own = _windows(clip, front_end, frames)
         except AudioError as error:
-            failed[clip.name] = str(error)
+            failed.append((clip.name, str(error)))
             continue
         found = []
         for part, share in zip(x.split(batch_size), own.split(batch_size), strict=True):
@@ -245,12 +262,12 @@ def embed_files(
         times.append((np.arange(len(features), dtype=np.float32) + 0.5) * (frames * front_end.hop / grid[1]))
         rows.append(features.numpy())
     if not rows:
-        name, why = next(iter(failed.items()), ("", ""))
+        name, why = next(iter(failed), ("", ""))
         raise ValueError(f"clips: none of the {len(clips)} could be used, such as {name}: {why}")
     table: dict[str, Any] = {"name": np.array(names), "embedding": np.concatenate(rows)}
     if level == "frame":
         table["time"] = np.concatenate(times)
-    with replacing(out) as part, open(part, "wb") as file:
+    with writing(out) as part, open(part, "wb") as file:
         _write_table(file, table, out.suffix)
     return failed
 

@@ -31,6 +31,7 @@ __all__ = [
     "interval",
     "knn",
     "table",
+    "warn_of_several",
     "warn_of_unseen",
 ]
 
@@ -184,7 +185,7 @@ def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[R
     else:
         following = dict(zip(names, names[1:] + names[:1], strict=True))
         rounds = {name: (following[name], [n for n in names if n not in (name, following[name])]) for name in names}
-    wanted = list(rounds) if test is None else [split_name(name) for name in test]
+    wanted = list(rounds if test is None else dict.fromkeys(map(split_name, test)))
     if not set(wanted) <= set(rounds):
         raise ValueError(f"test: expected folds among {', '.join(rounds)}, got {', '.join(wanted)}")
     where = [(rounds[name][1], [rounds[name][0]], [name]) for name in wanted]
@@ -224,6 +225,13 @@ def warn_of_unseen(train: Collection[str], test: Collection[str]) -> None:
             "among the training clips: they cannot be told",
             stacklevel=3,
         )
+
+
+def warn_of_several(clips: Sequence[Clip], otherwise: str) -> None:
+    """Warn of a label that looks like several, separated by ";"; `otherwise` says what there is to know about them."""
+    several = next((clip for clip in clips if ";" in clip.label), None)
+    if several:
+        warnings.warn(f"labels: {several.name} has {several.label!r} as one label; {otherwise}", stacklevel=3)
 
 
 def interval(values: NDArray[Any], groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:

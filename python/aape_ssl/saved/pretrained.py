@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aape_kernels.hub import CARD, OrdinaryFiles, may_be_on_the_hub
 
-from .._messages import one_of
+from .._messages import at_least, one_line, one_of
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
 from .checkpoints import CheckpointError, Part, read_pretraining, why
@@ -74,13 +76,21 @@ class AudioEncoder(
         one_of(FRONT_ENDS, front_end=front_end)
         self.front_end: FrontEnd = FRONT_ENDS[front_end]
         if statistics is not None:
-            mean, std = statistics
-            self.front_end = replace(self.front_end, mean=mean, std=std)
+            self.front_end = self.front_end.by(statistics)
+        if isinstance(labels, str):  # a sequence of letters
+            raise ValueError(f"labels: expected a sequence of names, got {labels!r}")
+        for label, count in Counter(labels).items():
+            if count > 1:
+                raise ValueError(f"labels: expected each once, {label!r} is there {count} times")
         self.frames, self.labels = frames, tuple(labels)
         # JSON has no tuples
         size = size if isinstance(size, str) else tuple(size)  # type: ignore[assignment]
         patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)  # type: ignore[assignment]
         self.encoder = Encoder(size, stem, patch_size, stem_options)
+        at_least(self.encoder.patch_size[1], frames=frames)
+        if self.encoder.patch_size[0] > self.front_end.mel_bins:
+            bins = f"the {self.front_end.mel_bins} mel bins of {front_end}"
+            raise ValueError(f"patch_size: expected at most {bins}, got {self.encoder.patch_size}")
         self.embed_dim = self.encoder.size.dim
         self.num_features = self.front_end.mel_bins // self.encoder.patch_size[0] * self.embed_dim
         self.num_classes = len(self.labels)
@@ -115,7 +125,8 @@ class AudioEncoder(
         """
         if isinstance(waveform, Tensor) and waveform.dim() not in (1, 2):
             raise ValueError(f"waveform: expected shape (samples) or (batch, samples), got {tuple(waveform.shape)}")
-        if isinstance(waveform, Tensor) and not bool((waveform.abs() <= LOUDEST).all()):
+        sound = isinstance(waveform, Tensor) and waveform.is_floating_point()
+        if sound and not bool((waveform.abs() <= LOUDEST).all()):
             raise ValueError(
                 f"waveform: expected finite samples, full scale ±1, got up to {float(waveform.abs().max()):g}"
             )
@@ -131,7 +142,13 @@ class AudioEncoder(
         return self.forward_features(x), self.encoder.grid(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised log-mel (B, 1, F, T) -> tokens (B, N_f·N_t, D), frequency-major, after the last norm."""
+        """Normalised log-mel (B, 1, F, T) -> tokens (B, N_f·N_t, D), frequency-major, after the last norm.
+
+        Errors: `ValueError` for another shape, such as (B, 1, T, F), or less than a patch.
+        """
+        bins = self.front_end.mel_bins
+        if x.dim() != 4 or x.shape[1:3] != (1, bins):
+            raise ValueError(f"x: expected shape (batch, 1, {bins} mel bins, frames), got {tuple(x.shape)}")
         return self.encoder(x)  # type: ignore[no-any-return]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -166,6 +183,12 @@ class AudioEncoder(
             + ("logits = encoder(x)" if self.labels else "embedding = encoder(x)  # (batch, N_f D): means over time"),
         }
         return super().generate_model_card(**said | given)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        try:
+            super()._save_pretrained(save_directory)
+        except SafetensorError as error:  # what it makes of a full disk, say
+            raise OSError(errno.EIO, one_line(error), os.fspath(save_directory)) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> AudioEncoder:
