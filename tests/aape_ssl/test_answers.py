@@ -17,10 +17,14 @@ from aape_kernels import hub
 from aape_ssl.cli import main
 from aape_ssl.demo import command as demo
 from aape_ssl.demo import picture, stems
+from aape_ssl.evaluation import commands
 from aape_ssl.saved.checkpoints import CheckpointError
 from aape_ssl.saved.pretrained import AudioEncoder, load
+from aape_ssl.training.commands import PRESETS
+from aape_ssl.training.runs import _with_preset
 
-CLIPS = demo.bundled_clips()[0].parent
+SOUND = demo.bundled_clips()[0]
+CLIPS = SOUND.parent
 TINY = {"model.stem_options": '{"num_states": 4, "kernel": "bilateral", "band": [0.1, 2.0], "window": 12}'}
 
 
@@ -89,6 +93,22 @@ MISTAKES = {
         [*PRETRAIN, "--model.stem_options={num_state: 16}"],
         "--model.stem_options: aape has no option num_state; did you mean num_states?",
     ),
+    "a word for a number, of the data": ([*PRETRAIN, "--data.mix=abc"], "--data.mix: expected float, got abc"),
+    "half of the statistics": (
+        [*PRETRAIN, "--data.statistics=[nan,1]"],
+        "--data.statistics: expected preset, data or float, got nan",
+    ),
+    "misspelt, of the data": ([*PRETRAIN, "--data.mx=1"], "--data.mx: no such option; did you mean --data.mix?"),
+    "a word for a number, of a callback": (
+        [*PRETRAIN, "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.patience=x"],
+        "--trainer.callbacks.patience: expected int, got x",
+    ),
+    "a callback without what it needs": (
+        [*PRETRAIN, "--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping"],
+        "--trainer.callbacks.monitor: expected, and not given",
+    ),
+    "sound for a configuration": (["pretrain", "--config", SOUND], "--config: expected a file of options"),
+    "sound for a probe's configuration": (["probe", "--config", SOUND], "--config: expected a file of options"),
     "none of the choices": (
         [*PRETRAIN, "--model.stem=cnn"],
         "--model.stem: expected aape, aape-fixed, conv, conv+mlp, got cnn",
@@ -115,6 +135,12 @@ MISTAKES = {
         [*PRETRAIN, "--model.masks.ratio=2"],
         "--model.masks.ratio: expected a share between 0 and 1",
     ),
+    "the masks' seed, not the data's": (
+        [*PRETRAIN, "--model.masks.seed=-1"],
+        "--model.masks.seed: expected an int, at least 0, got -1",
+    ),
+    "the data's seed": ([*PRETRAIN, "--data.batch_size=2", "--data.seed=-1"], "--data.seed: expected "),
+    "a predictor without heads": ([*PRETRAIN, "--model.predictor_heads=0"], "--model.predictor_heads: expected at"),
     "what the predictor says": (
         [*PRETRAIN, "--model.predictor_dim=7"],
         "--model.predictor_dim: expected a multiple of 4",
@@ -124,7 +150,7 @@ MISTAKES = {
         "--model.weight_decay: expected a number of at least 0, got -1.0",
     ),
     "warm-up": ([*PRETRAIN, "--model.warmup_steps=-1"], "--model.warmup_steps: expected at least 0"),
-    "no vector": ([*PRETRAIN, "--model.projection_dim=0"], "--model.projection_dim: expected at"),
+    "no vector": ([*PRETRAIN, "--model.projection_dim=0"], "--model.projection_dim: expected an int, at least 1"),
     "less than a patch": (
         [*PRETRAIN, "--data.batch_size=2", "--data.frames=3"],
         "--data.frames: expected at least 16, those of a patch, got 3",
@@ -178,6 +204,17 @@ def test_a_mistake_is_answered_shortly_and_leaves_nothing(case, answer, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_preset_in_a_file_of_options_is_refused(answer, tmp_path):
+    (tmp_path / "options.yaml").write_text("preset: laptop\n")
+    said = "aape-ssl: --preset: expected on the command line, got 'laptop' from a file of options"
+    assert answer(*PRETRAIN, "--config=options.yaml") == (2, [said])
+
+
+def test_the_last_preset_is_the_one():
+    argv = ["--preset", "laptop", "--data=x", "--preset=base"]
+    assert _with_preset(PRESETS, argv) == ["--config", str(PRESETS["base"]), "--data=x"]
+
+
 def test_a_refused_run_leaves_what_was_there(answer, tmp_path):
     (tmp_path / "run" / "csv").mkdir(parents=True)
     (tmp_path / "run" / "csv" / "notes").write_text("mine")
@@ -202,6 +239,11 @@ def test_windows_longer_than_every_clip(exported, answer, tmp_path):
         (["embed", "--data", CLIPS, "--out=x.npz", "--batch_size=0"], "--batch_size: expected at least 1, got 0"),
         (["embed", "--data", CLIPS, "--out=x.npz", "--device=xyz"], "--device: expected cpu or cuda, got xyz"),
         (["embed", "--data", CLIPS, "--out=x.npz", "--frames=3"], "--frames: expected at least 16, those of a patch"),
+        (
+            ["embed", "--data", CLIPS, "--out=x.npz", "--frames=31"],
+            "--frames: expected a multiple of 16, those of a patch",
+        ),
+        (["probe", "--data", "m.csv", "--frames=31"], "--frames: expected a multiple of 16, those of a patch, got 31"),
         (["probe", "--data", CLIPS], "--data: expected clips with labels, as of a manifest's column `label`"),
         (["probe", "--data", "m.csv", "--methods=[]"], "--methods: expected linear, knn or both, got none"),
         (["probe", "--data", "m.csv", "--scores=no/s.csv"], "--scores: no/s.csv lies in a folder that is not there"),
@@ -220,6 +262,7 @@ def test_mistakes_beside_a_checkpoint(argv, said, exported, answer, tmp_path):
     ("waveform", "error", "said"),
     [
         (torch.zeros(16000, dtype=torch.int16), TypeError, "expected floating-point samples, .*got torch.int16"),
+        (torch.zeros(16000, dtype=torch.bool), TypeError, "expected floating-point samples, .*got torch.bool"),
         (np.zeros(16000, np.float32), TypeError, "expected a tensor, got ndarray"),
         (torch.full((16000,), 1e20), ValueError, r"expected finite samples, full scale ±1, got up to 1e\+20"),
         (torch.full((16000,), torch.nan), ValueError, "expected finite samples, full scale ±1, got up to nan"),
@@ -229,6 +272,33 @@ def test_mistakes_beside_a_checkpoint(argv, said, exported, answer, tmp_path):
 def test_waveforms_that_are_none(waveform, error, said, exported):
     with pytest.raises(error, match=f"waveform: {said}"):
         load(exported).log_mel(waveform)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 80, 64), (1, 1, 64, 128), (1, 1, 256, 64), (1, 128, 64), (1, 3, 128, 64)])
+def test_spectrograms_that_are_none(shape, exported):
+    """Of another front end, (frames, mel bins) as AST has them, and others."""
+    encoder = load(exported)
+    for take in (encoder, encoder.forward_features, encoder.tokens):
+        with pytest.raises(ValueError, match=r"x: expected shape \(batch, 1, 128 mel bins, frames\), got"):
+            take(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"statistics": pair} for pair in ((0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf")), (1.0,))),
+        {"labels": "cat"},
+        {"labels": ["a", "b", "a"]},
+        {"frames": -1},
+        {"frames": 15},
+        {"frames": None},
+        {"patch_size": 200},
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_encoder(given):
+    with pytest.raises(ValueError, match=rf"^{next(iter(given))}: expected"):
+        AudioEncoder((16, 1, 2), **given)
 
 
 def test_waveforms_of_another_precision_are_converted(exported):
@@ -284,6 +354,27 @@ def test_who_has_read_enough(tmp_path):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_who_has_read_nothing():
+    """What was printed is still in a buffer when the command ends."""
+    read, write = os.pipe()
+    os.close(read)
+    argv = [sys.executable, "-c", "from aape_ssl.cli import main; import sys; sys.exit(main())", "--version"]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_pipe_that_nobody_reads_is_no_complaint(monkeypatch, capsys):
+    def export(checkpoint: str) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(commands.COMMANDS, "export", export)
+    with pytest.raises(BrokenPipeError):  # `cli.main` makes a status of it
+        commands.main("export", ["--checkpoint=x"])
+    assert capsys.readouterr().err == ""
+
+
 # --- one name for one thing ---
 
 
@@ -316,7 +407,13 @@ def test_one_method_is_a_list_of_one(given, capsys):
 def test_two_methods_and_a_fold(capsys):
     found = configuration(capsys, "probe", "--checkpoint=x", "--data=x.csv", "--methods", "knn,linear", "--test=2")
     assert found["methods"] == ["knn", "linear"]
-    assert found["test"] in (["2"], [2])
+    assert found["test"] == ["2"]
+
+
+@pytest.mark.parametrize("name", ["01", "1.0", "1e1", "yes", "null", "#1"])
+def test_folds_are_called_what_is_typed(name, capsys):
+    for given in ([f"--test={name},b"], ["--test", f"{name},b"], [f"--test=[{name}, b]"], [f'--test=["{name}","b"]']):
+        assert configuration(capsys, "probe", "--checkpoint=x", "--data=x.csv", *given)["test"] == [name, "b"]
 
 
 # --- what is written ---

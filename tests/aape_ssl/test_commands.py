@@ -13,7 +13,10 @@ import soundfile
 import torch
 import yaml
 from oracle import relative_error
+from safetensors import SafetensorError
+from ssl_case import in_processes
 
+from aape_ssl._lightning import Callback, Trainer
 from aape_ssl.cli import main
 from aape_ssl.demo import command as demo
 from aape_ssl.evaluation import embedding
@@ -21,7 +24,8 @@ from aape_ssl.saved import checkpoints
 from aape_ssl.saved.pretrained import AudioEncoder, load
 from aape_ssl.sound import audio
 from aape_ssl.sound.sources import Clip, write_manifest
-from aape_ssl.training.finetuning import FinetuningModule, mean_average_precision
+from aape_ssl.training.finetuning import FinetuningModule, LabelledClips, mean_average_precision
+from aape_ssl.training.runs import _one_line
 
 FRAMES = 32
 OPTIONS = {
@@ -99,6 +103,17 @@ def test_export_of_the_student(checkpoint, tmp_path, exported):
     assert any(not torch.equal(value, teacher[name]) for name, value in student.items())
 
 
+def test_a_full_disk_is_one_line(checkpoint, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_model", full)
+    assert run("export", checkpoint=checkpoint, out=tmp_path / "encoder") == 2
+    said = f"aape-ssl: {tmp_path / 'encoder'}: cannot be written (Error while serializing: I/O error: No space left"
+    assert capsys.readouterr().err.startswith(said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_embed(exported, manifest, tmp_path, capsys):
     (tmp_path / "bad.wav").write_text("no sound")
     shutil.copy(demo.bundled_clips()[0], tmp_path)
@@ -141,6 +156,15 @@ def test_probe_beside_its_baselines(exported, checkpoint, manifest, tmp_path, ca
     assert capsys.readouterr().out == table
     with pytest.raises(TypeError):
         run("probe", checkpoint=checkpoint, **options)
+
+
+def test_probe_of_several_labels_says_that_it_tells_one(exported, manifest, tmp_path):
+    several = manifest.with_name("drums.csv")
+    several.write_text(manifest.read_text().replace(",drum,", ",drum;loud,"))
+    with pytest.warns(
+        UserWarning, match=r"labels: .*\.wav has 'drum;loud' as one label; a probe tells one label a clip"
+    ):
+        assert run("probe", checkpoint=exported, data=several, cache=tmp_path, methods="knn", baselines="false") == 0
 
 
 def test_probe_of_one_fold(exported, manifest, tmp_path, capsys):
@@ -187,10 +211,28 @@ def test_finetune_learns_slower_the_deeper_and_decays_matrices_only():
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+@pytest.mark.parametrize("limit", [{"trainer__max_steps": 1}, {"trainer__check_val_every_n_epoch": 5}])
+def test_finetune_without_a_validation_exports_nothing(limit, exported, manifest, tmp_path, capsys):
+    assert finetuned(exported, manifest, tmp_path, **{"trainer__max_epochs": 1} | limit) == 2
+    steps = limit.get("trainer__max_steps", 2)
+    said = f"--trainer: expected limits that leave a validation, there was none in {steps} steps"
+    assert capsys.readouterr().err.splitlines()[-1] == f"aape-ssl: {said}"
+
+
+def test_finetune_is_not_begun_where_no_validation_can_be(exported, manifest, tmp_path, capsys):
+    assert finetuned(exported, manifest, tmp_path / "run", trainer__limit_val_batches=0) == 2
+    said = "aape-ssl: --trainer.limit_val_batches: expected more than 0"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fast_dev_run_writes_no_checkpoint(exported, manifest, tmp_path):
+    for _ in range(2):
+        assert finetuned(exported, manifest, tmp_path / "run", trainer__fast_dev_run="true") == 0
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_finetune_stops_where_nothing_can_be_said(exported, manifest, tmp_path, capsys, monkeypatch):
-    assert finetuned(exported, manifest, tmp_path / "short", trainer__max_steps=1) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "aape-ssl: --trainer.max_steps: no epoch ended in 1 steps, so nothing was validated"
     forward = FinetuningModule.forward
     monkeypatch.setattr(FinetuningModule, "forward", lambda self, x: forward(self, x) * float("nan"))
     assert finetuned(exported, manifest, tmp_path / "nan", trainer__num_sanity_val_steps=0) == 2
@@ -241,6 +283,139 @@ def test_finetune_resumed_is_as_if_never_interrupted(exported, manifest, tmp_pat
     assert all(torch.equal(value, want["state_dict"][name]) for name, value in got["state_dict"].items())
 
 
+@pytest.fixture(scope="module")
+def tuned(exported, manifest, tmp_path_factory):
+    """A folder after one epoch."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    assert finetuned(exported, manifest, out, trainer__max_epochs=1) == 0
+    return out
+
+
+def relabelled(manifest, name, change):
+    """The manifest with each row's (file, label) replaced by another label."""
+    with open(manifest, newline="") as file:
+        head, *rows = csv.reader(file)
+    path = manifest.with_name(name)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([head, *([row[0], change(*row[:3]), *row[2:]] for row in rows)])
+    return path
+
+
+def test_finetune_resumed_as_another_run_is_refused(tuned, exported, manifest, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"statistics": [0.0, 1.0]}))
+    names = relabelled(manifest, "names.csv", lambda file, label, fold: "a drum" if label == "other" else "b other")
+    swapped = relabelled(manifest, "swapped.csv", lambda file, label, fold: label if fold != "1" else "drum")
+    changes = {
+        "--model.lr: the checkpoint was made with 0.001, this run has 0.1": {"model__lr": 0.1},
+        "--model.layer_decay: the checkpoint": {"model__layer_decay": 0.5},
+        "--data.frames: the checkpoint was made with 32, this run has 16": {"data__frames": 16},
+        "statistics: the checkpoint": {"model__checkpoint": other},
+        "labels: the checkpoint was made with ['drum', 'other'], this run has ['a drum', ": {"data__data": names},
+        "--data: the checkpoint was made with '12 clips and 12 to validate on": {"data__data": swapped},
+        "--data.multi_label: the checkpoint": {"data__multi_label": "true"},
+    }
+    for said, change in changes.items():
+        shutil.copytree(tuned, out := tmp_path / "run")
+        given = {"model__checkpoint": exported, "data__data": manifest, "resume": "true", "out": out, **TRAINER}
+        given |= {"data__batch_size": 6, "data__workers": 0, "data__test": 0}
+        assert run("finetune", **given | change) == 2, said
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"aape-ssl: {said}")
+        shutil.rmtree(out)
+
+
+def test_finetune_resumes_from_the_same_encoder_elsewhere(tuned, checkpoint, manifest, tmp_path):
+    """The checkpoint that was exported, in place of the folder."""
+    shutil.copytree(tuned, tmp_path / "run")
+    with pytest.warns(UserWarning, match="max_epochs: the checkpoint was made with 1, this run has 2"):
+        assert finetuned(checkpoint, manifest, tmp_path / "run", resume="true", trainer__max_epochs=2) == 0
+
+
+def test_a_folder_that_was_moved_still_knows_its_best_epoch(tuned, exported, manifest, tmp_path, capsys):
+    shutil.copytree(tuned, tmp_path / "run")
+    weights = torch.load(tuned / "best.ckpt", weights_only=True)["state_dict"]
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert finetuned(exported, manifest, tmp_path / "run", resume="true", trainer__max_epochs=1) == 0
+    assert str(tmp_path / "run" / "model") in capsys.readouterr().out
+    assert torch.equal(load(tmp_path / "run" / "model").head.weight, weights["model.head.weight"])
+
+
+def tune(manifest, checkpoint, folder, batch_size=6, callbacks=(), **options):
+    """Without the command line; returns what was logged last, and the trainer."""
+    data = LabelledClips(
+        str(manifest),
+        str(checkpoint),
+        test="0",
+        batch_size=batch_size,
+        workers=0,
+        multi_label=options.pop("several", False),
+    )
+    shown = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    torch.manual_seed(0)
+    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), default_root_dir=folder, **shown, **options)
+    trainer.fit(FinetuningModule(str(checkpoint), lr=1e-9), datamodule=data)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_two_processes_validate_each_clip_once(several, exported, manifest, tmp_path):
+    """Five clips, one of which is padded with; as they are scored by one process."""
+    with open(manifest, newline="") as file:
+        head, *rows = csv.reader(file)
+    kept = [row for row in rows if row[2] != "1"] + [row for row in rows if row[2] == "1"][1:8]
+    few = manifest.with_name("few.csv")
+    with open(few, "w", newline="") as file:
+        csv.writer(file).writerows([head, *kept])
+    options = {"max_epochs": 1, "several": several}
+    one = tune(few, exported, tmp_path / "one", **options)
+    options |= {"strategy": "ddp", "devices": 2, "batch_size": 3}
+    for two in in_processes(tmp_path / "two", tune, few, exported, tmp_path / "out", **options):
+        assert two["valid/map" if several else "valid/accuracy"] == pytest.approx(
+            one["valid/map" if several else "valid/accuracy"]
+        )
+
+
+class LastRate(Callback):
+    """The learning rate after the last step."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.rate = trainer.optimizers[0].param_groups[-1]["lr"]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_epochs": 2, "batch_size": 3, "limit_train_batches": 3},
+        {"max_epochs": 2, "batch_size": 3, "limit_train_batches": 0.5, "accumulate_grad_batches": 2},
+        {"max_epochs": 2, "max_steps": 100},
+        {"max_epochs": 2, "max_steps": 3},
+    ],
+)
+def test_finetunes_rate_falls_to_0_where_training_ends(limits, exported, manifest, tmp_path):
+    tune(manifest, exported, tmp_path, callbacks=[last := LastRate()], **limits)
+    assert last.rate == 0
+
+
+def test_what_a_worker_complains_of_is_one_line():
+    class Gone(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise audio.AudioError("a.wav: no such file")
+
+    with pytest.raises(audio.AudioError) as caught:
+        next(iter(torch.utils.data.DataLoader(Gone(), num_workers=1)))
+    assert _one_line(caught.value) == "a.wav: no such file"
+
+
 def test_mean_average_precision_leaves_absent_classes_out():
     scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.7, 0.5], [0.1, 0.9, 0.5]], dtype=np.float32)
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0]], dtype=np.float32)
@@ -251,7 +426,8 @@ def test_mean_average_precision_leaves_absent_classes_out():
 def finetune(exported, manifest, tmp_path, rows, **options):
     (tmp_path / "m.csv").write_text("\n".join(["file,label,split", *rows]))
     for path in manifest.parent.glob("*.wav"):
-        (tmp_path / path.name).symlink_to(path)
+        if not (tmp_path / path.name).exists():
+            (tmp_path / path.name).symlink_to(path)
     given = {"model__checkpoint": exported, "data__data": tmp_path / "m.csv", "out": tmp_path / "run", **TRAINER}
     given |= {"trainer__max_epochs": 1, "data__batch_size": 4, "data__workers": 0, **options}
     return run("finetune", **given)
@@ -262,10 +438,13 @@ def split_rows(manifest):
     return [f"{name},{'ab'[n % 2]},{('train', 'train', 'valid', 'test')[n // 2 % 4]}" for n, name in enumerate(names)]
 
 
-def test_a_test_clip_that_is_not_there_ends_it_before_the_training(exported, manifest, tmp_path, capsys):
-    assert finetune(exported, manifest, tmp_path, [*split_rows(manifest), "gone.wav,a,test"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "aape-ssl: gone.wav: no such file"
-    assert not (tmp_path / "run").exists()
+def test_a_test_clip_that_cannot_be_used_ends_it_before_the_training(exported, manifest, tmp_path, capsys):
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    for name, why in (("gone.wav", "no such file"), ("nan.wav", "holds samples that are not finite")):
+        rows = [*split_rows(manifest), f"{tmp_path / name},a,test"]
+        assert finetune(exported, manifest, tmp_path, rows) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"aape-ssl: {tmp_path / name}: {why}"
+        assert not (tmp_path / "run").exists()
 
 
 def test_training_clips_that_cannot_be_decoded_are_listed(exported, manifest, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Optimiser steps: means over what was accumulated, overflows of the loss's scale, epochs and their ends."""
 
 import importlib
+import signal
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ import aape_ssl
 import aape_ssl.training.pretraining
 from aape_ssl import demo, training
 from aape_ssl._lightning import Callback, LightningModule, Trainer
-from aape_ssl.saved.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from aape_ssl.saved.checkpoints import AtomicCheckpointIO, LastCheckpoint, StoppedError
 from aape_ssl.sound.data import ClipData
 from aape_ssl.training.steps import OVERFLOWS, NonFiniteError
 
@@ -177,6 +178,50 @@ def test_resumed_at_an_epochs_end_its_validation_is_not_lost(dies_at, tmp_path):
     resumed = Probed()
     assert fit(resumed, tmp_path, str(tmp_path / "last.ckpt")) == [0, 1, 2]
     assert sorted(set(resumed.validated)) == ([1, 2] if dies_at < 6 else [2])
+
+
+class Ask(Callback):
+    """Asks for the end after a step, as a signal does."""
+
+    def __init__(self, step, last):
+        self.step, self.last = step, last
+
+    def on_train_batch_end(self, trainer, *given):
+        if trainer.global_step == self.step:
+            self.last.stop(signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"val_check_interval": 2},
+        {"max_epochs": 9, "max_steps": 6},
+        {"check_val_every_n_epoch": 2},
+        {"accumulate_grad_batches": 2},
+    ],
+)
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_run_that_is_stopped_anywhere_validates_as_one_that_is_not(every, options, tmp_path):
+    def fit(folder, step=None, checkpoint=None):
+        best, last = Best(), LastCheckpoint(folder, every)
+        trainer = Trainer(
+            **{"max_epochs": 2, "num_sanity_val_steps": 0, "logger": False, "accelerator": "cpu"} | options,
+            callbacks=[best, Ask(step, last), last],
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Probed(), ckpt_path=checkpoint, weights_only=True)
+        return best.epochs, trainer.global_step
+
+    whole = fit(tmp_path)
+    for step in range(1, whole[1] + 1):
+        folder = tmp_path / str(step)
+        with pytest.raises(StoppedError):
+            fit(folder, step)
+        assert fit(folder, checkpoint=str(folder / "last.ckpt")) == whole
 
 
 @pytest.mark.parametrize("name", aape_ssl.MOVED)

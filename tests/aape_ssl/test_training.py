@@ -3,6 +3,7 @@
 import csv
 import errno
 import math
+import re
 import resource
 import signal
 from pathlib import Path
@@ -419,6 +420,13 @@ def test_checkpoints_that_cannot_be_read(tmp_path, damage):
         ssl_case.run(tmp_path, resume=True)
     assert "\n" not in str(caught.value)
     assert (path.read_bytes() if path.exists() else None) == content
+
+
+@pytest.mark.parametrize("rates", [{"lr": True}, {"lr": None}, {"lr": math.inf}, {"betas": (0.9,)}])
+def test_rates_that_are_none(rates):
+    (name,) = rates
+    with pytest.raises(ValueError, match=f"{name}: expected .* got {re.escape(str(rates[name]))}"):
+        ssl_case.module(**rates)
 
 
 def test_without_an_end_there_is_no_schedule(tmp_path):

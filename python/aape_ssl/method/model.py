@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aape_kernels import AaPE
 
-from .._messages import did_you_mean, one_of
+from .._messages import at_least, did_you_mean, one_of
 
 __all__ = [
     "PLANES",
@@ -207,10 +207,13 @@ class Encoder(nn.Module):
         super().__init__()
         if isinstance(size, str) and size not in SIZES:
             raise ValueError(f"size: expected one of {', '.join(SIZES)} or (D, layers, heads), got {size!r}")
-        self.size = SIZES[size] if isinstance(size, str) else Size(*size)
+        given = SIZES[size] if isinstance(size, str) else tuple(size)
+        if len(given) != 3 or min(given) < 1:
+            raise ValueError(f"size: expected (D, layers, heads), each at least 1, got {given}")
+        self.size = Size(*given)
         dim, depth, heads = self.size
         if dim % heads or dim % 4:
-            raise ValueError(f"size: expected a D divisible by 4 and by the heads, got {tuple(self.size)}")
+            raise ValueError(f"size: expected a D divisible by 4 and by the heads, got {given}")
         self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         self.stem = make_stem(stem, patch_size, dim, stem_options)
         self.layers = nn.ModuleList(
@@ -292,12 +295,14 @@ class Predictor(nn.Module):
         dim: width of the predictor; D unless given.
         depth, heads: of the predictor.
 
+    Errors: `ValueError` naming the argument.
     Source: the paper's second version has a cross-attention predictor; its layers and sizes are ours.
     """
 
     def __init__(self, encoder_dim: int, dim: int | None = None, depth: int = 2, heads: int = 6) -> None:
         super().__init__()
         self.dim = encoder_dim if dim is None else dim
+        at_least(1, dim=self.dim, depth=depth, heads=heads)
         if self.dim % heads or self.dim % 4:
             raise ValueError(f"dim: expected a multiple of 4 and of the {heads} heads, got {self.dim}")
         self.mask_token = nn.Parameter(torch.empty(self.dim).normal_(std=0.02))

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._lightning import Checkpoint, CheckpointIO, LightningModule, Trainer
+from .._lightning import Checkpoint, CheckpointIO, LightningModule, ModelCheckpoint, Trainer
 from .._messages import at_least, one_line
 from ..method.model import Encoder, make_stem
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BestCheckpoint",
     "CheckpointError",
     "LastCheckpoint",
     "StoppedError",
@@ -126,11 +127,12 @@ def _sync_folder(folder: Path) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt` in a folder: written anew every so many optimiser steps, and after the last one.
 
-    It is written only after a step, never between accumulated batches, whose gradients no checkpoint holds; and after
-    the validation that ends an epoch, which a resumed run would not make up for. Lightning's own callback would name a
-    resumed run's file `last-v1.ckpt`.
+    It is written only after a step, never between accumulated batches, whose gradients no checkpoint holds; and where
+    a validation follows the step, after that: a resumed run would not make up for it. A `fast_dev_run` writes none.
+    Lightning's own callback would name a resumed run's file `last-v1.ckpt`.
 
-    Asked to `stop`, it writes after the current step and raises `StoppedError`, on all processes at once.
+    Asked to `stop`, it writes after the current step, and its validation, and raises `StoppedError`, on all processes
+    at once.
 
     Args:
         folder: where.
@@ -153,24 +155,32 @@ class LastCheckpoint(Checkpoint):
         self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Write it when due."""
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if due and step != self._saved:
-            if trainer.is_last_batch and trainer.enable_validation:
-                self._due = True
-            else:
-                self._save(trainer)
-        between = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not due
-        if not between and trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
-            if step != self._saved:
-                self._save(trainer)
-            raise StoppedError(self._asked or 0)
+        """Write it when due, and stop when asked to, unless a validation comes first."""
+        step, loop = trainer.global_step, trainer.fit_loop
+        if step != self._saved and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self._due = True
+        assert loop._data_fetcher is not None
+        if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._settle(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what was put off, unless the epoch ends: other callbacks may wait for that."""
+        if not (trainer.sanity_checking or trainer.is_last_batch):
+            self._settle(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it if it was due before validation."""
-        if self._due:
+        """Make up for what was put off."""
+        self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_idx + 1
+        if batches % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return
+        stop = trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
+        if self._due or (stop and trainer.global_step != self._saved):
             self._save(trainer)
+        if stop:
+            raise StoppedError(self._asked or 0)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it if the last step was not known beforehand."""
@@ -178,8 +188,26 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.path, weights_only=False)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(self.path, weights_only=False)
         self._saved, self._due = trainer.global_step, False
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, for a folder that may be moved or copied between a run and its resumption."""
+
+    __qualname__ = ModelCheckpoint.__qualname__  # by which a checkpoint names whose state it holds
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The scores, and the paths as they are from this run's folder on."""
+        here = str(self.dirpath)
+
+        def moved(path: str) -> str:
+            return os.path.join(here, os.path.relpath(path, state_dict["dirpath"])) if path else path
+
+        paths = {name: moved(path) for name, path in state_dict.items() if name.endswith("_model_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": here})
 
 
 def check_resumable(path: str | os.PathLike[str]) -> None:

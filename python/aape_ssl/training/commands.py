@@ -8,11 +8,11 @@ from types import MappingProxyType
 
 from aape_kernels import AaPE
 
-from .._lightning import Callback, LightningArgumentParser, LightningDataModule, ModelCheckpoint
+from .._lightning import Callback, LightningArgumentParser, LightningDataModule
 from ..evaluation.probe import interval
 from ..method.masks import MaskSampler
 from ..method.model import Predictor
-from ..saved.checkpoints import AtomicCheckpointIO
+from ..saved.checkpoints import AtomicCheckpointIO, BestCheckpoint
 from ..saved.pretrained import AudioEncoder
 from ..sound.data import ClipData
 from .finetuning import FinetuningModule, LabelledClips, mean_average_precision, predict
@@ -70,10 +70,16 @@ class Finetune(Run):
         super().add_arguments_to_parser(parser)
         parser.link_arguments("model.checkpoint", "data.checkpoint")
 
+    def _check(self, out: Path) -> None:
+        super()._check(out)
+        if self.config_init.trainer["limit_val_batches"] == 0:
+            expected = "expected more than 0, as the epoch that is best on validation is exported"
+            raise ValueError(f"--trainer.limit_val_batches: {expected}, got 0")
+
     def own_callbacks(self) -> list[Callback]:
         """The epoch that is best on validation."""
         name = "map" if self.config.data.multi_label else "accuracy"
-        self.best = ModelCheckpoint(
+        self.best = BestCheckpoint(
             self.config.out, "best", f"valid/{name}", mode="max", save_weights_only=True, enable_version_counter=False
         )
         return [self.best]
@@ -83,7 +89,8 @@ class Finetune(Run):
         module, data = self.model, self.datamodule
         best = self.best.best_model_score
         if best is None:
-            raise ValueError(f"max_steps: no epoch ended in {self.trainer.global_step} steps, so nothing was validated")
+            steps = self.trainer.global_step
+            raise ValueError(f"--trainer: expected limits that leave a validation, there was none in {steps} steps")
         module.load_state_dict(AtomicCheckpointIO().load_checkpoint(self.best.best_model_path)["state_dict"])
         folder = self.config.out / "model"
         module.model.save_pretrained(folder)

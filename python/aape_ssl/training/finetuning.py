@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +19,9 @@ from .._lightning import (
     ModelParallelStrategy,
     MulticlassAccuracy,
     MultilabelAveragePrecision,
-    rank_zero_warn,
 )
 from ..evaluation import probe
-from ..evaluation.embedding import first_window, named
+from ..evaluation.embedding import first_window
 from ..saved.pretrained import AudioEncoder, load
 from ..sound.data import CropsData
 from ..sound.loader import ClipLoader
@@ -28,6 +30,8 @@ from .optimisation import adamw, check_rates, decays
 from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
+
+PADDING = -1  # in place of a class: such clips do not count
 
 
 class LabelledClips(CropsData):
@@ -90,13 +94,10 @@ class LabelledClips(CropsData):
         tested = [*self.valid, *self.test]
         of = [[label for clip in part for label in self.labels_of(clip)] for part in (self.train, tested)]
         probe.warn_of_unseen(*of)
-        several = next((clip for clip in clips if ";" in clip.label), None)
-        if several and not self.multi_label:
-            rank_zero_warn(
-                f"labels: {several.name} has {several.label!r} as one label; multi_label takes it for several"
-            )
+        if not self.multi_label:
+            probe.warn_of_several(clips, "multi_label takes it for several")
         for clip in tested:  # now, not at the end of a training
-            named(clip, Clip.check)
+            first_window(clip, self.front_end, self.frames)
 
     def labels_of(self, clip: Clip) -> list[str]:
         """One label, or several for multi-label clips."""
@@ -115,8 +116,17 @@ class LabelledClips(CropsData):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of this process; what is left over is dropped."""
-        return len(self.train) // (self.batch_size * (self.trainer.world_size if self.trainer else 1))
+        """Batches of this process, as many as the trainer's limit leaves; what is left over is dropped."""
+        world, limit = (self.trainer.world_size, self.trainer.limit_train_batches) if self.trainer else (1, 1.0)
+        batches = len(self.train) // (self.batch_size * world)
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a training on these clips this one, besides its loader's own: who is what, and who validates."""
+        said = "\n".join(f"{clip.name} {clip.label}" for part in (self.train, self.valid) for clip in part)
+        clips = f"{len(self.train)} clips and {len(self.valid)} to validate on"
+        data = f"{clips} ({hashlib.sha256(said.encode()).hexdigest()[:12]})"
+        return {"multi_label": self.multi_label, "data": data}
 
     def train_dataloader(self) -> ClipLoader:
         """Random crops {"log_mel": (B, 1, F, T), "index": (B)}, as in pre-training; this process's share of them."""
@@ -160,10 +170,10 @@ class FinetuningModule(SteppingModule):
     """Trains the encoder of a checkpoint and a linear head on its pooled tokens, on `LabelledClips`.
 
     Cross-entropy, or binary cross-entropy of each class for multi-label clips. AdamW, warm-up and cosine
-    (`warmup_cosine`) over all steps of the trainer's `max_epochs` or `max_steps`, one of which must be given; layer
-    l of L learns at lr · layer_decay^(L + 1 − l), the stem being layer 0 and the head L + 1. No decay of biases, norms
-    or the stem's `no_weight_decay()`. Logs `valid/accuracy`, or `valid/map` (macro average over the classes that
-    occur) for multi-label clips.
+    (`warmup_cosine`) over all steps of the trainer's `max_epochs` or `max_steps`, one of which must be given; of both,
+    whichever ends first. Layer l of L learns at lr · layer_decay^(L + 1 − l), the stem being layer 0 and the head
+    L + 1. No decay of biases, norms or the stem's `no_weight_decay()`. Logs `valid/accuracy`, or `valid/map` (macro
+    average over the classes that occur) for multi-label clips.
 
     Args:
         checkpoint: of pre-training (its teacher), or an exported folder.
@@ -174,7 +184,8 @@ class FinetuningModule(SteppingModule):
         warmup: share of all steps.
         label_smoothing: of the cross-entropy.
 
-    Errors: `ValueError` naming the argument; `NonFiniteError` while training.
+    Errors: `ValueError` naming the argument; `NonFiniteError` while training. Loading a checkpoint that was made with
+    other options, clips, labels or an encoder of another kind is a `ValueError` that names them.
     Source: BEiT's and MAE's fine-tuning (layer decay, AdamW (.9, .999)); the defaults' values are ours.
     """
 
@@ -189,6 +200,7 @@ class FinetuningModule(SteppingModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        self.options = {name: value for name, value in locals().items() if name in OPTIONS}
         check_rates(lr, betas, weight_decay)
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay}")
@@ -219,12 +231,14 @@ class FinetuningModule(SteppingModule):
         self.model.encoder.load_state_dict(pretrained.encoder.state_dict())
         torch.nn.init.trunc_normal_(self.model.head.weight, std=0.01)  # type: ignore[arg-type]
         torch.nn.init.zeros_(self.model.head.bias)  # type: ignore[arg-type]
+        # in JSON's terms: an exported folder has lists where a checkpoint has tuples
+        self.options = json.loads(json.dumps({**self.options, **self.model.config, **data.identity()}))
         count = len(data.labels)
         self.name = "map" if data.multi_label else "accuracy"
         self.quality = (
-            MultilabelAveragePrecision(count, average=None)
+            MultilabelAveragePrecision(count, average=None, ignore_index=PADDING)
             if data.multi_label
-            else MulticlassAccuracy(count, average="micro")
+            else MulticlassAccuracy(count, average="micro", ignore_index=PADDING)
         )
         self._train: Tensor
         self._valid: Tensor
@@ -247,10 +261,13 @@ class FinetuningModule(SteppingModule):
         return self.accumulated(loss, batch_idx)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Scores of one batch of clips."""
-        logits, targets = self(batch["log_mel"]).float(), self._valid[batch["index"]]
+        """Scores of one batch of clips; each clip counts once, whatever the number of processes."""
+        index, trainer = batch["index"], self.trainer
+        logits, targets = self(batch["log_mel"]).float(), self._valid[index]
         # as probabilities: given scores, it would guess batch by batch whether they are
         scores, classes = (logits.sigmoid(), targets.long()) if self.clips.multi_label else (logits, targets.argmax(1))
+        # of w processes, r has clips r, r + w, …, and some have another's once more, so that all have equally many
+        classes[index % trainer.world_size != trainer.global_rank] = PADDING
         self.quality.update(scores, classes)
 
     def on_validation_epoch_end(self) -> None:
@@ -258,17 +275,18 @@ class FinetuningModule(SteppingModule):
         found = self.quality.compute()
         found = found[self._valid.any(0)].mean() if self.clips.multi_label else found
         self.quality.reset()
-        self.log(f"valid/{self.name}", found, prog_bar=True)
+        self.log(f"valid/{self.name}", found, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with one rate per layer, and warm-up and cosine over all steps."""
         trainer, data = self.trainer, self.clips
-        steps = trainer.max_steps
-        if steps < 1:
-            if not trainer.max_epochs or trainer.max_epochs < 1:
-                raise ValueError("max_epochs: expected a number of epochs, at whose end the learning rate is 0")
-            # not `estimated_stepping_batches`: it sets the loader up before a resumed run has its place
-            steps = trainer.max_epochs * -(-data.batches_per_epoch // trainer.accumulate_grad_batches)
+        # not `estimated_stepping_batches`: it sets the loader up before a resumed run has its place
+        an_epoch = -(-data.batches_per_epoch // trainer.accumulate_grad_batches)
+        given = ((trainer.max_steps, 1), (trainer.max_epochs or -1, an_epoch))
+        ends = [count * each for count, each in given if count > 0]
+        if not ends:
+            raise ValueError("max_epochs: expected a number of epochs, at whose end the learning rate is 0")
+        steps = min(ends)
         return adamw(self._groups(), self.betas, round(self.warmup * steps), steps)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -286,6 +304,10 @@ class FinetuningModule(SteppingModule):
             }
             for depth, decayed in sorted(groups)
         ]
+
+
+OPTIONS = frozenset(inspect.signature(FinetuningModule).parameters) - {"checkpoint"}
+"""What makes a run this one; the checkpoint may have moved: what it holds counts."""
 
 
 def _depth(name: str, last: int) -> int:

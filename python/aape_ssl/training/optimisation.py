@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> N
     Errors: `ValueError` naming the argument.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not (math.isfinite(value) and value >= 0):
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
 
 

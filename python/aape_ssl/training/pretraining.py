@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._lightning import rank_zero_warn
 from .._messages import at_least
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
-from ..saved.checkpoints import made_with
 from .optimisation import adamw, check_rates, decays
 from .sharding import ShardedStrategy, check_strategy, shard
 from .steps import NonFiniteError, SteppingModule
@@ -39,7 +37,7 @@ class PretrainingModule(SteppingModule):
         stem: aape; the controls aape-fixed (filters do not adapt to patches), conv and conv+mlp.
         patch_size: mel bins and frames of a patch, or one for both.
         stem_options: a dict of further arguments of the stem, such as {"num_states": 32}.
-        predictor_dim: the predictor's width; half of the encoder's unless given.
+        predictor_dim: the predictor's width; the encoder's unless given.
         predictor_depth: the predictor's layers.
         predictor_heads: the predictor's attention heads.
         masks: `MaskSampler`.
@@ -180,32 +178,6 @@ class PretrainingModule(SteppingModule):
         decay = {True: self.weight_decay, False: 0.0}
         parts = [{"params": groups[part], "weight_decay": decay[part], "lr": self.lr} for part in groups]
         return adamw(parts, self.betas, self.warmup_steps, steps)
-
-    # --- checkpoints ---
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the options, so that a checkpoint says what it holds."""
-        checkpoint["options"] = self.options
-        checkpoint["trainer"] = self._of_the_trainer()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume as another run."""
-        theirs = made_with(checkpoint)
-        for name, here in self.options.items():
-            if theirs.get(name) != here:
-                raise ValueError(f"{name}: the checkpoint was made with {theirs.get(name)!r}, this run has {here!r}")
-        trainer = checkpoint.get("trainer", {})
-        for name, here in self._of_the_trainer().items():
-            if name in trainer and trainer[name] != here:
-                rank_zero_warn(
-                    f"{name}: the checkpoint was made with {trainer[name]!r}, this run has {here!r}; "
-                    "what follows is not what would have followed"
-                )
-
-    def _of_the_trainer(self) -> dict[str, Any]:
-        """The trainer's options that change a run too, but may be changed on purpose."""
-        names = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "max_steps", "precision")
-        return {name: getattr(self.trainer, name) for name in names}
 
 
 OPTIONS = frozenset(inspect.signature(PretrainingModule).parameters) - {"compile"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .._arguments import as_typed, in_options, named, retouch, short
+from .._arguments import as_lists, as_typed, in_options, named, retouch, short
 from .._lightning import (
     Callback,
     CSVLogger,
@@ -57,8 +57,9 @@ REFUSED = (CheckpointError, MisconfigurationException, NonFiniteError, TooManyFa
 
 
 class StopOnSignals(Callback):
-    """SIGTERM, which SLURM and others send before they kill, and the first SIGINT end a training after its step, with a
-    checkpoint; the second SIGINT ends it at once. Before the first step, any of them does: there is nothing to keep.
+    """SIGTERM, which SLURM and others send before they kill, and the first SIGINT end a training after its step, and
+    the validation that may follow, with a checkpoint; the second SIGINT ends it at once. Before the first step, any of
+    them does: there is nothing to keep.
 
     Args:
         last: writes the checkpoint.
@@ -153,12 +154,18 @@ class Run(LightningCLI):
         given["default_root_dir"] = out
         return self._instantiate_trainer(given, callbacks)
 
+    def _set_seed(self) -> None:
+        at_least(0, **{"--seed_everything": self._get(self.config, "seed_everything")})
+        super()._set_seed()
+
     def _check(self, out: Path) -> None:
         """Refuse what lightning would accept, only to misread it or fail later."""
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: expected a folder, {out} is a file")
         every = {name: getattr(self.config, name, 1) for name in ("checkpoint_every", "monitor_every")}
         at_least(1, **{f"--{name}": value for name, value in every.items()})
+        if preset := getattr(self.config, "preset", None):  # `_with_preset` has taken those of the command line out
+            raise ValueError(f"--preset: expected on the command line, got {preset!r} from a file of options")
         trainer = self.config_init.trainer
         at_least(1, **{"--trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"]})
         if trainer["gradient_clip_val"] is not None:
@@ -211,7 +218,8 @@ class Run(LightningCLI):
         minutes = (time.monotonic() - start) / 60
         if self.trainer.is_global_zero:
             rows = {"optimiser steps": f"{self.trainer.global_step}", "minutes": f"{minutes:.1f}"}
-            rows |= {"checkpoint": str(path), **self.summary()}
+            if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # it writes nothing
+                rows |= {"checkpoint": str(path), **self.summary()}
             width = max(map(len, rows))
             for name, value in rows.items():
                 print(f"{name:<{width}}  {value}")
@@ -222,20 +230,24 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
-    """`--preset NAME` as the `--config` that comes first, so that everything else overrides it."""
-    arguments = list(argv)
-    for i, argument in enumerate(arguments):
+    """`--preset NAME`, the last of several, as the `--config` that comes first: everything else overrides it."""
+    first, others, left = list[str](), list[str](), iter(argv)
+    for argument in left:
         name, given, value = argument.partition("=")
-        if name == "--preset":
-            preset = value if given else "".join(arguments[i + 1 : i + 2])
+        if presets and name == "--preset":
+            preset = value if given else next(left, "")
             one_of(presets, **{"--preset": preset})
-            del arguments[i : i + (1 if given else 2)]
-            return ["--config", str(presets[preset]), *arguments]
-    return arguments
+            first = ["--config", str(presets[preset])]
+        else:
+            others.append(argument)
+    return [*first, *others]
 
 
 def _one_line(error: Exception) -> str:
     first, *rest = (" ".join(line.split()) for line in str(error).splitlines())
+    if " in DataLoader worker process " in first:  # torch's, then the worker's traceback, which ends "TYPE: TEXT"
+        kind, _, said = rest[-1].partition(": ")
+        return said or kind
     return " ".join([first, "; ".join(rest)]).strip()
 
 
@@ -268,7 +280,7 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
             trainer_defaults=dict(run.of_the_trainer),
             parser_class=short(LightningArgumentParser, run.command, run.names),
             parser_kwargs={"description": run.__doc__, "usage": f"aape-ssl {run.command} {run.usage}"},
-            args=_with_preset(run.presets, named(argv, run.names)),
+            args=_with_preset(run.presets, as_lists(named(argv, run.names), ("data.splits",))),
             run=False,
         )
         cli.fit()
@@ -282,13 +294,17 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
         if cli is not None:
             cli.leave_nothing()
         raise
+    except BrokenPipeError:  # an OSError that is no complaint: `cli.main` answers it
+        raise
     except REFUSED as error:
         stopped = cli is not None and isinstance(error, NonFiniteError | TooManyFailedError) and cli.last.path.exists()
         kept = f"; the last good checkpoint is {cli.last.path}" if cli and stopped else ""
         if cli is not None:
             cli.leave_nothing()
-        groups: dict[str, Callable[..., Any]] = {"model.": run.module_type, "data.": run.usual_data or run.data_type}
-        groups |= {"trainer.": Trainer, **run.parts}
+        groups: dict[str, Callable[..., Any]] = {"model.": run.module_type}
+        if cli is None:  # the model and its parts are made before any data is looked at
+            groups |= run.parts
+        groups |= {"data.": run.usual_data or run.data_type, "trainer.": Trainer, **run.parts}
         complaint = as_typed(in_options(_of_the_trainer(_one_line(error)), groups), run.names)
         print(f"aape-ssl: {complaint}{kept}", file=sys.stderr)
         return 2

@@ -1,18 +1,30 @@
-"""What pre-training and fine-tuning have in common at an optimiser step: accumulation, and non-finite numbers."""
+"""What pre-training and fine-tuning share: accumulation, non-finite numbers, and resuming as the same run only."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._lightning import LightningModule
+from .._lightning import LightningModule, rank_zero_warn
+from ..saved.checkpoints import made_with
 from .sharding import total_norm
 
 __all__ = ["NonFiniteError", "SteppingModule"]
 
 OVERFLOWS = 20  # in a row, each of which halves the loss's scale: by then the scale is not the reason
+ON_PURPOSE = (
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "max_epochs",
+    "max_steps",
+    "precision",
+)
+"""The trainer's options that change a run too, but may be changed on purpose."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -23,11 +35,14 @@ class SteppingModule(LightningModule):
     """A `LightningModule` that optimises in steps of accumulated micro-batches.
 
     Attributes:
+        options: what makes a run this one, in plain values. Checkpoints hold it; loading one with others is a
+            `ValueError` that names the first that differs.
         skipped: whether the gradient scaler left out the optimiser's last step, as a gradient overflowed.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.options: Mapping[str, Any] = {}
         self.skipped = False
         self._overflows = 0
         self._losses: list[Tensor] = []
@@ -77,3 +92,26 @@ class SteppingModule(LightningModule):
         """One step for all accumulated micro-batches."""
         super().optimizer_step(*args, **kwargs)
         self._losses.clear()
+
+    # --- checkpoints ---
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the options, so that a checkpoint says what it holds."""
+        checkpoint["options"] = dict(self.options)
+        checkpoint["trainer"] = self._of_the_trainer()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume as another run."""
+        theirs, trainer = made_with(checkpoint), checkpoint.get("trainer", {})
+        for name, here in self.options.items():
+            if name in theirs and theirs[name] != here:  # a checkpoint of before an option says nothing of it
+                raise ValueError(f"{name}: the checkpoint was made with {theirs[name]!r}, this run has {here!r}")
+        for name, here in self._of_the_trainer().items():
+            if name in trainer and trainer[name] != here:
+                rank_zero_warn(
+                    f"{name}: the checkpoint was made with {trainer[name]!r}, this run has {here!r}; "
+                    "what follows is not what would have followed"
+                )
+
+    def _of_the_trainer(self) -> dict[str, Any]:
+        return {name: getattr(self.trainer, name) for name in ON_PURPOSE}
