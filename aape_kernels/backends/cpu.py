@@ -53,8 +53,12 @@ def sblu_backward(
     """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
     dtype = working_dtype(x.dtype)
     wide = (decay.to(dtype), frequency.to(dtype), weight.to(dtype))
-    # zeros: the native call adds to x's gradient, and writes nothing for an empty batch
-    out = [x.new_zeros(v.shape, dtype=dtype) if wanted else None for v, wanted in zip((x, *wide), need, strict=True)]
+    # the native call writes gradients but adds to x's, and nothing is written for an empty batch
+    made = [x.new_zeros, *[x.new_empty if grad.numel() else x.new_zeros] * 3]
+    out = [
+        make(value.shape, dtype=dtype) if wanted else None
+        for make, value, wanted in zip(made, (x, *wide), need, strict=True)
+    ]
     if grad.numel() and any(need):
         native.sblu_backward(grad, x, *wide, out, grid, quadrature)
     gradients = [
