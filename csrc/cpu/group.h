@@ -33,6 +33,13 @@ struct Group {
   int64_t lanes() const { return int64_t(vectors) * kLanes; }
 };
 
+// Fewer than a line of the cache: `copy_row` would ask for lines first.
+template <class T>
+AAPE_FN void copy_few(T* to, const T* from, int64_t count) {
+  for (; count >= 4; count -= 4, to += 4, from += 4) std::memcpy(to, from, 4 * sizeof(T));
+  for (; count; --count) *to++ = *from++;
+}
+
 // `count` ≤ lanes numbers of every token of a vector, which fill(token, row) provides -> lines `step` apart.
 template <class T, class Fill>
 AAPE_FN void gather_block(T* to, int64_t step, int64_t count, Fill fill) {
@@ -76,7 +83,7 @@ inline void gather_runs(T* to, int64_t step, const View& x, const Group<T>& grou
       } else if (plain) {
         gather_block(lines, step, count, [&](int k, T* row) {
           for (int n = 0; n < some; ++n)
-            copy_row(row + pieces[n].first, pixels + pieces[n].offset + corner[k], pieces[n].count);
+            copy_few(row + pieces[n].first, pixels + pieces[n].offset + corner[k], pieces[n].count);
         });
       } else {
         gather_block(lines, step, count, [&](int k, T* row) {
