@@ -67,55 +67,41 @@ AAPE_FN void copy_row(T* to, const T* from, int64_t count) {
   for (; count; --count) *to++ = *from++;
 }
 
+// to[k · to_step] = convert(from[k · from_step]); neighbours have a loop of their own, which is compiled to vectors.
+template <class To, class From, class Convert>
+AAPE_FN void convert_each(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t count, Convert convert) {
+  if (to_step == 1 && from_step == 1) {
+    for (int64_t k = 0; k < count; ++k) to[k] = To(convert(from[k]));
+  } else {
+    for (int64_t k = 0; k < count; ++k) to[k * to_step] = To(convert(from[k * from_step]));
+  }
+}
+
 template <class T>
 AAPE_APART void convert_from(T* to, const char* from, DType type, int64_t stride, int64_t count) {
+  const auto same = [](auto value) { return value; };
   switch (type) {
-    case DType::kFloat32: {
-      auto row = reinterpret_cast<const float*>(from);
-      for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
-      break;
-    }
-    case DType::kFloat64: {
-      auto row = reinterpret_cast<const double*>(from);
-      for (int64_t k = 0; k < count; ++k) to[k] = T(row[k * stride]);
-      break;
-    }
-    case DType::kBFloat16: {
-      auto row = reinterpret_cast<const uint16_t*>(from);
-      for (int64_t k = 0; k < count; ++k) to[k] = T(from_bfloat16(row[k * stride]));
-      break;
-    }
-    case DType::kFloat16: {
-      auto row = reinterpret_cast<const uint16_t*>(from);
-      for (int64_t k = 0; k < count; ++k) to[k] = T(from_float16(row[k * stride]));
-      break;
-    }
+    case DType::kFloat32: return convert_each(to, 1, reinterpret_cast<const float*>(from), stride, count, same);
+    case DType::kFloat64: return convert_each(to, 1, reinterpret_cast<const double*>(from), stride, count, same);
+    case DType::kBFloat16:
+      return convert_each(to, 1, reinterpret_cast<const uint16_t*>(from), stride, count, from_bfloat16);
+    case DType::kFloat16:
+      return convert_each(to, 1, reinterpret_cast<const uint16_t*>(from), stride, count, from_float16);
   }
 }
 
 template <class T>
 AAPE_APART void convert_to(char* to, const T* from, DType type, int64_t stride, int64_t count) {
+  const auto same = [](auto value) { return value; };
+  const auto bfloat16 = [](T value) { return to_bfloat16(float(value)); };
+  const auto float16 = [](T value) { return to_float16(float(value)); };
   switch (type) {
-    case DType::kFloat32: {
-      auto row = reinterpret_cast<float*>(to);
-      for (int64_t k = 0; k < count; ++k) row[k * stride] = float(from[k]);
-      break;
-    }
-    case DType::kFloat64: {
-      auto row = reinterpret_cast<double*>(to);
-      for (int64_t k = 0; k < count; ++k) row[k * stride] = double(from[k]);
-      break;
-    }
-    case DType::kBFloat16: {
-      auto row = reinterpret_cast<uint16_t*>(to);
-      for (int64_t k = 0; k < count; ++k) row[k * stride] = to_bfloat16(float(from[k]));
-      break;
-    }
-    case DType::kFloat16: {
-      auto row = reinterpret_cast<uint16_t*>(to);
-      for (int64_t k = 0; k < count; ++k) row[k * stride] = to_float16(float(from[k]));
-      break;
-    }
+    case DType::kFloat32: return convert_each(reinterpret_cast<float*>(to), stride, from, 1, count, same);
+    case DType::kFloat64: return convert_each(reinterpret_cast<double*>(to), stride, from, 1, count, same);
+    case DType::kBFloat16:
+      return convert_each(reinterpret_cast<uint16_t*>(to), stride, from, 1, count, bfloat16);
+    case DType::kFloat16:
+      return convert_each(reinterpret_cast<uint16_t*>(to), stride, from, 1, count, float16);
   }
 }
 
