@@ -197,7 +197,7 @@ struct Worker {
     const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
     Rows<T> pixels = rows_of<T>(x.data, g, t);
     const bool reads = passes & (kParameters | kWeight);
-    if (reads && !rows_in_place(pixels, call.x, g, t, unit)) load_tile(x.data, call.x, g, t, unit);
+    if (reads && !rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
     if (passes & kParameters) project(u.data, pixels, weight, g, t, unit.frames);
     if (frames && !apart) fill_zero(grad_u.data, unit.frames * t.states);
     // for all tokens first: each is a long chain of operations, and they overlap

@@ -116,7 +116,7 @@ inline void forward(const SbluCall& call) {
     for (int64_t k = 0; k < t.units; ++k) {
       const Unit unit = unit_at(g, t, k);
       Rows<T> pixels = rows_of(x.data, g, t);
-      if (!rows_in_place(pixels, call.x, g, t, unit)) load_tile(x.data, call.x, g, t, unit);
+      if (!rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
       project(u.data, pixels, weight.data, g, t, unit.frames);
       for (int64_t n = 0; n < unit.count; ++n) {
         int64_t j = unit.first + n;

@@ -129,7 +129,7 @@ AAPE_FN Rows<T> rows_of(const T* tile, const Grid& g, const Tiling& t) {
 // In x itself, where a tile and what pads its frames lie in the clip and a block of frames is whole lines of the cache: rows
 // a power of two apart share its sets, which lose a line before the next block comes for the rest of it.
 template <class T>
-AAPE_FN bool rows_in_place(Rows<T>& rows, const View& x, const Grid& g, const Tiling& t, const Unit& unit) {
+AAPE_FN bool rows_in_place(Rows<T>& rows, const View& x, const Grid& g, const Unit& unit) {
   if (AAPE_VECTOR_BYTES < 64 || x.type != kTypeOf<T> || x.stride[3] != 1) return false;
   if (unit.frame < 0 || unit.frame + round_up(unit.frames, kSums) > g.frames) return false;
   const int64_t at = unit.b * x.stride[0] + unit.i * g.stride_f * x.stride[2] + unit.frame;
