@@ -113,7 +113,7 @@ def _gradients(
 def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """Empty tensors for the gradients of the wanted weights."""
     return {
-        name: value.new_empty(value.shape, dtype=dtype)
+        name: torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
         for name, value in weights._asdict().items()
         if value is not None and name in wanted
     }
