@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 
 from aape_kernels.backends import BACKENDS
+from aape_kernels.backends.cuda import CudaKernels
 
 from . import gpu_steps
 from .cases import Problem, Truth, truth
@@ -64,7 +65,7 @@ class Run:
         self.data: dict[str, Any] = {
             "machine": machine, "spectrogram": f"{sizes.mel_bins} × {sizes.frames}", "backends": self.backends,
             "copy_bytes_per_second": None, "matmul_per_second": None, "rows": [], "steps": [], "kernels": [],
-            "tuned": [], "searches": [], "precision": [], "figures": [], "faults": [], "not_run": [],
+            "products": [], "tuned": [], "searches": [], "precision": [], "figures": [], "faults": [], "not_run": [],
         }  # fmt: skip
         self._problem: tuple[Case, Problem] | None = None
         self._truths: dict[str, Truth] = {}
@@ -213,11 +214,18 @@ class Run:
             if self.in_time(str(case)):
                 with self.section(str(case)):
                     self.rows("rows", case, self.peers(case))
+                    if case.op == "stem" and not case.compiled:
+                        self.by_products(case)
             apart = next((one for one in TAKEN_APART if one.key == case.key), None)
             if apart and self.device.type == "cuda" and not case.compiled and self.in_time(f"{case}, taken apart"):
                 with self.section(f"{case}, taken apart"):
                     self.steps(case)
                     self.kernels(case)
+
+    def by_products(self, case: Case) -> None:
+        """Backend "cuda" without its kernel that makes tokens, as it is for most geometries."""
+        with mock.patch.object(CudaKernels, "tokens", return_value=None):
+            self.rows("products", case, [peer for peer in self.ours(case.op) if peer.name.endswith("cuda")])
 
     def steps(self, case: Case) -> None:
         """The steps of a forward and backward of each of this package's backends."""
@@ -342,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.save()
     print(render(run.data))
     faults, not_run = len(run.data["faults"]), len(run.data["not_run"])
-    rows = sum(len(run.data[name]) for name in ("rows", "tuned", "precision"))
+    rows = sum(len(run.data[name]) for name in ("rows", "products", "tuned", "precision"))
     print(f"{rows} rows; {faults} failed or refused; {not_run} cases not run")
     return 1 if faults else 3 if not_run else 0
 

@@ -20,7 +20,7 @@ from .measure import spread
 __all__ = ["Step", "kernels_of", "recording", "times"]
 
 # What reads x beside its arguments.
-READ_X = ("responses", "grad_states", "grad_weight", "gather", "prologue", "adjoint")
+READ_X = ("responses", "grad_states", "grad_weight", "gather", "prologue", "tokens", "adjoint")
 
 
 def kernels_of(backend: str) -> type[Kernels] | None:

@@ -170,6 +170,12 @@ def render(data: dict[str, Any]) -> str:
                     f"{row['floor_bytes'] / ms / 1e6:.0f} GB/s",
                 ]
     lines += _steps(data)
+    if data["products"]:
+        lines += [
+            "",
+            "## Tokens by a product, where one kernel makes them above",
+            *_table(data["products"]),
+        ]
     if data["tuned"]:
         lines += ["", "## With AAPE_AUTOTUNE=1", *_table(data["tuned"])]
     lines += _searches(data)

@@ -62,6 +62,14 @@ struct StemCall {
   View operand, hidden, r;              // operand (rows, C·P_f·P_t + planes·S): its rows' stride, and any type
 };
 
+// The whole stem on tensor cores: tokens (rows, D), contiguous, from the operand, which only has a type, that of the tokens, and
+// is not written; projection (D, C·P_f·P_t), bias (D) or null and fusion (D, planes·S), contiguous, of any type but float64.
+struct TokensCall : StemCall {
+  int64_t dim = 0;  // D
+  View projection, bias, fusion, tokens;
+  char* packed = nullptr;
+};
+
 // The stem's backward on tensor cores, where `warp_stem` ran: from `grad`, the features' cotangent (rows, planes·S),
 // contiguous, to grad_encoder (rows, 2S + H), the cotangents of r and hidden, both in the operand's type; to grad_y
 // (rows, 2S), unless data is null, and to partial (programs, S, C·P_f), whose sum over programs is the projection's gradient,

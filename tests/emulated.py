@@ -24,7 +24,8 @@ ORDERS = ("forward", "reverse", "shuffled")
 # devices.cu is about real ones
 SOURCES = (
     "gather.cu", "overlap_add.cu", "sblu_backward.cu", "sblu_forward.cu", "standardise.cu", "stem.cu",
-    "warp_sblu.cu", "warp_sblu_backward.cu", "warp_stem.cu", "warp_stem_backward.cu", "gradients.cu", "bindings.cpp",
+    "warp_sblu.cu", "warp_sblu_backward.cu", "warp_stem.cu", "warp_stem_backward.cu", "warp_tokens.cu",
+    "gradients.cu", "bindings.cpp",
 )  # fmt: skip
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 

@@ -8,7 +8,9 @@ from checks import poisoned_memory
 from test_stem import check as check_stem
 
 from aape_kernels import AaPE
+from aape_kernels.geometry import PatchGrid
 from aape_kernels.reference import PLANES
+from aape_kernels.weights import Weights
 
 # The usual geometry, and any with up to 32 states and 64 units whose patches find room.
 STEMS = {
@@ -46,6 +48,22 @@ TYPES = {
     "float32-to-float16": (torch.float32, torch.float16),
 }
 
+# Of those, the stems whose tokens one kernel makes: patches of the usual geometry, a width of whole chunks.
+TOKENS = {
+    "usual": STEMS["usual"],
+    "time-major-without-bias": STEMS["usual-time-major"] | {"bias": False},
+    "more-states": STEMS["more-states"],
+    "overlap": {"stride": (16, 8), "num_states": 12, "encoder_dim": 24},
+    "more-units": {"num_states": 10, "encoder_dim": 40},
+}
+SOME_TOKENS = {
+    f"{types}-{options}-{features}": (TYPES[types], TOKENS[options], features)
+    for types in ("bfloat16", "float32", "float32-to-bfloat16")
+    for options in TOKENS
+    for features in PLANES
+    if features == "both" or options in ("usual", "more-states")
+}
+
 # What differs under autocast is how operands are stored and cotangents read.
 SOME = {
     f"{types}-{options}-{features}": (TYPES[types], STEMS[options], features)
@@ -63,6 +81,16 @@ def stem_of(dtype: torch.dtype, **options) -> AaPE:
     for part in (stem.proj, stem.fusion):
         part.to(dtype)
     return stem
+
+
+def arguments_of(stem: AaPE) -> tuple[Weights, tuple[object, ...]]:
+    """The weights of a stem of the usual geometry, and what else a backend's `embed` is given."""
+    encoder = stem.encoder
+    weights = Weights(
+        stem.proj.weight, stem.proj.bias, encoder.w1, encoder.b1, encoder.w2, encoder.b2, stem.sblu.weight,
+        stem.fusion.weight,
+    )  # fmt: skip
+    return weights, (PatchGrid((16, 16), (16, 16), 16), True, stem.decay, stem.band, False)
 
 
 def check(types: tuple[torch.dtype, torch.dtype], size: tuple[int, int, int], **options) -> None:

@@ -60,8 +60,10 @@ def test_nothing_spills(cubins, architecture, source):
     entries = list(ENTRY.finditer(done.stderr))
     assert len(entries) == done.stderr.count("Compiling entry function") == EXPECTED[source]
     for entry in entries:
-        allowed = SPILLS.get((source, architecture), 0) if USUAL_SIZES in entry["name"] else 0
-        assert max(int(entry[each]) for each in ("stack", "stores", "loads")) <= allowed, entry["name"]
+        allowed = [
+            size for (*of, sizes), size in SPILLS.items() if of == [source, architecture] and sizes in entry["name"]
+        ]
+        assert max(int(entry[each]) for each in ("stack", "stores", "loads")) <= sum(allowed), entry["name"]
         assert int(entry["registers"]) * threads(entry["name"]) <= REGISTERS, entry["name"]
 
 
@@ -69,6 +71,8 @@ def threads(name: str) -> int:
     """What a multiprocessor is to have of a kernel at once, by its __launch_bounds__."""
     if sizes := re.search(r"SizesI(f|13__nv_bfloat16)", name):  # one block of so many warps
         if "backward" in name and (sizes[1] == "f" or re.search(r"UnitSizesI\w+?Li32E", name)):
+            return 32 * 8
+        if "warp_tokens" in name and sizes[1] == "f":
             return 32 * 8
         warps = re.search(r"Li\d+ELi\d+ELi(\d+)E", name)
         return 32 * (int(warps[1]) if warps else 12)
@@ -82,13 +86,20 @@ def threads(name: str) -> int:
 EXPECTED = {
     "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 12, "sblu_forward": 4,
     "standardise": 2, "stem": 4, "warp_sblu": 8, "warp_sblu_backward": 8, "warp_stem": 16, "warp_stem_backward": 16,
+    "warp_tokens": 10,
 }  # fmt: skip
 
 
 # What a lane of the stem's backward on tensor cores may keep in memory while a loop runs, in bytes for a tile of 16
 # tokens, which moves 20 kB: 16 warps of it fit on a multiprocessor with 128 registers a lane. On an H100 they do.
 USUAL_SIZES = "SizesI13__nv_bfloat16S3_Li16ELi32ELi16ELb1E"
-SPILLS = {("warp_stem_backward", 80): 16, ("warp_stem_backward", 120): 8}
+# Of the kernel that makes tokens, what finds no room in the 99 kB of shared memory that there are with sm_120.
+SPILLS = {
+    ("warp_stem_backward", 80, USUAL_SIZES): 16,
+    ("warp_stem_backward", 120, USUAL_SIZES): 8,
+    ("warp_tokens", 120, "SizesIffLi32ELi64ELi8ELb1E"): 24,
+    ("warp_tokens", 120, "SizesIf13__nv_bfloat16Li32ELi64ELi8ELb1E"): 16,
+}
 
 
 def functions(cubin: Path) -> dict[str, list[str]]:
@@ -107,6 +118,7 @@ def functions(cubin: Path) -> dict[str, list[str]]:
 ON_TENSOR_CORES = {
     "warp_stem": (USUAL_SIZES, "SizesIffLi16ELi32ELi12ELb1E"),
     "warp_stem_backward": (USUAL_SIZES, "SizesIffLi16ELi32ELi12ELb1E"),
+    "warp_tokens": (USUAL_SIZES, "SizesIffLi16ELi32ELi12ELb1E"),
     "warp_sblu": ("UnitSizesI13__nv_bfloat16Li16ELb1E", "UnitSizesIfLi16ELb1E"),
     "warp_sblu_backward": ("UnitSizesI13__nv_bfloat16Li16ELb1E", "UnitSizesIfLi16ELb1E"),
 }

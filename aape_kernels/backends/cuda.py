@@ -287,6 +287,22 @@ class CudaKernels(Kernels):
         wide = tuple(value.to(self.work) for value in narrow)
         self._run("embed", "stem", *before, wide, rows, *after)
 
+    def tokens(self, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> Tensor | None:
+        """All of it in one kernel, of patches of 16 × 16 and in dtypes that tensor cores are used for; else None."""
+        dtype, sizes = weights.proj_w.dtype, (weights.hidden, weights.planes)
+        size = self._run("embed", "warp_tokens_bytes", self.quadrature, self.x, DTYPE_CODES[dtype], *sizes, weights.dim)
+        if not size:
+            return None
+        out = self.x.new_empty(self.rows, weights.dim, dtype=dtype)
+        bias = None if weights.proj_b is None else weights.proj_b.contiguous()
+        product = weights.proj_w.contiguous(), bias, weights.fusion_w.contiguous()
+        packed = self.x.new_empty(size // 4, dtype=torch.float32)
+        self._run(
+            "embed", "warp_tokens", self.quadrature, self.time_major, ranges, self.x, _listening(weights),
+            (out, hidden, r), *sizes, product, weights.dim, packed,
+        )  # fmt: skip
+        return out
+
     def adjoint(
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:

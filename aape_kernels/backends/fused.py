@@ -134,6 +134,12 @@ class Kernels:
         rows."""
         raise NotImplementedError
 
+    def tokens(self, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> Tensor | None:
+        """The whole stem at once: rows of D in proj_w's dtype; rows of hidden (tokens, H) and of r (tokens, 2S) are
+        written. None, and nothing written, if a backend has no such kernel for this call. Weights as for `prologue`;
+        proj_w, proj_b and fusion_w of any strides."""
+        return None
+
     def adjoint(
         self, grad: Tensor, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges, need_y: bool
     ) -> Adjoint | None:
@@ -215,20 +221,24 @@ def operations(kernels: type[Kernels]) -> Operations:
         """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
         proj_w, proj_b, states, planes = weights.proj_w, weights.proj_b, weights.states, weights.planes
         call = kernels(x, states, grid, quadrature, time_major)
-        operand = x.new_empty(call.rows, call.patch + planes * states, dtype=proj_w.dtype)  # [patch | features]
+        shape = (x.shape[0], call.n_f * call.n_t, weights.dim)
         r = x.new_empty(call.rows, 2 * states, dtype=call.work)
         hidden = x.new_empty(call.rows, weights.hidden, dtype=call.work)
+        rows, ranges = _as_rows(weights), logit_ranges(decay, band)
+        at_once = call.tokens(rows, hidden, r, ranges) if call.rows else None
+        if at_once is not None:
+            return at_once.view(shape), r, hidden
+        operand = x.new_empty(call.rows, call.patch + planes * states, dtype=proj_w.dtype)  # [patch | features]
         if call.rows:
-            rows, ranges = _as_rows(weights), logit_ranges(decay, band)
-            at_once = planes == 2 or states <= call.most_states
-            written = operand if at_once else operand[:, : call.patch]
+            by_prologue = planes == 2 or states <= call.most_states
+            written = operand if by_prologue else operand[:, : call.patch]
             call.prologue(rows, written, hidden, r, ranges)
-            if not at_once:
+            if not by_prologue:
                 r_decay, r_frequency = call.by_token(r).chunk(2, dim=-1)
                 call.features(r_decay, r_frequency, rows.sblu_w, operand[:, call.patch :], ranges)
         product = torch.cat([proj_w.flatten(1), weights.fusion_w.to(proj_w.dtype).flatten(1)], dim=1)
         tokens = F.linear(operand, product, None if proj_b is None else proj_b.to(proj_w.dtype))
-        return tokens.view(x.shape[0], call.n_f * call.n_t, weights.dim), r, hidden
+        return tokens.view(shape), r, hidden
 
     def embed_backward(
         grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,

@@ -43,6 +43,11 @@ void stem(const StemCall& call, void* stream);
 // The same where tensor cores can do it, weights and biases in a type of their own: false, and nothing done, where not.
 bool warp_stem(const StemCall& call, void* stream);
 
+// Both, and the product behind them, in one kernel, where tensor cores can do it and tokens are of the usual geometry, by the
+// way of `packed`, memory of as many bytes: none where not.
+void warp_tokens(const TokensCall& call, void* stream);
+int64_t warp_tokens_bytes(const TokensCall& call);
+
 // Its backward, and the programs whose partial sums there will be; none where it cannot be used.
 void warp_stem_backward(const StemGradientCall& call, void* stream);
 int64_t warp_stem_programs(const StemCall& call);

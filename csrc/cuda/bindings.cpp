@@ -151,6 +151,36 @@ bool py_warp_stem(const py::tuple& sizes, bool quadrature, bool time_major, cons
   return done;
 }
 
+int64_t py_warp_tokens_bytes(const py::tuple& sizes, bool quadrature, const py::object& x, int type, int64_t hidden_units,
+                             int64_t planes, int64_t dim, const py::tuple& place) {
+  TokensCall call;
+  call.grid = grid(sizes, quadrature);
+  call.x = view(x);
+  call.operand.type = static_cast<DType>(type);
+  call.hidden_units = hidden_units;
+  call.planes = planes;
+  call.dim = dim;
+  int64_t bytes = 0;
+  on(Place(place), [&](void*) { bytes = warp_tokens_bytes(call); });
+  return bytes;
+}
+
+// rows: tokens, hidden and r; product: projection, bias and fusion.
+void py_warp_tokens(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
+                    const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+                    int64_t planes, const py::tuple& product, int64_t dim, const py::object& packed,
+                    const py::tuple& place) {
+  TokensCall call;
+  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, py::make_tuple(py::none(), rows[1], rows[2]),
+           hidden_units, planes);
+  call.tokens = view(rows[0]);
+  call.operand.type = call.tokens.type;
+  views(product, {&call.projection, &call.bias, &call.fusion});
+  call.dim = dim;
+  call.packed = view(packed).data;
+  on(Place(place), [&](void* stream) { warp_tokens(call, stream); });
+}
+
 int64_t py_warp_stem_programs(const py::tuple& sizes, bool quadrature, const py::object& x, const py::object& operand,
                               int64_t hidden_units, int64_t planes, const py::tuple& place) {
   StemCall call;
@@ -219,6 +249,8 @@ void bind(py::module_& module) {
   module.def("stem", &py_stem);
   module.def("warp_stem", &py_warp_stem);
   module.def("warp_stem_programs", &py_warp_stem_programs);
+  module.def("warp_tokens", &py_warp_tokens);
+  module.def("warp_tokens_bytes", &py_warp_tokens_bytes);
   module.def("warp_stem_backward", &py_warp_stem_backward);
   module.def("gradients", &py_gradients);
   module.def("gather", &py_gather);

@@ -64,6 +64,13 @@ void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
 namespace aape {
 // Into the cache, for who reads it soon.
 AAPE_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" : : "l"(address)); }
+// From global to shared memory, both aligned, while the thread goes on; it is there when `wait_for_copies` has returned.
+AAPE_DEVICE void copy_16_bytes(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+AAPE_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 }  // namespace aape
 
 #else

@@ -122,22 +122,28 @@ AAPE_DEVICE Start<S> start_of(const LineParams<S>& p, int token) {
 
 // A group's pixels of all tokens, as a left factor (tokens × rows).
 template <class S>
-AAPE_DEVICE Left<BFloat16> group_left(const LineParams<S>& p, const BFloat16* lines, int group) {
+AAPE_DEVICE Left<BFloat16> whole_left(const LineParams<S>& p, const BFloat16* lines, int group) {
   const int lane = threadIdx.x % kLanes;
   return load_left(lines + lane % 16 * p.pitch() + Layout<BFloat16>::in_line(lane % 16, group, lane / 16 * 8));
 }
 template <class S>
-AAPE_DEVICE Split<Left<float>> group_left(const LineParams<S>& p, const float* lines, int group) {
+AAPE_DEVICE Left<float> whole_left(const LineParams<S>& p, const float* lines, int group) {
   const int lane = threadIdx.x % kLanes, m = lane / 4;
   const float* from = lines + m * p.pitch() + Layout<float>::in_line(m, group, lane % 4 * 2);
-  Split<Left<float>> out;
+  Left<float> out;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {  // token m + 8 has the same places
     const auto four = load_pack<Pack<float, 4>>(from + 8 * h * p.pitch());
-    out.set(h, four.at[0], four.at[1]);
-    out.set(h + 2, four.at[2], four.at[3]);
+    out.at[h] = {{four.at[0], four.at[1]}};
+    out.at[h + 2] = {{four.at[2], four.at[3]}};
   }
   return out;
+}
+
+// The same as products take it.
+template <class S, class X>
+AAPE_DEVICE Whole<X, Left<X>> group_left(const LineParams<S>& p, const X* lines, int group) {
+  return split(whole_left(p, lines, group));
 }
 
 // The same as two right factors (tokens × rows), of the rows `Layout::row_of`.

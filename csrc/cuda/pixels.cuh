@@ -128,6 +128,13 @@ AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep
   });
 }
 
+// Of patches nothing is wanted.
+struct KeepNothing {
+  AAPE_DEVICE int at(int, int) const { return 0; }
+  template <class Pixels>
+  AAPE_DEVICE void operator()(int, int, const Pixels&) const {}
+};
+
 // The same for any geometry, pixel by pixel, zero outside the clip.
 template <class S, class X, class Keep>
 AAPE_DEVICE void load_pixels(const LineParams<S>& p, int tile, X* lines, Keep keep) {

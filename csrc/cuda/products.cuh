@@ -131,6 +131,14 @@ struct Split {
   }
 };
 
+AAPE_DEVICE const Left<BFloat16>& split(const Left<BFloat16>& whole) { return whole; }
+AAPE_DEVICE Split<Left<float>> split(const Left<float>& whole) {
+  Split<Left<float>> out;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) out.set(k, whole.at[k].at[0], whole.at[k].at[1]);
+  return out;
+}
+
 // The factors that pixels are, in the shared memory's X without loss.
 template <class X, class Factor>
 using Whole = std::conditional_t<std::is_same_v<X, BFloat16>, Factor, Split<Factor>>;

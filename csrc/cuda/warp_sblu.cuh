@@ -55,13 +55,6 @@ struct WarpSbluParams : LineParams<S> {
   Divisor<int32_t> by_window;
 };
 
-// Of patches nothing is wanted.
-struct KeepNothing {
-  AAPE_DEVICE int at(int, int) const { return 0; }
-  template <class Pixels>
-  AAPE_DEVICE void operator()(int, int, const Pixels&) const {}
-};
-
 // Where a lane's two tokens are; what is not there is the last one.
 template <class S>
 struct Positions {

@@ -1,105 +1,10 @@
 // The stem's prologue on tensor cores: Lambda Encoder, SBLU and the operand [patch | features].
 
 #include "api.h"
-#include "warp_stem.cuh"
+#include "warp_encoder.cuh"
 
 namespace aape {
 namespace cuda {
-
-// A block's right factors, and a warp's lines behind them.
-template <class S>
-struct ForwardShared {
-  using Tile = Weights<typename S::X>;
-  Tile *w2, *projection, *w1;  // w1 last: it is as long as the patch
-  float *b1, *b2;              // padded with zeros
-  typename S::X* lines;
-
-  static constexpr int kW2 = 2 * S::kStateTiles * S::kHiddenSteps;
-  static constexpr int kBiases = S::kHidden + 2 * S::kStates;
-
-  static AAPE_FN size_t common_bytes(int blocks, int patch) {
-    const size_t tiles = kW2 + size_t(blocks) * (S::kStateTiles + size_t(patch) * S::kHiddenTiles);
-    return tiles * kLanes * sizeof(Tile) + kBiases * sizeof(float);
-  }
-
-  AAPE_DEVICE ForwardShared(const WarpStemParams<S>& p, unsigned char* memory)
-      : w2(reinterpret_cast<Tile*>(memory)),
-        projection(w2 + kW2 * kLanes),
-        w1(projection + p.blocks() * S::kStateTiles * kLanes),
-        b1(reinterpret_cast<float*>(w1 + p.group(p.line.patch(), 0) * S::kHiddenTiles * kLanes)),
-        b2(b1 + S::kHidden),
-        lines(reinterpret_cast<typename S::X*>(b2 + 2 * S::kStates) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch()) {}
-};
-
-template <class S>
-AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
-  const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
-  fill_projection(p, p.weight, m.projection);
-  fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
-    const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
-    const int h = tile % S::kHiddenTiles * 8 + column, row = block * kRows + of_block;
-    return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
-  });
-  // logits of decays, then of frequencies
-  fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
-    const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
-    const int s = of % S::kStateTiles * 8 + column, part = of / S::kStateTiles;
-    return s < states && h < units ? load<float>(p.w2, (part * states + s) * units + h) : 0.0f;
-  });
-  for (int k = threadIdx.x; k < S::kHidden; k += blockDim.x) m.b1[k] = k < units ? load<float>(p.b1, k) : 0.0f;
-  for (int k = threadIdx.x; k < 2 * S::kStates; k += blockDim.x) {
-    const int s = k % S::kStates;
-    m.b2[k] = s < states ? load<float>(p.b2, k / S::kStates * states + s) : 0.0f;
-  }
-}
-
-AAPE_DEVICE void set_bias(Sums& sum, const float* bias) {
-  const auto two = load_pack<Pack<float, 2>>(bias + threadIdx.x % 4 * 2);
-  sum.at[0] = sum.at[2] = two.at[0];
-  sum.at[1] = sum.at[3] = two.at[1];
-}
-
-// hidden = W1 · vec(patch) + b1, kept in memory; SiLU of it for the second layer.
-template <class S>
-AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
-                             Split<Left<typename S::X>> (&active)[S::kHiddenSteps]) {
-  Sums hidden[S::kHiddenTiles];
-#pragma unroll
-  for (int n = 0; n < S::kHiddenTiles; ++n) set_bias(hidden[n], m.b1 + n * 8);
-#pragma unroll 4
-  for (int group = 0; group < p.group(p.line.patch(), 0); ++group) {
-    const auto pixels = group_left(p, m.lines, p.group(p.line.patch_first(), 0) + group);
-#pragma unroll
-    for (int n = 0; n < S::kHiddenTiles; ++n) {
-      add_product(hidden[n], pixels, load_right(m.w1 + (group * S::kHiddenTiles + n) * kLanes));
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < S::kHiddenTiles; ++n) {
-    each_pair<S>(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
-      store_two<S::kPairs>(p.hidden + at.row(h) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
-    });
-#pragma unroll
-    for (float& value : hidden[n].at) value *= sigmoid<float>(value);
-    set_half(active[n / 2], n, hidden[n]);
-  }
-}
-
-// The logits of decays or frequencies of states 8n …, r = W2 · SiLU(hidden) + b2.
-template <class S>
-AAPE_DEVICE Sums second_layer(const WarpStemParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m,
-                              const Split<Left<typename S::X>> (&active)[S::kHiddenSteps], int part, int n) {
-  Sums sum;
-  set_bias(sum, m.b2 + part * S::kStates + n * 8);
-#pragma unroll
-  for (int k = 0; k < S::kHiddenSteps; ++k) {
-    add_product(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * kLanes));
-  }
-  each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-    store_two<S::kPairs>(p.r + (at.row(h) * 2 + part) * p.grid.states + s, sum.at[k], sum.at[k + 1], two);
-  });
-  return sum;
-}
 
 template <class S>
 __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(const WarpStemParams<S> p) {
@@ -108,19 +13,11 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
   fill(p, m);
   __syncthreads();
   each_tile(p, m.lines, [&](const TwoTokens& at) {
-    Split<Left<typename S::X>> active[S::kHiddenSteps];
-    first_layer(p, at, m, active);
     Levels<S> levels;
-#pragma unroll 1
-    for (int n = 0; n < S::kStateTiles; ++n) {
-      const Sums decay = second_layer(p, at, m, active, 0, n), frequency = second_layer(p, at, m, active, 1, n);
-      State<float> states[4];
-      states_of(p.squash, decay, frequency, states);
-      Complex<float> y[4];
-      respond(p, m.lines, m.projection + n * kLanes, states, y);
+    each_response(p, at, m, [&](int n, const Complex<float> (&y)[4]) {
       store_responses(p, at, n, y);
       levels.push_magnitudes(y);
-    }
+    });
     if (p.planes == 2) return;
     levels.standardise(p.grid.states);
     store_levels(p, at, levels);

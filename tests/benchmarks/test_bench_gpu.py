@@ -315,7 +315,7 @@ def test_figures() -> None:
             {"tokens": 16, "num_warps": 4, "num_stages": 1, "ms": 0.05},
             {"tokens": 32, "num_warps": 8, "num_stages": 3, "ms": 0.04},
         ]}],
-        "tuned": [], "precision": [], "kernels": [], "faults": [], "not_run": [],
+        "products": [], "tuned": [], "precision": [], "kernels": [], "faults": [], "not_run": [],
     }  # fmt: skip
     data["figures"] = figures(data)
     got = [(row["got"], row["met"]) for row in data["figures"]]

@@ -28,6 +28,10 @@ namespace aape {
 namespace emulator {
 constexpr unsigned kWarp = 32;  // lanes
 using Words = std::array<uint64_t, 3>;  // what a lane shows to the others
+struct Copy {                           // 16 bytes on their way to shared memory
+  void* to;
+  const void* from;
+};
 }
 }  // namespace aape
 
@@ -54,6 +58,8 @@ inline void run_blocks(Block& one, const std::function<void()>& body) {
         one.index = dim3(x, y, z);
         std::memset(one.shared.get(), 0xFF, one.shared_bytes);  // NaN, as float and as double
         one.run(body);
+        for (const auto& left : one.copies)
+          if (!left.empty()) throw std::runtime_error("a copy that its thread does not wait for");
       }
 }
 
@@ -117,6 +123,20 @@ namespace aape {
 inline size_t shared_limit() { return 227 * 1024; }
 inline int multiprocessors() { return 2; }
 inline void prefetch(const void*) {}
+
+// Nothing is there until the thread waits.
+inline void copy_16_bytes(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
+    throw std::invalid_argument("a copy that is not aligned");
+  }
+  std::memset(to, 0xFF, 16);
+  emulator::current()->copies[emulator::thread_number()].push_back({to, from});
+}
+inline void wait_for_copies() {
+  auto& copies = emulator::current()->copies[emulator::thread_number()];
+  for (const auto& copy : copies) std::memcpy(copy.to, copy.from, 16);
+  copies.clear();
+}
 }  // namespace aape
 
 // The 16-bit types, as cuda_bf16.h and cuda_fp16.h have them.

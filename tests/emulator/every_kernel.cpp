@@ -170,6 +170,41 @@ void run_on_tensor_cores(Grid g, int64_t units, int64_t planes, bool time_major)
   cuda::gradients({sum, copy}, nullptr);
 }
 
+// A stem whose tokens one kernel makes, of x in X and tokens in O, with a bias or without.
+template <class X, class O>
+void run_tokens(Grid g, int64_t units, int64_t planes, int64_t dim, bool with_bias) {
+  const int64_t patch = 256, tokens = g.batch * g.n_f * g.n_t;
+  auto x = numbers<X>(g.batch * g.mel_bins * g.frames);
+  auto w1 = numbers<X>(units * patch), b1 = numbers<X>(units);
+  auto w2 = numbers(2 * g.states * units), b2 = numbers(2 * g.states), weight = numbers(g.states * 16);
+  auto projection = numbers<O>(dim * patch), bias = numbers<O>(dim), to = numbers<O>(tokens * dim);
+  auto fusion = numbers(dim * planes * g.states), hidden = numbers(tokens * units), r = numbers(tokens * 2 * g.states);
+  TokensCall call;
+  call.grid = g;
+  call.ranges = {true, 0.1, 3.0, 0.2, 2.9};
+  call.hidden_units = units;
+  call.planes = planes;
+  call.x = view(x, {g.batch, 1, g.mel_bins, g.frames});
+  call.w1 = view(w1, {units, patch});
+  call.b1 = view(b1, {units});
+  call.w2 = view(w2, {2 * g.states, units});
+  call.b2 = view(b2, {2 * g.states});
+  call.weight = view(weight, {g.states, 16});
+  call.hidden = view(hidden, {tokens, units});
+  call.r = view(r, {tokens, 2 * g.states});
+  call.dim = dim;
+  call.projection = view(projection, {dim, patch});
+  if (with_bias) call.bias = view(bias, {dim});
+  call.fusion = view(fusion, {dim, planes * g.states});
+  call.tokens = view(to, {tokens, dim});
+  call.operand.type = call.tokens.type;
+  const int64_t bytes = cuda::warp_tokens_bytes(call);
+  if (!bytes) throw std::runtime_error("not by one kernel");
+  auto packed = numbers(bytes / 4);
+  call.packed = reinterpret_cast<char*>(packed.data());
+  cuda::warp_tokens(call, nullptr);
+}
+
 // SBLU on tensor cores, where `windows` are x's gradient itself or have their own memory.
 void run_unit_on_tensor_cores(Grid g, bool disjoint) {
   const int64_t rows = g.channels * g.patch_f, tokens = g.batch * g.n_f * g.n_t;
@@ -219,6 +254,9 @@ int main() {
   run_on_tensor_cores<BFloat16, BFloat16>(odd, 21, 1, true);
   run_on_tensor_cores<float, float>(usual, 64, 3, true);
   run_on_tensor_cores<float, Float16>(odd, 21, 2, false);
+  run_tokens<BFloat16, BFloat16>(usual, 32, 3, 96, true);
+  run_tokens<float, float>(usual, 64, 1, 48, false);
+  run_tokens<float, BFloat16>(usual, 40, 2, 64, true);
   run_unit_on_tensor_cores({1, 1, 32, 208, 16, 16, 16, 16, 16, 2, 13, 20, true}, true);
   run_unit_on_tensor_cores(odd, false);
   std::puts("clean");

@@ -35,11 +35,13 @@ class Block {
   dim3 grid, block, index;
   size_t shared_bytes;
   std::unique_ptr<unsigned char[]> shared;
+  std::vector<std::vector<Copy>> copies;  // of every thread
   unsigned running = 0;  // the thread that has the processor
 
   Block(dim3 grid_, dim3 block_, size_t bytes)
       : grid(grid_), block(block_), shared_bytes(bytes), shared(new unsigned char[bytes]), random_(turns().seed) {
     const size_t threads = size_t(block.x) * block.y * block.z;
+    copies.resize(threads);
     for (size_t k = 0; k < threads; ++k) fibers_.push_back(std::make_unique<Fiber>());
   }
 

@@ -12,7 +12,7 @@ import pytest
 import sanitized_on_gpu
 import torch
 from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, Case, cases
-from checks import poisoned_memory
+from checks import poisoned_memory, same_bits
 from emulated import (
     BOUNDS,
     ORDERS,
@@ -127,18 +127,56 @@ def test_bfloat16_projection_and_tokens(features, states):
     check_16_bit_forward_and_gradients(stem, torch.bfloat16)
 
 
+def calls_of(monkeypatch, module, *names):
+    """A list of which of the module's functions are called from now on."""
+    ran = []
+    for name in names:
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, k=kernel, n=name: (ran.append(n), k(*given))[1])
+    return ran
+
+
 @pytest.mark.parametrize(
     ("types", "options", "features"), on_tensor_cores.SOME.values(), ids=on_tensor_cores.SOME.keys()
 )
 def test_stem_on_tensor_cores(emulated, monkeypatch, types, options, features):
     """More tiles of tokens than warps and one that is not whole."""
-    ran = []
-    for name in ("warp_stem", "warp_stem_backward"):
-        kernel = getattr(emulated, name)
-        monkeypatch.setattr(emulated, name, lambda *given, k=kernel, n=name: (ran.append(n), k(*given))[1])
+    ran = calls_of(monkeypatch, emulated, "warp_tokens", "warp_stem", "warp_stem_backward")
     emulated.set_order(2, len(str(options)))
     on_tensor_cores.check(types, (3, 32, 72), features=features, **options)
     assert ran == ["warp_stem", "warp_stem_backward"]
+
+
+@pytest.mark.parametrize(
+    ("types", "options", "features"), on_tensor_cores.SOME_TOKENS.values(), ids=on_tensor_cores.SOME_TOKENS.keys()
+)
+def test_tokens_by_one_kernel(emulated, monkeypatch, types, options, features):
+    ran = calls_of(monkeypatch, emulated, "warp_tokens", "warp_stem", "warp_stem_backward")
+    emulated.set_order(2, len(str(options)))
+    on_tensor_cores.check(types, (3, 32, 72), features=features, embed_dim=96, **options)
+    assert ran == ["warp_tokens", "warp_stem_backward"]
+
+
+@pytest.mark.parametrize("types", ["bfloat16", "float32", "float32-to-bfloat16"])
+def test_tokens_of_several_rounds(emulated, monkeypatch, types):
+    """More tiles than all warps have at once; the last round is not whole."""
+    ran = calls_of(monkeypatch, emulated, "warp_tokens", "warp_stem")
+    emulated.set_order(2, 0)
+    on_tensor_cores.check(on_tensor_cores.TYPES[types], (1, 32, 16 * 290), embed_dim=32)
+    assert ran == ["warp_tokens"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_both_ways_to_tokens(monkeypatch, dtype):
+    """What the backward is given has the same bits, and tokens differ by how they were rounded."""
+    stem, x = on_tensor_cores.stem_of(dtype, embed_dim=64), torch.randn(3, 1, 32, 80).to(dtype)
+    weights, options = on_tensor_cores.arguments_of(stem)
+    with torch.no_grad():
+        tokens, *kept = cuda.embed(x, weights, *options)
+        monkeypatch.setattr(cuda.CudaKernels, "tokens", lambda *given: None)
+        other, *wanted = cuda.embed(x, weights, *options)
+    assert same_bits(kept, wanted)
+    assert relative_error(tokens, other) <= (3e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -265,6 +303,17 @@ BROKEN = {
         "    put(right, centre + f);\n    put(left, centre - 1 - f);",
         "    put(left, centre + f);\n    put(right, centre - 1 - f);",
     ),
+    "no barrier before another chunk is copied": (
+        "warp_tokens.cu",
+        "    __syncthreads();  // for everyone's part; and nobody reads the chunk before any more\n",
+        "",
+    ),
+    "a chunk that is not waited for": ("warp_tokens.cu", "    wait_for_copies();\n", ""),
+    "a chunk's channels in another order": (
+        "warp_tokens.cu",
+        "column / 2 * kOfLane + 2 * tile + column % 2",
+        "8 * tile + column",
+    ),
     "the next token's line": ("stem.cu", "as + own.token * kLine", "as + (own.token + 1) * kLine"),
 }
 
@@ -328,6 +377,7 @@ def test_a_broken_kernel_is_caught(broken, monkeypatch):
         AaPE(patch_size=(18, 5), embed_dim=6, num_states=4, encoder_dim=24, decay=(0.1, 2.0)),
         AaPE(embed_dim=6),
         AaPE(embed_dim=6).bfloat16(),
+        AaPE(embed_dim=96).bfloat16(),
     ]
     caught = []
     for order in range(len(ORDERS)):

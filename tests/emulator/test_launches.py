@@ -9,13 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from aape_kernels import AaPE
 from aape_kernels.backends import cuda
 from aape_kernels.geometry import PatchGrid
-from aape_kernels.weights import Weights
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was found")
 
 KERNELS = (
-    "stem", "warp_stem", "warp_stem_backward", "gradients", "sblu", "warp_sblu_backward", "sblu_backward_states",
-    "sblu_backward_weight", "sblu_backward_windows", "overlap_add", "gather", "standardise",
+    "stem", "warp_stem", "warp_tokens", "warp_stem_backward", "gradients", "sblu", "warp_sblu_backward",
+    "sblu_backward_states", "sblu_backward_weight", "sblu_backward_windows", "overlap_add", "gather", "standardise",
 )  # fmt: skip
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 
@@ -49,11 +48,7 @@ def step(monkeypatch, module, stem):
     """What a forward and a backward launch, each."""
     use(monkeypatch, module)
     x = torch.randn(2, 1, 32, 48).to(stem.proj.weight.dtype)
-    weights = Weights(
-        *(stem.proj.weight, stem.proj.bias, stem.encoder.w1, stem.encoder.b1, stem.encoder.w2, stem.encoder.b2),
-        *(stem.sblu.weight, stem.fusion.weight),
-    )
-    options = (PatchGrid((16, 16), (16, 16), 16), True, stem.decay, stem.band, False)
+    weights, options = on_tensor_cores.arguments_of(stem)
     counted = Launches(monkeypatch, module)
     with torch.no_grad(), counted:
         tokens, r, hidden = cuda.embed(x, weights, *options)
@@ -68,6 +63,15 @@ def test_a_training_step(emulated_module, monkeypatch, dtype):
     stem = on_tensor_cores.stem_of(dtype, embed_dim=24)
     forward, backward = step(monkeypatch, emulated_module, stem)
     assert forward == ["warp_stem", "cat", "addmm"]
+    assert backward == ["mm", "warp_stem_backward", "mm", "mm", "gradients"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_training_step_whose_tokens_are_made_by_one_kernel(emulated_module, monkeypatch, dtype):
+    """After one that sets out the product's weights."""
+    stem = on_tensor_cores.stem_of(dtype, embed_dim=32)
+    forward, backward = step(monkeypatch, emulated_module, stem)
+    assert forward == ["warp_tokens"]
     assert backward == ["mm", "warp_stem_backward", "mm", "mm", "gradients"]
 
 

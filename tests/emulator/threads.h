@@ -20,9 +20,12 @@ class Block {
   dim3 grid, block, index;
   size_t shared_bytes;
   std::unique_ptr<unsigned char[]> shared;
+  std::vector<std::vector<Copy>> copies;  // of every thread
 
   Block(dim3 grid_, dim3 block_, size_t bytes)
-      : grid(grid_), block(block_), shared_bytes(bytes), shared(new unsigned char[bytes]) {}
+      : grid(grid_), block(block_), shared_bytes(bytes), shared(new unsigned char[bytes]) {
+    copies.resize(size_t(block.x) * block.y * block.z);
+  }
 
   void run(const std::function<void()>& body) {
     const unsigned count = block.x * block.y * block.z;

@@ -34,7 +34,8 @@ SOURCE = {"gradients_kernel": "gradients", "gather_kernel": "gather", "overlap_a
           "sblu_backward_weight_kernel": "sblu_backward", "sblu_backward_windows_kernel": "sblu_backward",
           "standardise_kernel": "standardise", "stem_kernel": "stem", "warp_sblu_kernel": "warp_sblu",
           "warp_sblu_backward_kernel": "warp_sblu_backward", "warp_stem_kernel": "warp_stem",
-          "warp_stem_backward_kernel": "warp_stem_backward"}  # fmt: skip
+          "warp_stem_backward_kernel": "warp_stem_backward", "warp_tokens_kernel": "warp_tokens",
+          "token_weights_kernel": "warp_tokens"}  # fmt: skip
 
 
 @functools.cache
@@ -119,7 +120,7 @@ class Launch:
     block: int
     shared: int
     parameters: bytes
-    size: int  # bytes of the tensors that it may touch
+    size: int | None  # bytes of the tensors that it may touch; None for all but the last of a call
 
 
 class Interpreter:
@@ -154,8 +155,10 @@ class Interpreter:
         def call(*arguments: Any) -> Any:
             memory, self.memory = self.memory, Global()
             result = function(*arguments)
-            for kernel, launcher, grid, block, shared, parameters in self.recorder.take():
-                launch = Launch(instance(kernel, launcher), grid, block[0], shared, parameters, memory.size)
+            taken = self.recorder.take()
+            for k, (kernel, launcher, grid, block, shared, parameters) in enumerate(taken, 1):
+                size = memory.size if k == len(taken) else None
+                launch = Launch(instance(kernel, launcher), grid, block[0], shared, parameters, size)
                 self.launches.append(launch)
                 self.run(launch, memory)
             return result

@@ -71,6 +71,7 @@ class Machine:
             self.special[f"ntid.{name}"] = np.int32(size if name == "x" else 1)
         self.shared = Shared(len(indices), shared, number * (-(-shared // 16) * 16), program.kernel.granule)
         self.parameter_address = np.int64(PARAMETERS)
+        self.copies: list[tuple[Array, list[Array], Array, str]] = []
 
     # What the translated blocks call
 
@@ -122,6 +123,24 @@ class Machine:
             self.observer.shared(address, 16, threads, what)
         return self.shared.load_matrices(address, transposed, threads, what)
 
+    def copy(self, to: Array, source: Array, threads: Array, what: str) -> None:
+        """16 bytes on their way to shared memory: nothing is there until the threads wait."""
+        values = self.load_global(np.broadcast_to(source, threads.shape), np.int32, 4, threads, what)
+        to = np.broadcast_to(to, threads.shape)
+        if self.observer:
+            self.observer.shared(to, 16, threads, what)
+        self.shared.expect(to, 16, threads, what)
+        self.copies.append((to, values, threads, what))
+
+    def wait_for_copies(self, threads: Array) -> None:
+        copies, self.copies = self.copies, []
+        for to, values, of, what in copies:
+            now = np.isin(of, threads)
+            if now.any():
+                self.shared.store(to[now], [value[now] for value in values], of[now], what)
+            if not now.all():
+                self.copies.append((to[~now], [value[~now] for value in values], of[~now], what))
+
     def whole_warps(self, threads: Array, clamp: int, mask: int, what: str) -> None:
         if clamp != WARP - 1 or mask != -1:
             raise KernelError(f"of a part of a warp: {what}")
@@ -167,6 +186,8 @@ class Machine:
             else:
                 self.meet(ready, block.target, threads[jumps])
                 self.meet(ready, block.following, threads[~jumps])
+        if self.copies:
+            raise KernelError(f"a copy that its thread does not wait for: {self.copies[0][3]}")
         self.ordered()
 
     def ordered(self) -> None:

@@ -128,6 +128,12 @@ class Shared:
         for k, value in enumerate(values):
             elements[at + k] = value
 
+    def expect(self, address: Array, size: int, threads: Array, what: str) -> None:
+        """Something is on its way there: nobody may touch it any more, and it cannot be read yet."""
+        place = self.place(address, size, threads, what)
+        self.written.view(WRITTEN[size // 2])[place // size] = 0
+        self.races.add(place, size, threads, True, what)
+
     def load_matrices(self, address: Array, transposed: bool, threads: Array, what: str) -> list[Array]:
         """ldmatrix: lane 8m + r names row r, of 16 bytes, of matrix m; a register for each of the four."""
         words = self.load(address, np.int32, 4, threads, what)

@@ -236,6 +236,19 @@ def store(t: Translation, i: Instruction, space: str, count: str | None, kind: s
     t.lines.append(f"m.store_{space}({address}, [{values}], t, {t.what(i)})")
 
 
+@rule(r"cp\.async\.cg\.shared\.global")
+def copy(t: Translation, i: Instruction) -> None:
+    if i.operands[2] != "16":
+        raise UnknownInstructionError(str(i))
+    to, source = t.place(i.operands[0], "s32"), t.place(i.operands[1], "s64")
+    t.lines.append(f"m.copy({to}, {source}, t, {t.what(i)})")
+
+
+@rule(r"cp\.async\.wait_all")
+def wait_for_copies(t: Translation, i: Instruction) -> None:
+    t.lines.append("m.wait_for_copies(t)")
+
+
 @rule(r"shfl\.sync\.(bfly|idx)\.b32")
 def shuffle(t: Translation, i: Instruction, how: str) -> None:
     to, predicate = i.operands[0].split("|")

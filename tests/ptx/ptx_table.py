@@ -39,6 +39,17 @@ def stem(
     return step
 
 
+def tokens(dtype: torch.dtype, states: int, hidden: int, cast: torch.dtype | None = None) -> Callable[[int], None]:
+    """Forward only, of a width whose tokens one kernel makes."""
+
+    def forward(batch: int) -> None:
+        module = AaPE(embed_dim=768, dtype=dtype, num_states=states, encoder_dim=hidden)
+        with torch.no_grad(), torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+            module(torch.randn(batch, 1, 128, 1024).to(dtype))
+
+    return forward
+
+
 def unit(dtype: torch.dtype, states: int, patch: tuple[int, int] = (16, 16)) -> Callable[[int], None]:
     def step(batch: int) -> None:
         x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 128 // patch[0], 64, states)
@@ -56,6 +67,11 @@ CALLS = {
     "stem, float32, S = 16, H = 32": (stem(torch.float32, 16, 32), 16, 512),
     "stem, float32, S = 32, H = 64": (stem(torch.float32, 32, 64), 32, 512),
     "stem, float32 to bfloat16, S = 16, H = 32": (stem(torch.float32, 16, 32, cast=torch.bfloat16), 16, 512),
+    "tokens, bfloat16, S = 16, H = 32": (tokens(torch.bfloat16, 16, 32), 16, 512),
+    "tokens, bfloat16, S = 32, H = 64": (tokens(torch.bfloat16, 32, 64), 32, 512),
+    "tokens, float32, S = 16, H = 32": (tokens(torch.float32, 16, 32), 16, 512),
+    "tokens, float32, S = 32, H = 64": (tokens(torch.float32, 32, 64), 32, 512),
+    "tokens, float32 to bfloat16, S = 16, H = 32": (tokens(torch.float32, 16, 32, torch.bfloat16), 16, 512),
     "`sblu`, bfloat16, S = 16": (unit(torch.bfloat16, 16), 16, 512),
     "`sblu`, float32, S = 16": (unit(torch.float32, 16), 16, 512),
     "`sblu`, float32, S = 32": (unit(torch.float32, 32), 32, 512),
@@ -76,7 +92,7 @@ class Row:
     scale: float
     tokens: int
     states: int
-    size: int
+    size: int | None
 
     @property
     def issued(self) -> float:
@@ -97,8 +113,11 @@ class Row:
         warps = [f"{self.issued / 1e6:.2f}", f"{self.each:.2f}", f"{self.divisions:.2f}"]
         memory = [f"{counts.conflicts:.2f}", f"{counts.loads_used:.0%}", f"{counts.stores_used:.0%}"]
         wavefronts = counts.wavefronts * self.scale
-        times = [H100.issue_time(self.issued), H100.shared_time(wavefronts), H100.memory_time(self.size)]
-        return [self.call, f"`{self.kernel.partition('<')[0]}`", *warps, *memory, *(f"{1e6 * t:.1f}" for t in times)]
+        products = counts.products * self.scale
+        seconds = H100.issue_time(self.issued), H100.product_time(products), H100.shared_time(wavefronts)
+        times = [f"{1e6 * one:.1f}" for one in seconds]
+        times.append("–" if self.size is None else f"{1e6 * H100.memory_time(self.size):.1f}")
+        return [self.call, f"`{self.kernel.partition('<')[0]}`", *warps, *memory, *times]
 
 
 def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row]:
@@ -131,7 +150,8 @@ def measure(interpreter: Interpreter, call: str, batch: int = BATCH) -> list[Row
 
 
 HEADS = ("call", "kernel", "10⁶ warp instructions", "a token and state", "divisions a token", "wavefronts / fewest",
-         "sectors used, loads", "stores", "issued in µs", "shared", "memory")  # fmt: skip
+         "sectors used, loads", "stores", "issued in µs", "products",
+         "shared", "memory")  # fmt: skip
 
 
 def table(rows: Sequence[Row]) -> str:

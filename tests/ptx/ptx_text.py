@@ -36,7 +36,7 @@ class Instruction:
     def writes(self) -> list[str]:
         """Its destinations: the first operand, of what has one."""
         name = self.opcode.partition(".")[0]
-        if name in ("st", "bra", "bar", "ret", "prefetch"):
+        if name in ("st", "cp", "bra", "bar", "ret", "prefetch"):
             return []
         return REGISTER.findall(self.operands[0])
 

@@ -15,6 +15,7 @@
 #include "../../csrc/cuda/warp_sblu_backward.cu"
 #include "../../csrc/cuda/warp_stem.cu"
 #include "../../csrc/cuda/warp_stem_backward.cu"
+#include "../../csrc/cuda/warp_tokens.cu"
 
 namespace aape {
 namespace cuda {

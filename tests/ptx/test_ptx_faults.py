@@ -26,13 +26,17 @@ BARRIERS = {  # and how many
     f"warp_stem_backward_kernel{SIZES}": 4,
     f"warp_stem_kernel{OF_FLOATS}": 3,
     f"warp_stem_backward_kernel{OF_FLOATS}": 4,
+    f"warp_tokens_kernel{SIZES}": 4,
+    f"warp_tokens_kernel{OF_FLOATS}": 4,
     f"warp_sblu_kernel{UNIT}": 3,
     f"warp_sblu_backward_kernel{UNIT}": 6,
     "gradients_kernel": 2,
 }
 # of the logits: the projection's own come before anyone reads them. Before the next pixels, where lanes have read the
-# places that they write to
-REDUNDANT = {(f"stem_kernel{ANY}", 6), (f"warp_sblu_backward_kernel{UNIT}", 4)}
+# places that they write to; or, if their operand is in registers, waited for the last chunk since
+REDUNDANT = {
+    (f"stem_kernel{ANY}", 6), (f"warp_sblu_backward_kernel{UNIT}", 4), (f"warp_tokens_kernel{SIZES}", 3),
+}  # fmt: skip
 BARRIER = re.compile(r"bar\.(?:warp\.)?sync\s+-?\d+;")
 
 
@@ -51,7 +55,8 @@ def step(kernel: str) -> None:
         x = torch.randn(1, 2, 20, 64)
     else:
         dtype = torch.float32 if OF_FLOATS in kernel else torch.bfloat16
-        stem, x = AaPE(embed_dim=8).to(dtype), torch.randn(1, 1, 32, 16 * 300).to(dtype)
+        width = 96 if kernel.startswith("warp_tokens") else 8
+        stem, x = AaPE(embed_dim=width).to(dtype), torch.randn(1, 1, 32, 16 * 300).to(dtype)
     if kernel == "gradients_kernel":  # a sum of many elements for one block
         for parameter in stem.parameters():
             parameter.requires_grad_(parameter is stem.sblu.weight)
@@ -82,6 +87,7 @@ def test_a_missing_barrier_is_caught(interpreter, kernel, number):
 
 
 FORWARD, ON_TENSOR_CORES = f"sblu_forward_kernel{ANY}", f"warp_stem_kernel{SIZES}"
+TOKENS = f"warp_tokens_kernel{SIZES}"
 BROKEN = {
     "an access of 16 bytes at 4": (FORWARD, r"(ld\.shared\.v4\.f32\s.*\[%r\d+)\]", r"\1+4]", "misaligned"),
     "a row behind the tile's": (FORWARD, r"(ld\.shared\.f32\s.*\[%r\d+)\]", r"\1+131072]", "outside of shared memory"),
@@ -96,6 +102,8 @@ BROKEN = {
     "a load behind a tensor": (FORWARD, r"(ld\.global\.v4\.f32\s.*\[%rd\d+)\]", r"\1+1073741824]", "every tensor"),
     "all in one place": (FORWARD, r"(mov\.u32\s+%r\d+, )%ctaid\.x", r"\g<1>0", "a race in global memory"),
     "a lane too few": (ON_TENSOR_CORES, r"(?=mma\.sync)", "@LANE bra END;\n", "lanes that do not take part"),
+    "a copy that is not waited for": (TOKENS, r"cp\.async\.wait_all;", "", "that nobody has written"),
+    "a copy at 4": (TOKENS, r"(cp\.async[^,]*\[%r\d+)\]", r"\1+4]", "misaligned"),
     "half a warp's shuffle": (ON_TENSOR_CORES, r"(shfl\.sync.*, )(%r\d+);", r"\g<1>65535;", "a part of a warp"),
 }
 

@@ -80,6 +80,24 @@ def test_stem_on_tensor_cores(interpreter, types, options, features):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("types", "options", "features"), on_tensor_cores.SOME_TOKENS.values(), ids=on_tensor_cores.SOME_TOKENS.keys()
+)
+def test_tokens_by_one_kernel(interpreter, types, options, features):
+    on_tensor_cores.check(types, (3, 32, 72), features=features, embed_dim=96, **options)
+    kernels = [launch.kernel.partition("<")[0] for launch in interpreter.launches[:3]]
+    assert kernels == ["token_weights_kernel", "warp_tokens_kernel", "warp_stem_backward_kernel"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("types", ["bfloat16", "float32"])
+def test_tokens_of_several_rounds(interpreter, types):
+    on_tensor_cores.check(on_tensor_cores.TYPES[types], (1, 32, 16 * 290), embed_dim=32)
+    (launch,) = [each for each in interpreter.launches if each.kernel.startswith("warp_tokens")]
+    assert launch.grid[0] * launch.block // 32 * 16 < 2 * 290
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", on_tensor_cores.UNITS.values(), ids=on_tensor_cores.UNITS.keys())
 def test_sblu_on_tensor_cores(interpreter, case, dtype):
@@ -94,7 +112,8 @@ def test_sblu_on_tensor_cores(interpreter, case, dtype):
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33])
 def test_tiles_of_tokens(tokens, dtype):
     """One lane's, a whole tile, one more: each at the end of the tensors that it is bounded by."""
-    on_tensor_cores.check((dtype, dtype), (1, 16, 16 * tokens), embed_dim=8)
+    for width in (8, 32):  # by a product, and by one kernel
+        on_tensor_cores.check((dtype, dtype), (1, 16, 16 * tokens), embed_dim=width)
 
 
 ODD = {
@@ -213,6 +232,6 @@ def test_every_source_is_run(interpreter):
     check_sblu(AWKWARD, torch.float32)
     for options in ({}, {"num_states": 70}):
         check_stem(small(torch.float32, **options), torch.randn(2, 2, 14, 19), torch.float32)
-    stem = AaPE(embed_dim=8).bfloat16()
-    check_stem(stem, torch.randn(1, 1, 32, 32).bfloat16(), torch.bfloat16)
+    for width in (8, 32):
+        check_stem(AaPE(embed_dim=width).bfloat16(), torch.randn(1, 1, 32, 32).bfloat16(), torch.bfloat16)
     assert {launch.kernel.partition("<")[0] for launch in interpreter.launches} == set(SOURCE)

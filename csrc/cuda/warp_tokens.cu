@@ -1,0 +1,333 @@
+// The stem in one kernel, for the usual geometry: what `warp_stem` computes, and with it the product that makes the tokens. Its
+// left factor, [patch | features], stays on the chip: in registers, and of float32 where its pixels are anyway, in the
+// warp's lines.
+//
+// The right factor is set out by a kernel of its own, in chunks: all that 64 bytes of a token are made of. Chunks pass through
+// shared memory, the next one on its way while a block's warps use one.
+
+#include "api.h"
+#include "warp_encoder.cuh"
+
+namespace aape {
+namespace cuda {
+
+using Word = Pack<uint32_t, 4>;  // what a lane loads of a step at once
+
+// A chunk of tokens of type O: float biases of its channels, then for every sixteen numbers of the operand, a step, two words a
+// lane. Of its tiles of eight channels a lane has two each, and together 16 bytes of a token that are next to each other.
+template <class O>
+struct Chunk {
+  static constexpr int kTiles = 8 / int(sizeof(O)), kChannels = 8 * kTiles, kOfLane = 2 * kTiles;
+  static constexpr int kWords = 2 * kLanes;  // of a step
+  static AAPE_FN int bytes(int steps) { return kChannels * int(sizeof(float)) + steps * kWords * int(sizeof(Word)); }
+  // of column `column` of a tile, from a chunk's first on
+  static AAPE_DEVICE int channel(int tile, int column) { return column / 2 * kOfLane + 2 * tile + column % 2; }
+};
+
+struct TokenWeightsParams {
+  Values projection, bias, fusion;  // (D, 256), (D) or null, (D, planes · S)
+  unsigned char* packed;
+  int chunks, chunk_bytes, states, features;
+  Divisor<int32_t> by_steps;  // of a chunk
+};
+
+// Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros.
+template <class O, int kPlaneSteps>
+__global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeightsParams p) {
+  using C = Chunk<O>;
+  const int first = int(blockIdx.x * blockDim.x + threadIdx.x), stride = int(gridDim.x * blockDim.x);
+  const int words = p.chunks * p.by_steps.divisor * C::kWords;
+  for (int n = first; n < words; n += stride) {
+    const int lane = n % kLanes, word = n / kLanes % 2;
+    const Quotient<int32_t> of = p.by_steps(n / C::kWords);
+    const int chunk = of.quotient, step = of.remainder;
+    const auto value = [&](int tile, int of_step) {
+      const int channel = chunk * C::kChannels + C::channel(tile, lane / 4);
+      const int row = lane % 4 * 2 + of_step % 2 + of_step / 2 * 8;
+      if (step < kRows) return load<float>(p.projection, (channel * kRows + row) * kRows + step);
+      const int plane = (step - kRows) / kPlaneSteps, s = (step - kRows) % kPlaneSteps * kRows + row;
+      return s < p.states ? load<float>(p.fusion, channel * p.features + plane * p.states + s) : 0.0f;
+    };
+    Word out;
+    if constexpr (std::is_same_v<O, BFloat16>) {
+      for (int k = 0; k < 4; ++k) {
+        out.at[k] = pack(value(2 * word + k / 2, k % 2 * 2), value(2 * word + k / 2, k % 2 * 2 + 1));
+      }
+    } else {
+      for (int k = 0; k < 4; ++k) out.at[k] = bits_of(value(word, k));
+    }
+    store_pack(p.packed + chunk * p.chunk_bytes + C::kChannels * int(sizeof(float)) +
+                   (step * C::kWords + word * kLanes + lane) * int(sizeof(Word)), out);
+  }
+  for (int channel = first; channel < p.chunks * C::kChannels; channel += stride) {
+    const float bias = p.bias.data ? load<float>(p.bias, channel) : 0.0f;
+    reinterpret_cast<float*>(p.packed + channel / C::kChannels * p.chunk_bytes)[channel % C::kChannels] = bias;
+  }
+}
+
+template <class S>
+struct WarpTokensParams : WarpStemParams<S> {
+  typename S::O* to;  // (tokens, D)
+  const unsigned char* packed;
+  int dim, chunks, chunk_bytes, rounds;
+  // Re y, Im y and n: whether they are features
+  AAPE_DEVICE bool has(int plane) const { return plane == 2 ? this->planes != 2 : this->planes != 1; }
+};
+
+// Chunks on their way through a block's shared memory, which has room for two: all of them for every round of tiles.
+template <class S>
+struct Passage {
+  const WarpTokensParams<S>& p;
+  unsigned char* memory;
+  int left;  // how many are still to be copied
+
+  AAPE_DEVICE Passage(const WarpTokensParams<S>& p_, unsigned char* memory_)
+      : p(p_), memory(memory_), left(p_.chunks * p_.rounds) {
+    copy(0);
+  }
+  // The next chunk, number `chunk` of its round, for a block that comes here together.
+  AAPE_DEVICE const unsigned char* operator()(int chunk) {
+    const unsigned char* now = place();
+    wait_for_copies();
+    __syncthreads();  // for everyone's part; and nobody reads the chunk before any more
+    if (left) copy(chunk + 1 == p.chunks ? 0 : chunk + 1);
+    return now;
+  }
+
+ private:
+  // of the one that was copied last
+  AAPE_DEVICE unsigned char* place() const { return memory + left % 2 * p.chunk_bytes; }
+  AAPE_DEVICE void copy(int chunk) {
+    --left;
+    unsigned char* const to = place();
+    const unsigned char* const from = p.packed + chunk * p.chunk_bytes;
+    for (int at = int(threadIdx.x) * 16; at < p.chunk_bytes; at += int(blockDim.x) * 16) copy_16_bytes(to + at, from + at);
+  }
+};
+
+// Numbers as factors of O have them.
+template <class O>
+AAPE_DEVICE Two<O> two_of(float first, float second) {
+  if constexpr (std::is_same_v<O, BFloat16>) return pack(first, second);
+  else return {{first, second}};
+}
+
+// A frame of the operand's patches, from pixels of X.
+template <class S>
+AAPE_DEVICE Left<typename S::O> frame_left(const LineParams<S>& p, const typename S::X* lines, int frame) {
+  if constexpr (std::is_same_v<typename S::X, typename S::O>) {
+    return whole_left(p, lines, frame);
+  } else {
+    const Left<float> wide = whole_left(p, lines, frame);
+    Left<BFloat16> out;
+    for (int k = 0; k < 4; ++k) out.at[k] = pack(wide.at[k].at[0], wide.at[k].at[1]);
+    return out;
+  }
+}
+
+// The operand of 16 tokens, step by step.
+template <class S>
+struct Operand {
+  using O = typename S::O;
+  static constexpr bool kKept = std::is_same_v<O, BFloat16>;
+  static constexpr int kPlaneSteps = S::kStates / kRows;
+  Left<O> patch[kKept ? kRows : 1];
+  Left<O> features[3][kPlaneSteps];
+
+  AAPE_DEVICE void keep(const LineParams<S>& p, const typename S::X* lines) {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int f = 0; f < kRows; ++f) patch[f] = frame_left(p, lines, f);
+    }
+  }
+  AAPE_DEVICE Left<O> frame(const LineParams<S>& p, const typename S::X* lines, int f) const {
+    if constexpr (kKept) return patch[f];
+    else return frame_left(p, lines, f);
+  }
+  // two tiles of sums side by side are a left factor
+  AAPE_DEVICE void set(int plane, const float (&sums)[S::kStateTiles][4]) {
+#pragma unroll
+    for (int n = 0; n < S::kStateTiles; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) features[plane][n / 2].at[n % 2 * 2 + h] = two_of<O>(sums[n][2 * h], sums[n][2 * h + 1]);
+    }
+  }
+};
+
+template <class S>
+AAPE_DEVICE void listen(const WarpTokensParams<S>& p, const TwoTokens& at, const ForwardShared<S>& m, Operand<S>& out) {
+  float re[S::kStateTiles][4], im[S::kStateTiles][4];
+  Levels<S> levels;
+  each_response(p, at, m, [&](int, const Complex<float> (&y)[4]) {
+    const float own_re[4] = {y[0].re, y[1].re, y[2].re, y[3].re}, own_im[4] = {y[0].im, y[1].im, y[2].im, y[3].im};
+    push(re, own_re);
+    push(im, own_im);
+    levels.push_magnitudes(y);
+  });
+  levels.standardise(p.grid.states);
+  out.set(0, re);
+  out.set(1, im);
+  out.set(2, levels.level);
+}
+
+// sums += a step of the operand · its weights
+template <class O>
+AAPE_DEVICE void add_step(Sums (&sums)[Chunk<O>::kTiles], const Left<O>& left, const Word* weights) {
+  const auto factor = split(left);
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int word = 0; word < 2; ++word) {
+    const Word own = load_pack<Word>(weights + word * kLanes + lane);
+    if constexpr (std::is_same_v<O, BFloat16>) {
+      add_product(sums[2 * word], factor, Right<BFloat16>{{own.at[0], own.at[1]}});
+      add_product(sums[2 * word + 1], factor, Right<BFloat16>{{own.at[2], own.at[3]}});
+    } else {
+      Split<Right<float>> right;
+      right.set(0, float_of(own.at[0]), float_of(own.at[1]));
+      right.set(1, float_of(own.at[2]), float_of(own.at[3]));
+      add_product(sums[word], factor, right);
+    }
+  }
+}
+
+// One chunk's channels of a warp's tokens.
+template <class S>
+AAPE_DEVICE void make_tokens(const WarpTokensParams<S>& p, const TwoTokens& at, const typename S::X* lines,
+                             const Operand<S>& operand, const unsigned char* chunk, int channel) {
+  using O = typename S::O;
+  using C = Chunk<O>;
+  const int own = int(threadIdx.x % 4) * C::kOfLane;
+  const float* bias = reinterpret_cast<const float*>(chunk) + own;
+  const Word* weights = reinterpret_cast<const Word*>(chunk + C::kChannels * int(sizeof(float)));
+  Sums sums[C::kTiles];
+#pragma unroll
+  for (int n = 0; n < C::kTiles; n += 2) {
+    const auto four = load_pack<Pack<float, 4>>(bias + 2 * n);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[n + k / 2].at[k % 2] = sums[n + k / 2].at[2 + k % 2] = four.at[k];
+  }
+#pragma unroll Operand<S>::kKept ? kRows : 2
+  for (int f = 0; f < kRows; ++f) add_step<O>(sums, operand.frame(p, lines, f), weights + f * C::kWords);
+  weights += kRows * C::kWords;
+#pragma unroll
+  for (int plane = 0; plane < 3; ++plane) {
+    if (!p.has(plane)) continue;
+#pragma unroll
+    for (int k = 0; k < Operand<S>::kPlaneSteps; ++k, weights += C::kWords) {
+      add_step<O>(sums, operand.features[plane][k], weights);
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (!at.there(h)) continue;
+    Pack<O, C::kOfLane> out;
+#pragma unroll
+    for (int k = 0; k < C::kOfLane; ++k) out.at[k] = narrow<O>(sums[k / 2].at[2 * h + k % 2]);
+    store_global(p.to + int64_t(at.row(h)) * p.dim + channel + own, out);
+  }
+}
+
+// Beside the chunks, lines of float32 find room for no more.
+template <class S>
+constexpr int kTokensWarps = std::is_same_v<typename S::X, BFloat16> ? S::kMostWarps : 8;
+
+template <class S>
+__global__ void __launch_bounds__(kTokensWarps<S>* kLanes, 1) warp_tokens_kernel(const WarpTokensParams<S> p) {
+  AAPE_DYN_SHARED(memory);
+  const ForwardShared<S> m(p, memory, 2 * p.chunk_bytes);
+  Passage<S> passage(p, m.more);
+  fill(p, m);
+  __syncthreads();
+  // A warp that has no tile left goes on with the last token, which it does not store: a block's warps stay together.
+  for (int round = 0; round < p.rounds; ++round) {
+    const int tile = first_tile() + round * int(blockDim.x / kLanes * gridDim.x);
+    const TwoTokens at = tokens_at(p, tile);
+    Operand<S> operand;
+    load_packs(p, tile, m.lines, KeepNothing());
+    __syncwarp();
+    listen(p, at, m, operand);
+    operand.keep(p, m.lines);
+#pragma unroll 1
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      make_tokens(p, at, m.lines, operand, passage(chunk), chunk * Chunk<typename S::O>::kChannels);
+    }
+    __syncwarp();  // before the lines are written again
+  }
+}
+
+// run(Sizes()) with those of the kernel that makes a call's tokens; false if there is none, or run says so.
+template <class Run>
+bool with_token_sizes(const TokensCall& call, Run run) {
+  return call.planes && with_sizes(call, [&](auto sizes) {
+    using S = decltype(sizes);
+    if constexpr (S::kUsual && !std::is_same_v<typename S::O, Float16>) {
+      return call.dim % Chunk<typename S::O>::kChannels == 0 && run(sizes);
+    }
+    return false;
+  });
+}
+
+template <class S>
+WarpTokensParams<S> warp_tokens_params(const TokensCall& call) {
+  WarpTokensParams<S> p = {};
+  static_cast<WarpStemParams<S>&>(p) = warp_stem_params<S>(call);
+  p.to = reinterpret_cast<typename S::O*>(call.tokens.data);
+  p.packed = reinterpret_cast<const unsigned char*>(call.packed);
+  p.dim = int(call.dim);
+  p.chunks = p.dim / Chunk<typename S::O>::kChannels;
+  p.chunk_bytes = Chunk<typename S::O>::bytes(kRows + int(call.planes) * Operand<S>::kPlaneSteps);
+  return p;
+}
+
+// No more warps than its rounds need, as all of a block wait for each other.
+template <class S>
+Launch tokens_launch(WarpTokensParams<S>& p) {
+  const size_t common = ForwardShared<S>::common_bytes(1, kRows) + 2 * size_t(p.chunk_bytes), own = lines_bytes(p);
+  Launch launch = launch_of(p.tokens, kTokensWarps<S>, common, own);
+  if (launch.warps < kLeastWarps) return {0, 0, 0};
+  const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp, of_block = (tiles + launch.blocks - 1) / launch.blocks;
+  p.rounds = (of_block + launch.warps - 1) / launch.warps;
+  launch.warps = (of_block + p.rounds - 1) / p.rounds;
+  launch.shared = common + size_t(launch.warps) * own;
+  return launch;
+}
+
+int64_t warp_tokens_bytes(const TokensCall& call) {
+  int64_t bytes = 0;
+  with_token_sizes(call, [&](auto sizes) {
+    auto p = warp_tokens_params<decltype(sizes)>(call);
+    if (tokens_launch(p).warps) bytes = int64_t(p.chunks) * p.chunk_bytes;
+    return true;
+  });
+  return bytes;
+}
+
+template <class O, int kPlaneSteps>
+void launch_token_weights(const TokensCall& call, int chunks, int chunk_bytes, void* stream) {
+  const auto values = [](const View& view) { return Values{view.data, view.type}; };
+  const int states = int(call.grid.states), planes = int(call.planes), steps = kRows + planes * kPlaneSteps;
+  const TokenWeightsParams p = {values(call.projection), values(call.bias), values(call.fusion),
+                                reinterpret_cast<unsigned char*>(call.packed), chunks, chunk_bytes, states,
+                                planes * states, Divisor<int32_t>(steps)};
+  const int words = chunks * steps * Chunk<O>::kWords, blocks = (words + kThreads - 1) / kThreads;
+  AAPE_LAUNCH("embed", (token_weights_kernel<O, kPlaneSteps>), dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
+}
+
+template <class S>
+void launch_warp_tokens(const TokensCall& call, void* stream) {
+  WarpTokensParams<S> p = warp_tokens_params<S>(call);
+  const Launch launch = tokens_launch(p);
+  launch_token_weights<typename S::O, Operand<S>::kPlaneSteps>(call, p.chunks, p.chunk_bytes, stream);
+  AAPE_LAUNCH("embed", (warp_tokens_kernel<S>), dim3(unsigned(launch.blocks)), dim3(unsigned(launch.warps * kLanes)),
+              launch.shared, stream, p);
+}
+
+void warp_tokens(const TokensCall& call, void* stream) {
+  with_token_sizes(call, [&](auto sizes) {
+    launch_warp_tokens<decltype(sizes)>(call, stream);
+    return true;
+  });
+}
+
+}  // namespace cuda
+}  // namespace aape
