@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,12 +77,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers a thread, and bytes of shared memory, of stack, and of registers spilled to memory."""
+    """Registers a thread, and bytes of shared memory, of stack, and of registers spilled to memory; and for NVIDIA how
+    many loads from global memory there are of so many bytes a thread."""
 
     registers: int
     shared: int
     stack: int
     spills: int
+    loads: dict[int, int]
 
 
 def record(call: Callable[[], object], target: str) -> list[Launch]:
@@ -118,12 +121,14 @@ def compile_for(one: Launch, target: str) -> Resources:
             return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-        return Resources(number("vgpr_count"), shared, number("private_segment_fixed_size"), spills)
+        return Resources(number("vgpr_count"), shared, number("private_segment_fixed_size"), spills, {})
     said = _assemble(compiled.asm["ptx"], target)
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
     )
-    return Resources(int(re.search(r"Used (\d+) registers", said)[1]), shared, stack, stores + loads)
+    found = re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", compiled.asm["ptx"])
+    widths = Counter(int(count or 1) * int(bits) // 8 for count, bits in found)
+    return Resources(int(re.search(r"Used (\d+) registers", said)[1]), shared, stack, stores + loads, dict(widths))
 
 
 def _assemble(ptx: str, target: str) -> str:

@@ -24,8 +24,9 @@ __all__ = ["embed", "embed_backward", "sblu", "sblu_backward"]
 
 # Lines and frames per program of the overlap-add.
 OVERLAP_BLOCK = (8, 128)
-# Elements of a patch, and hidden units, that the encoder's products take at once.
-PATCH_BLOCK = 32
+# Elements of a patch that the encoder's products take at once, of 16 bits and loaded by 16 bytes half as many, as more
+# would spill registers; and hidden units.
+PATCH_BLOCK, PACKED_BLOCK = 32, 16
 HIDDEN_BLOCK = 16
 # Most states that a program holds at once, and elements per program of the separate pass that standardises more.
 STATE_BLOCK = 64
@@ -40,6 +41,13 @@ def _precision(device: torch.device) -> str:
 def _narrow(a: Tensor, b: Tensor) -> bool:
     """Whether a product of the two can take its 16-bit operands as they are; the interpreter's goes wrong with them."""
     return a.dtype == b.dtype and a.dtype != torch.float32 and not interpreted()
+
+
+def _alignment(x: Tensor, grid: PatchGrid) -> int:
+    """How many frames of every patch can be loaded in one access: those of 16 bytes, or one."""
+    frames = 16 // x.element_size()
+    steps = (*x.stride()[:3], grid.patch[1], grid.stride[1])
+    return frames if x.stride(3) == 1 and all(step % frames == 0 for step in steps) else 1
 
 
 def _given(instead: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -204,7 +212,7 @@ class TritonKernels(Kernels):
             lambda tokens: (triton.cdiv(self.rows, tokens), triton.cdiv(self.patch, block)),
             self.x, out, *self.counts, *self.x.stride(), out.stride(0),
             P_F=self.grid.patch[0], P_T=self.grid.patch[1], E=self.patch, S_F=self.grid.stride[0],
-            S_T=self.grid.stride[1], TIME_MAJOR=self.time_major, BE=block,
+            S_T=self.grid.stride[1], TIME_MAJOR=self.time_major, BE=block, ALIGN=_alignment(self.x, self.grid),
         )  # fmt: skip
 
     def overlap_add(self, windows: Tensor, grad_x: Tensor) -> None:
@@ -214,16 +222,17 @@ class TritonKernels(Kernels):
     def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
         """Write the operand [patch | features], hidden and r."""
         _, _, w1, b1, w2, b2, weight, _ = weights
-        width = weights.hidden
+        width, align = weights.hidden, _alignment(self.x, self.grid)
+        block = PACKED_BLOCK if align == 8 else PATCH_BLOCK
         self.launch(
             "stem_fwd",
             stem_fwd_kernel,
             lambda tokens: (triton.cdiv(self.rows, tokens), self.state_blocks),
             self.x, w1, b1, w2, b2, weight, operand, hidden, r, *self.counts, self.x.shape[3], *self.x.stride(),
             *ranges, **self.sizes, **self.window,
-            H=width, P_T=self.grid.patch[1], BR=self.block_rows, BH=_power_of_2(width, 16, 2**20), BE=PATCH_BLOCK,
+            H=width, P_T=self.grid.patch[1], BR=self.block_rows, BH=_power_of_2(width, 16, 2**20), BE=block,
             BK=HIDDEN_BLOCK, WIDTH=operand.stride(0), PLANES=(operand.shape[1] - self.patch) // self.states,
-            NARROW_W1=_narrow(self.x, w1), NARROW=_narrow(self.x, weight),
+            NARROW_W1=_narrow(self.x, w1), NARROW=_narrow(self.x, weight), ALIGN=align,
         )  # fmt: skip
 
 

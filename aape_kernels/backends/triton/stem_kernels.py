@@ -14,10 +14,16 @@ from .window import from_logits, polynomials, product, responses, sigmoid, token
 
 
 @triton.jit
-def patch_offsets(e, x_sc, x_sf, x_st, P_F: tl.constexpr, P_T: tl.constexpr):
-    """Offset of element e = (c · P_F + p) · P_T + q of a patch from its first pixel."""
+def load_patches(p_x, o_patch, e, mask, x_sc, x_sf, x_st, P_F: tl.constexpr, P_T: tl.constexpr, ALIGN: tl.constexpr):
+    """Elements e = (c · P_F + p) · P_T + q [BE] of the patches that begin at o_patch [BN]; 0 outside the mask [BN, BE].
+
+    Every ALIGN of them, from the first on, are next to each other, at an offset that ALIGN divides: one access.
+    """
     c, p, q = e // (P_F * P_T), e // P_T % P_F, e % P_T
-    return c.to(tl.int64) * x_sc + p.to(tl.int64) * x_sf + q.to(tl.int64) * x_st
+    o_pixel = c.to(tl.int64) * x_sc + p.to(tl.int64) * x_sf + q.to(tl.int64) * x_st
+    if ALIGN > 1:
+        o_pixel = tl.max_contiguous(tl.multiple_of(o_pixel, ALIGN), ALIGN)
+    return tl.load(p_x + o_patch[:, None] + o_pixel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=STRIDES_OF_X)
@@ -29,7 +35,7 @@ def stem_fwd_kernel(
     S_F: tl.constexpr, S_T: tl.constexpr, OFFSET: tl.constexpr, WITHIN: tl.constexpr, QUADRATURE: tl.constexpr,
     TIME_MAJOR: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
     BE: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, DOT: tl.constexpr,
-    NARROW_W1: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW_W1: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """operand = [patch | features], R · P_T and PLANES · S, in rows WIDTH apart; hidden (tokens, H) and r (tokens, 2S)
     in float32.
@@ -45,7 +51,7 @@ def stem_fwd_kernel(
     long_row = row.to(tl.int64)
     b, i, j = token_at(row, n_f, n_t, TIME_MAJOR)
     o_corner = b * x_sb + i * S_F * x_sf
-    o_patch = o_corner + j * S_T * x_st
+    o_patch = tl.multiple_of(o_corner + j * S_T * x_st, ALIGN)
     first_states = tl.program_id(1) == 0
 
     o_h = tl.arange(0, BH)
@@ -55,8 +61,7 @@ def stem_fwd_kernel(
         o_e = e + tl.arange(0, BE)
         m_e = o_e < E
         m_patch = m_token[:, None] & m_e[None, :]
-        o_pixel = patch_offsets(o_e, x_sc, x_sf, x_st, P_F, P_T)
-        patch = tl.load(p_x + o_patch[:, None] + o_pixel[None, :], mask=m_patch, other=0.0)  # [BN, BE]
+        patch = load_patches(p_x, o_patch, o_e, m_patch, x_sc, x_sf, x_st, P_F, P_T, ALIGN)  # [BN, BE]
         tl.store(p_operand + long_row[:, None] * WIDTH + o_e[None, :], patch, mask=m_patch & first_states)
         w1 = tl.load(p_w1 + o_h[None, :] * E + o_e[:, None], mask=m_h[None, :] & m_e[:, None], other=0.0)  # [BE, BH]
         hidden += product(patch, w1, NARROW_W1, PRECISION)
@@ -100,14 +105,13 @@ def stem_fwd_kernel(
 def gather_kernel(
     p_x, p_out, rows, n_f, n_t, x_sb: tl.int64, x_sc: tl.int64, x_sf, x_st, out_row: tl.int64,
     P_F: tl.constexpr, P_T: tl.constexpr, E: tl.constexpr, S_F: tl.constexpr, S_T: tl.constexpr,
-    TIME_MAJOR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    TIME_MAJOR: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Patches as rows: out (tokens, C · P_F · P_T), its rows out_row apart."""
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     o_e = tl.program_id(1) * BE + tl.arange(0, BE)
     mask = (row < rows)[:, None] & (o_e < E)[None, :]
     b, i, j = token_at(row, n_f, n_t, TIME_MAJOR)
-    o_patch = b * x_sb + i * S_F * x_sf + j * S_T * x_st
-    o_pixel = patch_offsets(o_e, x_sc, x_sf, x_st, P_F, P_T)
-    patch = tl.load(p_x + o_patch[:, None] + o_pixel[None, :], mask=mask, other=0.0)
+    o_patch = tl.multiple_of(b * x_sb + i * S_F * x_sf + j * S_T * x_st, ALIGN)
+    patch = load_patches(p_x, o_patch, o_e, mask, x_sc, x_sf, x_st, P_F, P_T, ALIGN)
     tl.store(p_out + row.to(tl.int64)[:, None] * out_row + o_e[None, :], patch, mask=mask)
