@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +39,11 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+# What a program may have, in bytes of shared memory (LDS on gfx942).
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 
 
 # The kernels that may standardise log-magnitudes.
@@ -69,6 +74,7 @@ class Launch:
         flags = [
             k.lower() for k in ("QUADRATURE", "RANGES", "TIME_MAJOR", "ADD", "OUT", "GRAD", "NARROW") if given.get(k)
         ]
+        flags += [given["PRECISION"]] if given.get("PRECISION", "ieee") != "ieee" else []
         return " ".join(
             [self.kernel.__name__, *sizes, *flags, f"warps{self.options['num_warps']}",
              f"stages{self.options['num_stages']}", types]
@@ -77,14 +83,25 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers a thread, and bytes of shared memory, of stack, and of registers spilled to memory; and for NVIDIA how
-    many loads from global memory there are of so many bytes a thread."""
+    """What one launch takes, and what it wastes.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of shared memory.
+        stack: bytes of a thread's stack.
+        spills: bytes that registers are spilled to.
+        warps: that a multiprocessor can hold at once; None but for NVIDIA, as the rest.
+        loads: how many loads from global memory there are of so many bytes a thread.
+        replication: how many warps compute each part of a product, where most do.
+    """
 
     registers: int
     shared: int
     stack: int
     spills: int
-    loads: dict[int, int]
+    warps: int | None = None
+    loads: dict[int, int] | None = None
+    replication: int | None = None
 
 
 def record(call: Callable[[], object], target: str) -> list[Launch]:
@@ -121,14 +138,33 @@ def compile_for(one: Launch, target: str) -> Resources:
             return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
         spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-        return Resources(number("vgpr_count"), shared, number("private_segment_fixed_size"), spills, {})
+        return Resources(number("vgpr_count"), shared, number("private_segment_fixed_size"), spills)
     said = _assemble(compiled.asm["ptx"], target)
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said).groups()
     )
     found = re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", compiled.asm["ptx"])
     widths = Counter(int(count or 1) * int(bits) // 8 for count, bits in found)
-    return Resources(int(re.search(r"Used (\d+) registers", said)[1]), shared, stack, stores + loads, dict(widths))
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    warps = resident(registers, shared, one.options["num_warps"], SHARED_LIMIT[target])
+    return Resources(registers, shared, stack, stores + loads, warps, dict(widths), replication(compiled.asm["ttgir"]))
+
+
+def resident(registers: int, shared: int, warps: int, limit: int) -> int:
+    """The warps of a multiprocessor that registers, shared memory and its 32 programs and 64 warps have room for."""
+    of_registers = 65536 // (32 * -(-registers // 8) * 8 * warps)
+    return warps * min(of_registers, limit // max(1, shared), 32, 64 // warps)
+
+
+def replication(text: str) -> int:
+    """Of Triton's own representation: warps beyond what a product has rows and columns for compute all of it again."""
+    layout = r"#(\w+) = #ttg\.nvidia_mma<\{[^}]*warpsPerCTA = \[(\d+), (\d+)\], instrShape = \[(\d+), (\d+)"
+    tiles = {name: (int(w_m) * int(i_m), int(w_n) * int(i_n)) for name, w_m, w_n, i_m, i_n in re.findall(layout, text)}
+    products = re.findall(r"tt\.dot\b.*-> tensor<(\d+)x(\d+)xf32, #(\w+)>", text)
+    return max(
+        (max(1, tiles[of][0] // int(m)) * max(1, tiles[of][1] // int(n)) for m, n, of in products if of in tiles),
+        default=1,
+    )
 
 
 def _assemble(ptx: str, target: str) -> str:
@@ -233,15 +269,37 @@ def every_launch(target: str, all_sizes: bool) -> Iterator[Launch]:
                         yield one
 
 
+def every_candidate(target: str) -> Iterator[Launch]:
+    """The default sizes with all that `AAPE_AUTOTUNE=1` tries, float32's products exact and as three of TF32."""
+    seen = set()
+    for precision, dtype in (("ieee", torch.float32), ("tf32x3", torch.float32), ("ieee", torch.bfloat16)):
+        for chosen in configurations.candidates(configurations.PIPELINED[0]):
+
+            def choose(kernel: str, *given: object, chosen: configurations.Configuration = chosen, **named: object):
+                return chosen if chosen in configurations.candidates(kernel) else replace(chosen, num_stages=1)
+
+            with (
+                mock.patch.object(launch, "configuration", choose),
+                mock.patch.object(launch, "_precision", return_value=precision),
+            ):
+                for one in record(calls(dtype, states=16), target):
+                    if one.key not in seen:
+                        seen.add(one.key)
+                        yield one
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--all-sizes", action="store_true", help="other dtypes, kernels, layouts and geometries, too")
+    parser.add_argument("--candidates", action="store_true", help="all that a search tries, instead of the usual")
     given = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
-    for one in every_launch(given.target, given.all_sizes):
-        print(json.dumps({"launch": str(one), **asdict(compile_for(one, given.target))}), flush=True)
+    chosen = every_candidate(given.target) if given.candidates else every_launch(given.target, given.all_sizes)
+    for one in chosen:
+        figures = asdict(compile_for(one, given.target))
+        print(json.dumps({"launch": str(one), "shared_limit": SHARED_LIMIT[given.target], **figures}), flush=True)
     return 0
 
 

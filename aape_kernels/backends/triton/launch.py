@@ -98,14 +98,15 @@ class TritonKernels(Kernels):
         self, name: str, kernel: Any, programs: Callable[[int], tuple[int, ...]], *arguments: Any, **sizes: Any
     ) -> None:
         """Run a kernel on the grid that `programs` gives for a block of tokens."""
-        # with 16 states, two warps would compute each tile of the tensor cores, both the same one
-        half = sizes.get("DOT", False) and sizes["BS"] <= 16
+        # of 16 states, what 16 tokens give is one warp's on tensor cores: others would compute the same once more, and
+        # with more tokens it would spill registers
+        few = sizes.get("DOT", False) and sizes["BS"] <= 16
+        share = 1 if not few else 4 if sizes.get("NARROW") else 2
 
         def run(chosen: Configuration) -> None:
-            warps = max(1, chosen.num_warps // 2) if half else chosen.num_warps
-            kernel[programs(chosen.tokens)](
-                *arguments, **sizes, BN=chosen.tokens, num_warps=warps, num_stages=chosen.num_stages
-            )
+            warps = max(1, chosen.num_warps // share)
+            tokens = min(chosen.tokens, 16 * warps) if few else chosen.tokens
+            kernel[programs(tokens)](*arguments, **sizes, BN=tokens, num_warps=warps, num_stages=chosen.num_stages)
 
         dtypes = "-".join(str(value.dtype).removeprefix("torch.") for value in arguments if isinstance(value, Tensor))
         key = " ".join([*(f"{k}={v}" for k, v in sizes.items()), dtypes])
