@@ -193,7 +193,7 @@ struct Worker {
     using M = Math<Vec<T>>;
     constexpr int lanes = Simd<T>::kLanes;
     const Grid& g = call.grid;
-    const Unit unit = unit_at(g, t, k);
+    const Unit unit = unit_at(g, t, k), next = unit_at(g, t, smaller(k + 1, t.units - 1));
     const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
     Rows<T> pixels = rows_of<T>(x.data, g, t);
     const bool reads = passes & (kParameters | kWeight);
@@ -212,6 +212,7 @@ struct Worker {
     filter = filters.data;
     for (int64_t n = 0; n < unit.count; ++n) {
       int64_t j = unit.first + n, at = n * g.stride_t * t.states;
+      if (reads) fetch_pixels(call.x, g, t, next, n, unit.count);
       const T *re = real.load(unit, j, T(0)), *im = imaginary.load(unit, j, T(0));
       T *grad_decay = grad_decays.place(unit, j), *grad_frequency = grad_frequencies.place(unit, j);
       for (int64_t s = 0; s < t.states; s += lanes, ++filter) {

@@ -114,12 +114,13 @@ inline void forward(const SbluCall& call) {
     const States<T> imaginary(call.y, 4, g.states, rows.data + 3 * t.states, call.y.stride[3]);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
-      const Unit unit = unit_at(g, t, k);
+      const Unit unit = unit_at(g, t, k), next = unit_at(g, t, smaller(k + 1, t.units - 1));
       Rows<T> pixels = rows_of(x.data, g, t);
       if (!rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
       project(u.data, pixels, weight.data, g, t, unit.frames);
       for (int64_t n = 0; n < unit.count; ++n) {
         int64_t j = unit.first + n;
+        fetch_pixels(call.x, g, t, next, n, unit.count);
         const T *decay = decays.load(unit, j, T(1)), *frequency = frequencies.load(unit, j, T(1));
         T *re = real.place(unit, j), *im = imaginary.place(unit, j);
         const T* window = u.data + n * g.stride_t * t.states;

@@ -108,6 +108,18 @@ inline void load_tile(T* to, const View& x, const Grid& g, const Tiling& t, cons
   }
 }
 
+// Share n of `shares` of the pixels under a tile's windows, into the first cache for who comes to them next: rows are pages
+// apart, and no processor looks ahead from one page to the next.
+AAPE_FN void fetch_pixels(const View& x, const Grid& g, const Tiling& t, const Unit& unit, int64_t n, int64_t shares) {
+  constexpr int64_t line = 64;
+  if (x.stride[3] != 1) return;
+  const int64_t begin = larger(0, unit.frame), end = smaller(g.frames, unit.frame + unit.frames), size = size_of(x.type);
+  for (int64_t r = n * t.rows / shares; r < (n + 1) * t.rows / shares; ++r) {
+    const int64_t row = unit.b * x.stride[0] + r / g.patch_f * x.stride[1] + (unit.i * g.stride_f + r % g.patch_f) * x.stride[2];
+    for (int64_t at = (row + begin) * size; at < (row + end) * size; at += line) __builtin_prefetch(x.data + at);
+  }
+}
+
 // Rows of pixels under a tile's windows: frame f of row r = (c, p) at data[c · channel + p · mel + f].
 template <class T>
 struct Rows {
