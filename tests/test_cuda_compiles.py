@@ -86,19 +86,16 @@ def threads(name: str) -> int:
 EXPECTED = {
     "devices": 0, "gather": 4, "gradients": 1, "overlap_add": 12, "sblu_backward": 12, "sblu_forward": 4,
     "standardise": 2, "stem": 4, "warp_sblu": 8, "warp_sblu_backward": 8, "warp_stem": 16, "warp_stem_backward": 16,
-    "warp_tokens": 10,
+    "warp_tokens": 12,
 }  # fmt: skip
 
 
 # What a lane of the stem's backward on tensor cores may keep in memory while a loop runs, in bytes for a tile of 16
 # tokens, which moves 20 kB: 16 warps of it fit on a multiprocessor with 128 registers a lane. On an H100 they do.
 USUAL_SIZES = "SizesI13__nv_bfloat16S3_Li16ELi32ELi16ELb1E"
-# Of the kernel that makes tokens, what finds no room in the 99 kB of shared memory that there are with sm_120.
 SPILLS = {
     ("warp_stem_backward", 80, USUAL_SIZES): 16,
     ("warp_stem_backward", 120, USUAL_SIZES): 8,
-    ("warp_tokens", 120, "SizesIffLi32ELi64ELi8ELb1E"): 24,
-    ("warp_tokens", 120, "SizesIf13__nv_bfloat16Li32ELi64ELi8ELb1E"): 16,
 }
 
 

@@ -189,10 +189,17 @@ AAPE_DEVICE Split<Right<float>> load_right(const Weights<float>* tile) {
   return out;
 }
 
-// Fill `tiles` of them, the block's threads together: value(tile, row, column).
+// A thread's parts of what many do together: the first one, and how far they are apart.
+struct Share {
+  int first, apart;
+};
+AAPE_DEVICE Share of_block() { return {int(threadIdx.x), int(blockDim.x)}; }
+AAPE_DEVICE Share of_launch() { return {int(blockIdx.x * blockDim.x + threadIdx.x), int(gridDim.x * blockDim.x)}; }
+
+// Fill `tiles` of them: value(tile, row, column).
 template <class W, class Value>
-AAPE_DEVICE void fill_rights(W* to, int tiles, Value value) {
-  for (int n = threadIdx.x; n < tiles * 32; n += blockDim.x) {
+AAPE_DEVICE void fill_rights(W* to, int tiles, Value value, const Share& share = of_block()) {
+  for (int n = share.first; n < tiles * 32; n += share.apart) {
     const int tile = n / 32, column = n % 32 / 4, row = n % 4 * 2;
     float of_lane[4];
     for (int k = 0; k < 4; ++k) of_lane[k] = value(tile, row + k % 2 + k / 2 * 8, column);

@@ -35,22 +35,22 @@ struct ForwardShared {
 };
 
 template <class S>
-AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m) {
+AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m, const Share& share = of_block()) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
-  fill_projection(p, p.weight, m.projection);
+  fill_projection(p, p.weight, m.projection, 0, share);
   fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
     const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
     const int h = tile % S::kHiddenTiles * 8 + column, row = block * kRows + of_block;
     return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
-  });
+  }, share);
   // logits of decays, then of frequencies
   fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
     const int s = of % S::kStateTiles * 8 + column, part = of / S::kStateTiles;
     return s < states && h < units ? load<float>(p.w2, (part * states + s) * units + h) : 0.0f;
-  });
-  for (int k = threadIdx.x; k < S::kHidden; k += blockDim.x) m.b1[k] = k < units ? load<float>(p.b1, k) : 0.0f;
-  for (int k = threadIdx.x; k < 2 * S::kStates; k += blockDim.x) {
+  }, share);
+  for (int k = share.first; k < S::kHidden; k += share.apart) m.b1[k] = k < units ? load<float>(p.b1, k) : 0.0f;
+  for (int k = share.first; k < 2 * S::kStates; k += share.apart) {
     const int s = k % S::kStates;
     m.b2[k] = s < states ? load<float>(p.b2, k / S::kStates * states + s) : 0.0f;
   }

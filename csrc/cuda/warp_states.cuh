@@ -68,12 +68,13 @@ AAPE_DEVICE void each_pair(const TwoTokens& at, int n, int count, Visit visit) {
 // The projection's weights (rows × states) from state `first` on, as right factors: one for every eight states, for every
 // sixteen rows.
 template <class S>
-AAPE_DEVICE void fill_projection(const LineParams<S>& p, const Values& weight, Weights<typename S::X>* to, int first = 0) {
+AAPE_DEVICE void fill_projection(const LineParams<S>& p, const Values& weight, Weights<typename S::X>* to, int first = 0,
+                                 const Share& share = of_block()) {
   const int rows = p.rows();
   fill_rights(to, p.blocks() * S::kStateTiles, [&](int tile, int of_block, int column) {
     const int row = tile / S::kStateTiles * kRows + of_block, s = first + tile % S::kStateTiles * 8 + column;
     return row < rows && s < p.grid.states ? load<float>(weight, s * rows + row) : 0.0f;
-  });
+  }, share);
 }
 
 // u of the frames m and K − 1 − m of the windows, for eight states, whose weights of a block of rows weight(block) gives.

@@ -2,8 +2,8 @@
 // left factor, [patch | features], stays on the chip: in registers, and of float32 where its pixels are anyway, in the
 // warp's lines.
 //
-// The right factor is set out by a kernel of its own, in chunks: all that 64 bytes of a token are made of. Chunks pass through
-// shared memory, the next one on its way while a block's warps use one.
+// A kernel of its own sets out all weights as lanes want them, those of the product in chunks: all that 64 bytes of a token are
+// made of. Chunks pass through shared memory, the next one on its way while a block's warps use one.
 
 #include "api.h"
 #include "warp_encoder.cuh"
@@ -24,20 +24,40 @@ struct Chunk {
   static AAPE_DEVICE int channel(int tile, int column) { return column / 2 * kOfLane + 2 * tile + column % 2; }
 };
 
+template <class S>
+AAPE_FN int common_bytes() {
+  return int(ForwardShared<S>::common_bytes(1, kRows));
+}
+
+template <class S>
+struct WarpTokensParams : WarpStemParams<S> {
+  typename S::O* to;  // (tokens, D)
+  const unsigned char* packed;  // what `ForwardShared` has before its own bytes, then the chunks
+  int dim, chunks, chunk_bytes, rounds;
+  AAPE_DEVICE const unsigned char* chunk(int number) const { return packed + common_bytes<S>() + number * chunk_bytes; }
+  // Re y, Im y and n: whether they are features
+  AAPE_DEVICE bool has(int plane) const { return plane == 2 ? this->planes != 2 : this->planes != 1; }
+};
+
+template <class S>
 struct TokenWeightsParams {
-  Values projection, bias, fusion;  // (D, 256), (D) or null, (D, planes · S)
+  WarpTokensParams<S> stem;
   unsigned char* packed;
-  int chunks, chunk_bytes, states, features;
-  Divisor<int32_t> by_steps;  // of a chunk
+  Values projection, bias, fusion;  // (D, 256), (D) or null, (D, planes · S)
+  Divisor<int32_t> by_steps;        // of a chunk
 };
 
 // Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros.
-template <class O, int kPlaneSteps>
-__global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeightsParams p) {
+template <class S>
+__global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeightsParams<S> p) {
+  using O = typename S::O;
   using C = Chunk<O>;
-  const int first = int(blockIdx.x * blockDim.x + threadIdx.x), stride = int(gridDim.x * blockDim.x);
-  const int words = p.chunks * p.by_steps.divisor * C::kWords;
-  for (int n = first; n < words; n += stride) {
+  constexpr int kPlaneSteps = S::kStates / kRows;
+  const Share share = of_launch();
+  fill(p.stem, ForwardShared<S>(p.stem, p.packed), share);
+  unsigned char* const chunks = p.packed + common_bytes<S>();
+  const int states = p.stem.grid.states, words = p.stem.chunks * p.by_steps.divisor * C::kWords;
+  for (int n = share.first; n < words; n += share.apart) {
     const int lane = n % kLanes, word = n / kLanes % 2;
     const Quotient<int32_t> of = p.by_steps(n / C::kWords);
     const int chunk = of.quotient, step = of.remainder;
@@ -46,33 +66,29 @@ __global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeig
       const int row = lane % 4 * 2 + of_step % 2 + of_step / 2 * 8;
       if (step < kRows) return load<float>(p.projection, (channel * kRows + row) * kRows + step);
       const int plane = (step - kRows) / kPlaneSteps, s = (step - kRows) % kPlaneSteps * kRows + row;
-      return s < p.states ? load<float>(p.fusion, channel * p.features + plane * p.states + s) : 0.0f;
+      return s < states ? load<float>(p.fusion, (channel * p.stem.planes + plane) * states + s) : 0.0f;
     };
     Word out;
-    if constexpr (std::is_same_v<O, BFloat16>) {
-      for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (std::is_same_v<O, BFloat16>) {
         out.at[k] = pack(value(2 * word + k / 2, k % 2 * 2), value(2 * word + k / 2, k % 2 * 2 + 1));
+      } else {
+        out.at[k] = bits_of(value(word, k));
       }
-    } else {
-      for (int k = 0; k < 4; ++k) out.at[k] = bits_of(value(word, k));
     }
-    store_pack(p.packed + chunk * p.chunk_bytes + C::kChannels * int(sizeof(float)) +
+    store_pack(chunks + chunk * p.stem.chunk_bytes + C::kChannels * int(sizeof(float)) +
                    (step * C::kWords + word * kLanes + lane) * int(sizeof(Word)), out);
   }
-  for (int channel = first; channel < p.chunks * C::kChannels; channel += stride) {
+  for (int channel = share.first; channel < p.stem.dim; channel += share.apart) {
     const float bias = p.bias.data ? load<float>(p.bias, channel) : 0.0f;
-    reinterpret_cast<float*>(p.packed + channel / C::kChannels * p.chunk_bytes)[channel % C::kChannels] = bias;
+    reinterpret_cast<float*>(chunks + channel / C::kChannels * p.stem.chunk_bytes)[channel % C::kChannels] = bias;
   }
 }
 
-template <class S>
-struct WarpTokensParams : WarpStemParams<S> {
-  typename S::O* to;  // (tokens, D)
-  const unsigned char* packed;
-  int dim, chunks, chunk_bytes, rounds;
-  // Re y, Im y and n: whether they are features
-  AAPE_DEVICE bool has(int plane) const { return plane == 2 ? this->planes != 2 : this->planes != 1; }
-};
+// Bytes, a multiple of 16, by a block's threads together.
+AAPE_DEVICE void copy_together(unsigned char* to, const unsigned char* from, int bytes) {
+  for (int at = int(threadIdx.x) * 16; at < bytes; at += int(blockDim.x) * 16) copy_16_bytes(to + at, from + at);
+}
 
 // Chunks on their way through a block's shared memory, which has room for two: all of them for every round of tiles.
 template <class S>
@@ -99,9 +115,7 @@ struct Passage {
   AAPE_DEVICE unsigned char* place() const { return memory + left % 2 * p.chunk_bytes; }
   AAPE_DEVICE void copy(int chunk) {
     --left;
-    unsigned char* const to = place();
-    const unsigned char* const from = p.packed + chunk * p.chunk_bytes;
-    for (int at = int(threadIdx.x) * 16; at < p.chunk_bytes; at += int(blockDim.x) * 16) copy_16_bytes(to + at, from + at);
+    copy_together(place(), p.chunk(chunk), p.chunk_bytes);
   }
 };
 
@@ -235,16 +249,16 @@ template <class S>
 __global__ void __launch_bounds__(kTokensWarps<S>* kLanes, 1) warp_tokens_kernel(const WarpTokensParams<S> p) {
   AAPE_DYN_SHARED(memory);
   const ForwardShared<S> m(p, memory, 2 * p.chunk_bytes);
+  copy_together(memory, p.packed, common_bytes<S>());
   Passage<S> passage(p, m.more);
-  fill(p, m);
-  __syncthreads();
   // A warp that has no tile left goes on with the last token, which it does not store: a block's warps stay together.
   for (int round = 0; round < p.rounds; ++round) {
     const int tile = first_tile() + round * int(blockDim.x / kLanes * gridDim.x);
     const TwoTokens at = tokens_at(p, tile);
     Operand<S> operand;
     load_packs(p, tile, m.lines, KeepNothing());
-    __syncwarp();
+    wait_for_copies();
+    __syncthreads();  // for pixels, and in the first round for weights, which came meanwhile
     listen(p, at, m, operand);
     operand.keep(p, m.lines);
 #pragma unroll 1
@@ -282,7 +296,7 @@ WarpTokensParams<S> warp_tokens_params(const TokensCall& call) {
 // No more warps than its rounds need, as all of a block wait for each other.
 template <class S>
 Launch tokens_launch(WarpTokensParams<S>& p) {
-  const size_t common = ForwardShared<S>::common_bytes(1, kRows) + 2 * size_t(p.chunk_bytes), own = lines_bytes(p);
+  const size_t common = size_t(common_bytes<S>()) + 2 * size_t(p.chunk_bytes), own = lines_bytes(p);
   Launch launch = launch_of(p.tokens, kTokensWarps<S>, common, own);
   if (launch.warps < kLeastWarps) return {0, 0, 0};
   const int tiles = (p.tokens + kTokensOfWarp - 1) / kTokensOfWarp, of_block = (tiles + launch.blocks - 1) / launch.blocks;
@@ -296,28 +310,27 @@ int64_t warp_tokens_bytes(const TokensCall& call) {
   int64_t bytes = 0;
   with_token_sizes(call, [&](auto sizes) {
     auto p = warp_tokens_params<decltype(sizes)>(call);
-    if (tokens_launch(p).warps) bytes = int64_t(p.chunks) * p.chunk_bytes;
+    if (tokens_launch(p).warps) bytes = common_bytes<decltype(sizes)>() + int64_t(p.chunks) * p.chunk_bytes;
     return true;
   });
   return bytes;
 }
 
-template <class O, int kPlaneSteps>
-void launch_token_weights(const TokensCall& call, int chunks, int chunk_bytes, void* stream) {
+template <class S>
+void launch_token_weights(const TokensCall& call, const WarpTokensParams<S>& stem, void* stream) {
   const auto values = [](const View& view) { return Values{view.data, view.type}; };
-  const int states = int(call.grid.states), planes = int(call.planes), steps = kRows + planes * kPlaneSteps;
-  const TokenWeightsParams p = {values(call.projection), values(call.bias), values(call.fusion),
-                                reinterpret_cast<unsigned char*>(call.packed), chunks, chunk_bytes, states,
-                                planes * states, Divisor<int32_t>(steps)};
-  const int words = chunks * steps * Chunk<O>::kWords, blocks = (words + kThreads - 1) / kThreads;
-  AAPE_LAUNCH("embed", (token_weights_kernel<O, kPlaneSteps>), dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
+  const int steps = kRows + int(call.planes) * Operand<S>::kPlaneSteps;
+  const TokenWeightsParams<S> p = {stem, reinterpret_cast<unsigned char*>(call.packed), values(call.projection),
+                                   values(call.bias), values(call.fusion), Divisor<int32_t>(steps)};
+  const int words = stem.chunks * steps * Chunk<typename S::O>::kWords, blocks = (words + kThreads - 1) / kThreads;
+  AAPE_LAUNCH("embed", (token_weights_kernel<S>), dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
 }
 
 template <class S>
 void launch_warp_tokens(const TokensCall& call, void* stream) {
   WarpTokensParams<S> p = warp_tokens_params<S>(call);
   const Launch launch = tokens_launch(p);
-  launch_token_weights<typename S::O, Operand<S>::kPlaneSteps>(call, p.chunks, p.chunk_bytes, stream);
+  launch_token_weights(call, p, stream);
   AAPE_LAUNCH("embed", (warp_tokens_kernel<S>), dim3(unsigned(launch.blocks)), dim3(unsigned(launch.warps * kLanes)),
               launch.shared, stream, p);
 }

@@ -308,7 +308,11 @@ BROKEN = {
         "    __syncthreads();  // for everyone's part; and nobody reads the chunk before any more\n",
         "",
     ),
-    "a chunk that is not waited for": ("warp_tokens.cu", "    wait_for_copies();\n", ""),
+    "a chunk that is not waited for": (
+        "warp_tokens.cu",
+        "    wait_for_copies();\n    __syncthreads();  // for everyone",
+        "    __syncthreads();  // for everyone",
+    ),
     "a chunk's channels in another order": (
         "warp_tokens.cu",
         "column / 2 * kOfLane + 2 * tile + column % 2",

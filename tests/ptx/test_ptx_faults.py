@@ -26,8 +26,8 @@ BARRIERS = {  # and how many
     f"warp_stem_backward_kernel{SIZES}": 4,
     f"warp_stem_kernel{OF_FLOATS}": 3,
     f"warp_stem_backward_kernel{OF_FLOATS}": 4,
-    f"warp_tokens_kernel{SIZES}": 4,
-    f"warp_tokens_kernel{OF_FLOATS}": 4,
+    f"warp_tokens_kernel{SIZES}": 3,
+    f"warp_tokens_kernel{OF_FLOATS}": 3,
     f"warp_sblu_kernel{UNIT}": 3,
     f"warp_sblu_backward_kernel{UNIT}": 6,
     "gradients_kernel": 2,
@@ -35,7 +35,7 @@ BARRIERS = {  # and how many
 # of the logits: the projection's own come before anyone reads them. Before the next pixels, where lanes have read the
 # places that they write to; or, if their operand is in registers, waited for the last chunk since
 REDUNDANT = {
-    (f"stem_kernel{ANY}", 6), (f"warp_sblu_backward_kernel{UNIT}", 4), (f"warp_tokens_kernel{SIZES}", 3),
+    (f"stem_kernel{ANY}", 6), (f"warp_sblu_backward_kernel{UNIT}", 4), (f"warp_tokens_kernel{SIZES}", 2),
 }  # fmt: skip
 BARRIER = re.compile(r"bar\.(?:warp\.)?sync\s+-?\d+;")
 
