@@ -18,11 +18,14 @@ from .peers import Peer, peers
 from .table import render
 from .warm import warm
 
+# If every row was refused.
+NOTHING_SAVED = "Not saving anything"
 # Warnings that are errors by the project's configuration and say nothing about a stem: torch.compile's own use of
 # torch.jit, and what pytest-benchmark has to say of a peer that was refused.
 HARMLESS = (
     "ignore:.torch.jit.script_method:DeprecationWarning",
     "ignore:Benchmark fixture was not used:pytest_benchmark.logger.PytestBenchmarkWarning",
+    f"ignore:{NOTHING_SAVED}:pytest_benchmark.logger.PytestBenchmarkWarning",
 )
 
 SESSION = pytest.StashKey[Session]()
@@ -84,8 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.cuda.set_device(device)
     for line in HARMLESS:
         config.addinivalue_line("filterwarnings", line)
-    # said after the last test, where those lines do not reach: every row was refused
-    warnings.filterwarnings("ignore", "Not saving anything")
+    # said after the last test, where those lines reach or do not reach by the order of plugins
+    warnings.filterwarnings("ignore", NOTHING_SAVED)
     config.option.benchmark_quiet = True  # the table is this suite's own
     config.stash[SESSION] = Session(device)
     config.stash[MACHINE] = describe(device)

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,8 +54,27 @@ def allocator(environment: Mapping[str, str]) -> str:
     return f"{kind} (glibc {release})"
 
 
+def _busy_seconds() -> float | None:
+    """What all cores have worked since the machine was started, stolen time included; None where Linux does not say."""
+    try:
+        _, *ticks = Path("/proc/stat").read_text().splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, ticks[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def _load() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    """How many cores are kept busy by others, over a second in which this process sleeps.
+
+    Elsewhere the load average of the last minute: a build that has just ended is still in it.
+    """
+    before, start = _busy_seconds(), time.monotonic()
+    if before is None:
+        return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    time.sleep(1)
+    after = _busy_seconds()
+    return None if after is None else round((after - before) / (time.monotonic() - start), 2)
 
 
 def _version(name: str) -> str | None:

@@ -26,7 +26,7 @@ LEGEND = (
     "default: the ratio\nunder the default allocator. MB = 10⁶ bytes."
 )
 
-BUSY = 0.7  # processors in use at the start, above which figures are not to be trusted
+BUSY = 0.3  # processors in use at the start, above which figures are not to be trusted
 PLAIN = ("Conv2d", "rearrange + Linear", "Conv2d + MLP", "products alone", "AaPE, reference", "AaPE, torch.compile")
 
 STEP_COLUMNS = ("stem", "median ms", "p20–p80", "samples/s", "× conv")

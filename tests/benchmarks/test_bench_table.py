@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import environment
 from benchmarks.environment import PINNED, allocator, allocator_environment, cpu_model
 from benchmarks.measure import spread
 from benchmarks.table import main, render
@@ -124,6 +129,20 @@ def test_a_busy_machine_is_said_to_be(run: dict[str, Any]) -> None:
     assert "THE MACHINE WAS NOT IDLE (load 1.4)" in render(run)
     run["machine_info"]["run"]["load"] = None
     assert "NOT IDLE" not in render(run)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux says what its processors do")
+def test_what_others_keep_busy_is_counted_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the last minute was like: a build that has just ended is no neighbour."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinning:
+        time.sleep(0.5)
+        alone = environment._load()
+        spinning.kill()
+    assert alone is not None
+    assert alone > 0.5
+    monkeypatch.setattr(environment, "_busy_seconds", lambda: None)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.4, 0.0, 0.0))
+    assert environment._load() == 1.4
 
 
 def test_columns_can_be_counted_on_two_hands(run: dict[str, Any]) -> None:
