@@ -127,7 +127,7 @@ ON_TENSOR_CORES = {
 def test_the_usual_path_of_an_h100_on_tensor_cores(cubins, source, sizes):
     """The default sizes and geometry: products, pixels and stores of 16 bytes; ldmatrix turns frames of bfloat16."""
     _, cubin = cubins(90, source)
-    (instructions,) = [body for name, body in functions(cubin).items() if sizes in name]
+    (instructions,) = [body for name, body in functions(cubin).items() if f"{source}_kernel" in name and sizes in name]
     counted = Counter(each.partition(".")[0] for each in instructions)
     assert counted["LDL"] == counted["STL"] == counted["DFMA"] == 0
     assert counted["HMMA"] >= 8
