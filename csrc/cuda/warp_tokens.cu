@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kTokensWarps<S>* kLanes, 1) warp_tokens_kernel
 // run(Sizes()) with those of the kernel that makes a call's tokens; false if there is none, or run says so.
 template <class Run>
 bool with_token_sizes(const TokensCall& call, Run run) {
-  return call.planes && with_sizes(call, [&](auto sizes) {
+  constexpr int64_t kMostChannels = 1 << 20;  // of which all weights are within 32 bits
+  return call.planes && call.dim <= kMostChannels && with_sizes(call, [&](auto sizes) {
     using S = decltype(sizes);
     if constexpr (S::kUsual && !std::is_same_v<typename S::O, Float16>) {
       return call.dim % Chunk<typename S::O>::kChannels == 0 && run(sizes);

@@ -8,6 +8,7 @@ from cases import SQUARE
 
 from aape_kernels import ops, sblu
 from aape_kernels.backends import Call, choose
+from aape_kernels.geometry import PatchGrid
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -30,3 +31,17 @@ def test_when_it_can_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match=r"'triton' cannot run .*: it runs on cuda tensors, not on cpu"):
         choose("triton", call)
+
+
+def test_what_can_be_loaded_at_once():
+    """What kernels are told of x's rows must hold: on a GPU an access that is not aligned ends the process."""
+    launch = importlib.import_module("aape_kernels.backends.triton.launch")
+    usual, overlap = PatchGrid((16, 16), (16, 16), 16), PatchGrid((16, 16), (16, 4), 16)
+    x = torch.zeros(2, 1, 32, 64)
+    narrow = x.bfloat16()
+    assert (launch._alignment(x, usual), launch._alignment(narrow, usual)) == (4, 8)
+    assert (launch._alignment(x, overlap), launch._alignment(narrow, overlap)) == (4, 1)
+    assert launch._alignment(x, PatchGrid((16, 6), (16, 8), 6)) == 1
+    for other in (x[..., :-1].contiguous(), x[..., ::2], x.transpose(2, 3), torch.zeros(2, 1, 32, 65)[..., :64]):
+        assert launch._alignment(other, usual) == 1
+    assert launch._alignment(x[..., 8:].expand(2, 3, 32, 56), usual) == 4
