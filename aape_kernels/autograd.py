@@ -18,7 +18,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import flops, ops, reference
-from .geometry import PatchGrid
 from .weights import Weights
 
 __all__ = ["bind"]
@@ -69,20 +68,20 @@ def _double_backward(
 
 def _below(name: str, arguments: Sequence[Any]) -> Any:
     """The op past the tape that its Function is for; below functorch's level there may be another, and is let be."""
-    if not ops.is_seen(arguments[: ops.FIRST_SIZE[name]]):
+    if not ops.is_seen(arguments[: ops.TENSORS[name]]):
         return ops.run(name, arguments)
     # a Function turns both modes of differentiation off
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        return getattr(ops, name)(*arguments)
+        return ops.call(name, arguments)
 
 
 def _call(name: str, arguments: Sequence[Any]) -> Any:
-    """The op, differentiable; past the dispatcher where nobody has to see it."""
-    tensors = arguments[: ops.FIRST_SIZE[name]]
+    """The op, differentiable; past the dispatcher where nobody has to see it. Its arguments have a `PatchGrid`."""
+    tensors = arguments[: ops.TENSORS[name]]
     _refuse_forward_mode(tensors, arguments[-1])
     if ops.is_seen(tensors):
-        return getattr(ops, name)(*arguments)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return ops.call(name, arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
         return _apply(FUNCTIONS[name], arguments)
     return ops.run(name, arguments)
 
@@ -99,14 +98,14 @@ NODES = {"sblu": "SBLU", "embed": "Embed"}
 def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
     """The Functions of op `name` and of its backward.
 
-    The op takes the tensors that it is differentiated by and then options, the last of which is the backend's name. Its
-    first output is differentiable; others are for the backward, which takes (grad, tensors, others, options, need,
-    backend) and gives a gradient for every tensor.
+    They take the op's arguments with a `PatchGrid`: tensors and then options, the last of which is the backend's name.
+    The op's first output is differentiable; others are for the backward, which takes (grad, tensors, others, options,
+    need, backend) and gives a gradient for every tensor.
 
     Args:
-        compute: the reference, with the op's arguments but the backend's name, `ops.structured`.
+        compute: the reference, with the op's arguments but the backend's name, `ops.with_weights`.
     """
-    tensors, others = ops.FIRST_SIZE[name], len(getattr(ops, name)._schema.returns) - 1
+    tensors, others = ops.TENSORS[name], len(ops.OPS[name]._schema.returns) - 1
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -124,7 +123,7 @@ def _functions(name: str, compute: Callable[..., Tensor]) -> tuple[type, type]:
             *options, need, _ = ctx.options
 
             def forward(*values: Tensor | None) -> Tensor:
-                return compute(*ops.structured(name, (*values, *options)))
+                return compute(*ops.with_weights(name, (*values, *options)))
 
             # the other outputs follow from the inputs: the reference computes them again
             second = _double_backward(forward, inputs, grad, need, cotangents)
@@ -196,13 +195,14 @@ def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], argum
 def _register(name: str, function: Any) -> None:
     """Make an op itself differentiable, by its Function, and mapped: so it is wherever it is called from, below
     `torch.func`'s transforms, in a compiled graph and in an exported program."""
-    op = getattr(ops, name)
+    op = ops.OPS[name]
 
     def run(keyset: Any, *arguments: Any) -> Any:
-        _refuse_forward_mode(arguments[: ops.FIRST_SIZE[name]], arguments[-1])
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        tensors = arguments[: ops.TENSORS[name]]
+        _refuse_forward_mode(tensors, arguments[-1])
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
             with enable_single_level_autograd_function():
-                return _apply(function, arguments)
+                return _apply(function, ops.with_grid(name, arguments))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -228,14 +228,12 @@ flops.register()
 def bind(backend: str) -> SimpleNamespace:
     """`sblu` and `embed` of a compiled backend, differentiable, in the signatures of `aape_kernels.reference`."""
 
-    def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool) -> Tensor:
-        tensors = (x, decay, frequency, weight)
-        y: Tensor = _call("sblu", (*tensors, grid.patch, grid.stride, grid.window, quadrature, backend))
+    def sblu(*arguments: Any) -> Tensor:
+        y: Tensor = _call("sblu", (*arguments, backend))
         return y
 
-    def embed(x: Tensor, weights: Weights, grid: PatchGrid, *options: Any) -> Tensor:
-        tensors = (x, *weights)
-        tokens: Tensor = _call("embed", (*tensors, grid.patch, grid.stride, grid.window, *options, backend))[0]
+    def embed(x: Tensor, weights: Weights, *options: Any) -> Tensor:
+        tokens: Tensor = _call("embed", (x, *weights, *options, backend))[0]
         return tokens
 
     return SimpleNamespace(sblu=sblu, embed=embed)

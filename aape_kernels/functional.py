@@ -125,7 +125,7 @@ def _once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> A
     try:
         looked_at = [None if value is None else (value.shape, value.dtype, value.device) for value in tensors]
         # the options as bytes: 1, 1.0 and True are equal, and not equally right
-        signature = (check, *looked_at, reference.autocasting(tensors[0].device), marshal.dumps(options, 2))
+        signature = (check, *looked_at, marshal.dumps(options, 2))
         found = _FOUND_RIGHT.get(signature)
     except (AttributeError, TypeError, ValueError):  # no tensors; sizes that are symbols; options of other types
         return check(tensors, *options)
@@ -219,6 +219,7 @@ def _check_embed(
     decay: Sequence[float] | None,
     band: Sequence[float] | None,
     layout: str,
+    autocast: bool,
 ) -> _Sizes:
     check_name(layout, "layout", LAYOUTS)
     check_name(kernel, "kernel", KERNELS)
@@ -245,7 +246,7 @@ def _check_embed(
     if weights.proj_b is not None:
         _check_tensor(weights.proj_b, SHOWN["proj_b"], (dim,), ": (embed_dim)", x)
 
-    if not reference.autocasting(x.device):
+    if not autocast:
         if proj_w.dtype != x.dtype:
             raise TypeError(f"x: expected {proj_w.dtype}, that of proj.weight (or autocast), got {x.dtype}")
         for name, parameter in weights._asdict().items():
@@ -310,10 +311,11 @@ def embed(
     Source: the paper's Lambda Encoder and Patch Fusion; their layers and n are ours (docs/maths.md §3, §4).
     """
     tensors = (x, proj_w, proj_b, w1, b1, w2, b2, sblu_w, fusion_w)
-    sizes = _once(_check_embed, tensors, stride, window, kernel, decay, band, layout)
+    autocast = isinstance(x, Tensor) and reference.autocasting(x.device)
+    sizes = _once(_check_embed, tensors, stride, window, kernel, decay, band, layout, autocast)
     if layout == "TF":
         x, proj_w = x.transpose(2, 3), proj_w.transpose(2, 3)
-    if reference.autocasting(x.device):
+    if autocast:
         # the product in autocast's dtype; encoder and SBLU stay as they are
         out_dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
         proj_w, fusion_w = proj_w.to(out_dtype), fusion_w.to(out_dtype)

@@ -14,11 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import PatchGrid
-from .reference import autocasting, full_precision, working_dtype
+from .geometry import PatchGrid, is_traced
+from .reference import full_precision, working_dtype
 from .weights import Weights
 
-__all__ = ["embed", "embed_backward", "is_seen", "run", "sblu", "sblu_backward", "structured"]
+__all__ = [
+    "OPS",
+    "TENSORS",
+    "call",
+    "embed",
+    "embed_backward",
+    "is_seen",
+    "run",
+    "sblu",
+    "sblu_backward",
+    "structured",
+    "with_grid",
+    "with_weights",
+]
 
 GRID = "int[2] patch, int[2] stride, int window, bool quadrature"
 STEM = (
@@ -44,6 +57,7 @@ sblu = torch.ops.aape.sblu.default
 sblu_backward = torch.ops.aape.sblu_backward.default
 embed = torch.ops.aape.embed.default
 embed_backward = torch.ops.aape.embed_backward.default
+OPS = {"sblu": sblu, "sblu_backward": sblu_backward, "embed": embed, "embed_backward": embed_backward}
 
 
 def _grid(patch: Sequence[int], stride: Sequence[int], window: int) -> PatchGrid:
@@ -56,31 +70,51 @@ def _implementation(backend: str, name: str) -> Callable[..., Any]:
     return function
 
 
-# Where the sizes of a `PatchGrid` and a stem's `Weights` begin among an op's arguments.
-FIRST_SIZE = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
+# How many tensors an op's arguments begin with, behind which are the three sizes of a `PatchGrid`, and where a stem's
+# `Weights` begin among them.
+TENSORS = {"sblu": 4, "sblu_backward": 5, "embed": 9, "embed_backward": 12}
 FIRST_WEIGHT = {"embed": 1, "embed_backward": 2}
 
 
-def structured(name: str, arguments: Sequence[Any]) -> list[Any]:
-    """An op's arguments but the backend's name, as what implements it takes them: `Weights`, and a `PatchGrid`."""
-    given = list(arguments)
-    size, weight = FIRST_SIZE[name], FIRST_WEIGHT.get(name)
-    given[size : size + 3] = [_grid(*given[size : size + 3])]
-    if weight is not None:
-        end = weight + len(Weights._fields)
-        given[weight:end] = [Weights(*given[weight:end])]
-    return given
+def with_grid(name: str, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """An op's arguments with a `PatchGrid` in place of its sizes: as they are passed on wherever no schema asks."""
+    at = TENSORS[name]
+    return *arguments[:at], _grid(*arguments[at : at + 3]), *arguments[at + 3 :]
+
+
+def call(name: str, arguments: Sequence[Any]) -> Any:
+    """Op `name`, through torch's dispatcher. Its arguments have a `PatchGrid`."""
+    at = TENSORS[name]
+    grid = arguments[at]
+    return OPS[name](*arguments[:at], grid.patch, grid.stride, grid.window, *arguments[at + 1 :])
+
+
+def with_weights(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """Arguments that have a `PatchGrid` as what implements an op takes them: a stem's weights as `Weights`."""
+    first = FIRST_WEIGHT.get(name)
+    if first is None:
+        return arguments
+    end = first + len(Weights._fields)
+    return *arguments[:first], Weights(*arguments[first:end]), *arguments[end:]
+
+
+def structured(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
+    """The arguments that an op's schema lists, all but some of the last, as what implements it takes them."""
+    return with_weights(name, with_grid(name, arguments))
 
 
 def run(name: str, arguments: Sequence[Any]) -> Any:
-    """What op `name` computes, by the backend that its last argument names."""
-    *rest, backend = arguments
-    if torch.is_grad_enabled() or autocasting(rest[0].device):
+    """What op `name` computes, by the backend that its last argument names. Its arguments have a `PatchGrid`."""
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         # An exported program calls the op itself, on parameters that require grad; and autocast, which settled the
         # dtypes above, would reach into the backend's products.
-        with torch.no_grad(), full_precision(rest[0].device):
-            return run(name, arguments)
-    return _implementation(backend, name)(*structured(name, rest))
+        with torch.no_grad(), full_precision(arguments[0].device):
+            return _run(name, arguments)
+    return _run(name, arguments)
+
+
+def _run(name: str, arguments: Sequence[Any]) -> Any:
+    return _implementation(arguments[-1], name)(*with_weights(name, arguments[:-1]))
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -102,14 +136,15 @@ EXTRAORDINARY = _extraordinary()
 
 def is_seen(tensors: Sequence[Tensor | None]) -> bool:
     """Whether an op has to go through torch's dispatcher, as somebody there has to see it: a compiler, a transform of
-    `torch.func` (also of late: its tensors outlive it), a mode, the profiler, or what stands behind a tensor that is of
-    another class or not what its memory holds.
+    `torch.func` (also of late: its tensors outlive it), `torch.jit.trace`, a mode, the profiler, or what stands behind
+    a tensor that is of another class or not what its memory holds.
 
     Where nobody has, `run` gives the same, and for a small call saves a fifth of what the host does
     (benchmarks/NOTES.md).
     """
     return (
         torch.compiler.is_compiling()
+        or is_traced()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
@@ -121,9 +156,9 @@ def is_seen(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-for _name in FIRST_SIZE:
+for _name in TENSORS:
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, lambda *arguments, _name=_name: run(_name, arguments), _key)
+        LIBRARY.impl(_name, lambda *arguments, _name=_name: run(_name, with_grid(_name, arguments)), _key)
 
 
 # The fakes are untyped as torch passes them what the schemas say.

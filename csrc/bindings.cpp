@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #endif
 
+#include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "arguments.h"
@@ -81,29 +83,36 @@ py::list instruction_sets() {
   return names;
 }
 
-// An unknown name, or one this machine cannot run, would end in an illegal instruction: it is refused here.
-const Kernels& kernels_named(const std::string& name) {
+// The fastest that runs here, or the one that AAPE_CPU_ISA names, which is read at every call: here, as Python's own
+// environment is slow to ask. One that this machine cannot run would end in an illegal instruction: it is refused.
+const Kernels& kernels() {
+  const char* const name = std::getenv("AAPE_CPU_ISA");
   for (const Kernels* kernels : kVariants)
-    if (name == kernels->name && runs_here(kernels)) return *kernels;
-  throw py::value_error("instruction set: expected one that this machine runs, got '" + name + "'");
+    if (runs_here(kernels) && (!name || !*name || !std::strcmp(name, kernels->name))) return *kernels;
+  std::string known;
+  for (const Kernels* kernels : kVariants)
+    if (runs_here(kernels)) known += (known.empty() ? "" : ", ") + std::string(kernels->name);
+  throw py::value_error("AAPE_CPU_ISA: expected one of " + known + " on this machine, got '" + name + "'");
 }
 
-void sblu(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+const char* instruction_set() { return kernels().name; }
+
+void sblu(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
           const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
           const py::object& y, int threads) {
-  const Kernels& kernels = kernels_named(isa);
+  const Kernels& chosen = kernels();
   SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
   call.threads = threads;
   py::gil_scoped_release release;
-  kernels.sblu(call);
+  chosen.sblu(call);
 }
 
-void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+void sblu_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
                    const py::object& grad_y, const py::object& x, const py::object& decay, const py::object& frequency,
                    const py::object& weight, const py::object& y, const py::object& grad_x,
                    const py::object& grad_decay, const py::object& grad_frequency, const py::object& grad_weight,
                    int threads) {
-  const Kernels& kernels = kernels_named(isa);
+  const Kernels& chosen = kernels();
   SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
   call.threads = threads;
   call.grad_y = view(grad_y);
@@ -112,7 +121,7 @@ void sblu_backward(const std::string& isa, const py::tuple& sizes, bool quadratu
   call.grad_frequency = view(grad_frequency);
   call.grad_weight = view(grad_weight);
   py::gil_scoped_release release;
-  kernels.sblu_backward(call);
+  chosen.sblu_backward(call);
 }
 
 // What both directions of the stem are given: (planes, D, hidden units, time-major), x, and the eight weights.
@@ -133,22 +142,22 @@ EmbedCall embed_call(const py::tuple& sizes, bool quadrature, const py::object& 
 }
 
 // outputs: tokens, the product's operand, hidden, r
-void embed(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+void embed(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
            const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& outputs, int threads) {
-  const Kernels& kernels = kernels_named(isa);
+  const Kernels& chosen = kernels();
   EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
   View* const to[] = {&call.tokens, &call.operand, &call.hidden, &call.r};
   views(outputs, to);
   py::gil_scoped_release release;
-  kernels.embed(call);
+  chosen.embed(call);
 }
 
 // given: hidden, r, the cotangent of the tokens or of the features, and the operand to be written;
 // gradients: of x and the eight weights
-void embed_backward(const std::string& isa, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+void embed_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
                     const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& given,
                     const py::tuple& gradients, int threads) {
-  const Kernels& kernels = kernels_named(isa);
+  const Kernels& chosen = kernels();
   EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
   View* const from[] = {&call.hidden, &call.r, &call.grad, &call.grad_features, &call.operand};
   views(given, from);
@@ -156,7 +165,7 @@ void embed_backward(const std::string& isa, const py::tuple& sizes, bool quadrat
                       &call.grad_w2, &call.grad_b2,     &call.grad_sblu_w, &call.grad_fusion_w};
   views(gradients, to);
   py::gil_scoped_release release;
-  kernels.embed_backward(call);
+  chosen.embed_backward(call);
 }
 
 py::dict build_info() {
@@ -200,6 +209,8 @@ PYBIND11_MODULE(_native, m) {
         "How this module was built: version, compiler, architecture, C++ standard, the kernels it holds, the "
         "instruction sets of them that this machine runs, fastest first, the 16-bit types that it has matrix products "
         "of, and the GPU architectures.");
+  m.def("instruction_set", &instruction_set,
+        "The fastest instruction set that this module has and this machine runs, or the one that AAPE_CPU_ISA names.");
   m.def("sblu", &sblu);
   m.def("sblu_backward", &sblu_backward);
   m.def("embed", &embed);

@@ -88,8 +88,7 @@ def no_dispatcher(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("an op went to the dispatcher")
 
-    for name in ops.FIRST_SIZE:
-        monkeypatch.setattr(ops, name, refuse)
+    monkeypatch.setattr(ops, "call", refuse)
 
 
 def test_past_the_dispatcher_where_nobody_looks(no_dispatcher):
@@ -123,6 +122,16 @@ def test_what_is_seen_without_gradients():
     assert watching.seen.count("aape::embed") == 1
     with torch.no_grad():
         assert torch.equal(tokens, stem()(X))
+
+
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python:torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_holds_the_op(grad):
+    """Of a backend that is named: with what it computed for the trace's own input as a constant, it would be wrong."""
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(stem(), X)
+        assert torch.equal(traced(-X), stem()(-X))
 
 
 def test_tensors_of_another_class_see_the_op():

@@ -68,13 +68,9 @@ class Backend:
     run: Implementation
     anywhere: Callable[[], bool] = lambda: False
 
-    def for_device(self, call: Call) -> bool:
-        """Whether it takes tensors of the call's device at all."""
-        return self.device in (None, call.device.type)
-
     def reason(self, call: Call, named: bool = False) -> str | None:
         """Why it cannot run `call`, for which it was `named` or is only considered; None if it can."""
-        if not self.for_device(call) and not (named and self.anywhere()):
+        if self.device not in (None, call.device.type) and not (named and self.anywhere()):
             return f"it runs on {self.device} tensors, not on {call.device}"
         return self.excuse(call)
 
@@ -98,6 +94,13 @@ ORDER = {
     torch.float16: ("triton", "cuda", "cpu", "reference"),
     torch.float32: ("cuda", "triton", "cpu", "reference"),
     torch.float64: ("cuda", "triton", "cpu", "reference"),
+}
+
+# The same with the device's type: the backends that take its tensors.
+CANDIDATES = {
+    (kind, dtype): tuple(BACKENDS[name] for name in names if BACKENDS[name].device in (None, kind))
+    for kind in ("cpu", "cuda")
+    for dtype, names in ORDER.items()
 }
 
 
@@ -138,22 +141,20 @@ def choose(name: str, call: Call) -> Implementation:
 
 def _for_other_runtimes() -> bool:
     """Whether what is traced will run where our ops are not: TorchScript or ONNX."""
-    return is_traced() or torch.onnx.is_in_onnx_export()
+    return is_traced() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _fastest(call: Call) -> Implementation:
     if _for_other_runtimes():
         return BACKENDS["reference"].run
-    for name in ORDER[call.dtype]:
-        backend = BACKENDS[name]
-        if not backend.for_device(call):  # which no version of this machine could change: not worth a line
-            continue
+    # those for other devices are passed over without a line: no version of this machine could change that
+    for backend in CANDIDATES.get((call.device.type, call.dtype), ()):
         why = backend.excuse(call)
         if why is None:
             return backend.run
         if not torch.compiler.is_compiling():  # tracing has no place for one
             _log_fallback(backend.name, call.device.type, why)
-    raise AssertionError("the reference runs every call")
+    return BACKENDS["reference"].run
 
 
 @functools.cache

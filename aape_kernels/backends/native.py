@@ -1,10 +1,9 @@
-"""The native module: loading it on first use, choosing its instruction set, and passing it tensors."""
+"""The native module: loading it on first use, and passing it tensors."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -29,11 +28,6 @@ def load() -> ModuleType:
 
 
 @functools.cache
-def _runnable() -> tuple[str, ...]:
-    return tuple(load().build_info()["instruction_sets"])
-
-
-@functools.cache
 def has_products(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for matrix products of a 16-bit dtype; torch emulates them elsewhere."""
     return str(dtype).removeprefix("torch.") in load().build_info()["narrow_products"]
@@ -44,12 +38,7 @@ def instruction_set() -> str:
 
     Errors: `ValueError` if `AAPE_CPU_ISA` names one that is not built or does not run here.
     """
-    names = _runnable()
-    name = os.environ.get("AAPE_CPU_ISA", "")
-    if not name:
-        return names[0]
-    if name not in names:
-        raise ValueError(f"AAPE_CPU_ISA: expected one of {', '.join(names)} on this machine, got {name!r}")
+    name: str = load().instruction_set()
     return name
 
 
@@ -85,7 +74,6 @@ def sblu(
 ) -> None:
     """Write y (B, N_f, N_t, 2, S); decay, frequency and weight are in the arithmetic's dtype. Any strides will do."""
     load().sblu(
-        instruction_set(),
         sizes(x, grid, weight.shape[0]),
         quadrature,
         None,
@@ -110,7 +98,7 @@ class Stem:
         states: int,
         shape: tuple[int, int, int, bool],
     ) -> None:
-        self.given = (instruction_set(), sizes(x, grid, states), quadrature, ranges, shape, view(x))
+        self.given = (sizes(x, grid, states), quadrature, ranges, shape, view(x))
 
     def forward(self, weights: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
         """Write tokens, operand (either may be missing), hidden and r."""
@@ -144,7 +132,6 @@ def sblu_backward(
     """Write the gradients of decay, frequency and weight and add to that of x, in the arithmetic's dtype, None where
     not needed."""
     load().sblu_backward(
-        instruction_set(),
         sizes(x, grid, weight.shape[0]),
         quadrature,
         None,
