@@ -54,7 +54,7 @@ TOKENS = {
     "time-major-without-bias": STEMS["usual-time-major"] | {"bias": False},
     "more-states": STEMS["more-states"],
     "overlap": {"stride": (16, 8), "num_states": 12, "encoder_dim": 24},
-    "more-units": {"num_states": 10, "encoder_dim": 40},
+    "more-units": {"num_states": 20, "encoder_dim": 44},
 }
 SOME_TOKENS = {
     f"{types}-{options}-{features}": (TYPES[types], TOKENS[options], features)

@@ -309,8 +309,9 @@ class CudaKernels(Kernels):
         """The backward in one pass, if tensor cores can do it; else None."""
         units, planes = hidden.shape[1], grad.shape[1] // self.states
         end = self.patch + grad.shape[1]
-        active = -(-(end + 1) // 8) * 8  # whole packs of 16 bytes before and after
-        operand = grad.new_empty(self.rows, -(-(active + units) // 8) * 8)
+        sector = 32 // grad.element_size()  # whole sectors of memory before and after
+        active = -(-(end + 1) // sector) * sector
+        operand = grad.new_empty(self.rows, -(-(active + units) // sector) * sector)
         programs = self._run("embed_backward", "warp_stem_programs", self.quadrature, self.x, operand, units, planes)
         if not programs:
             return None

@@ -159,38 +159,39 @@ template <class P, class T>
 AAPE_DEVICE void store_pack(T* to, const P& value) {
   *reinterpret_cast<P*>(to) = value;
 }
-// The same where `to` is in shared memory, or in global memory.
-template <class P, class T>
-AAPE_DEVICE void store_shared(T* to, const P& value) {
-  store_pack(to, value);
-}
-template <class P, class T>
-AAPE_DEVICE void store_global(T* to, const P& value) {
-  static_assert(sizeof(P) == 16 || sizeof(P) == 8, "two or four words");
+// The same where `to` is in global memory, or in shared memory, of at most four words in one access: of a pack that is used
+// otherwise, too, nvcc makes a store a word, with the bank conflicts of every fourth one, or an eighth of the sectors that it
+// asks for.
+//
+// A kernel reads nothing again that it has stored in global memory: there, other accesses need not keep their order.
 #ifdef __CUDACC__
-  uint32_t word[sizeof(P) / 4];
-  memcpy(word, &value, sizeof(P));
-  const auto address = __cvta_generic_to_global(to);
-  if constexpr (sizeof(P) == 16) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]),
-                 "r"(word[3])
-                 : "memory");
-  } else {
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+#define AAPE_STORE(space, address, ...)                                                                                \
+  if constexpr (sizeof(P) > 16) return store_pack(to, value);                                                          \
+  uint32_t word[sizeof(P) / 4];                                                                                        \
+  memcpy(word, &value, sizeof(P));                                                                                     \
+  if constexpr (sizeof(P) == 16) {                                                                                     \
+    asm volatile("st." space ".v4.b32 [%0], {%1, %2, %3, %4};" ::address, "r"(word[0]), "r"(word[1]), "r"(word[2]),    \
+                 "r"(word[3])                                                                                          \
+                 : __VA_ARGS__);                                                                                       \
+  } else if constexpr (sizeof(P) == 8) {                                                                               \
+    asm volatile("st." space ".v2.b32 [%0], {%1, %2};" ::address, "r"(word[0]), "r"(word[1]) : __VA_ARGS__);           \
+  } else if constexpr (sizeof(P) == 4) {                                                                               \
+    asm volatile("st." space ".b32 [%0], %1;" ::address, "r"(word[0]) : __VA_ARGS__);                                  \
   }
 #else
-  store_pack(to, value);
+#define AAPE_STORE(space, address, ...) store_pack(to, value);
 #endif
+template <class P, class T>
+AAPE_DEVICE void store_global(T* to, const P& value) {
+  static_assert(sizeof(P) % 4 == 0, "whole words");
+  AAPE_STORE("global", "l"(__cvta_generic_to_global(to)), )
 }
-#ifdef __CUDACC__
-// Of what it also uses otherwise, nvcc makes a store a word: with the bank conflicts of every fourth one, or an eighth of the
-// sectors that it asks for.
-AAPE_DEVICE void store_shared(float* to, const Quad<float>& value) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-               "f"(value.at[0]), "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3])
-               : "memory");
+template <class P, class T>
+AAPE_DEVICE void store_shared(T* to, const P& value) {
+  static_assert(sizeof(P) % 4 == 0, "whole words");
+  AAPE_STORE("shared", "r"(unsigned(__cvta_generic_to_shared(to))), "memory")
 }
-#endif
+#undef AAPE_STORE
 
 // In place of x's type, in a kernel that learns at run time which of float's it is. run(IO()) with the type itself.
 struct AnyFloat {};

@@ -206,8 +206,12 @@ constexpr int backward_warps(int forward) {
   return std::is_same_v<X, BFloat16> ? forward : 8;
 }
 
-// This warp's first tile of tokens.
-AAPE_DEVICE int first_tile() { return int(threadIdx.x / kLanes * gridDim.x + blockIdx.x); }
+// This warp's first tile of tokens. From lane 0, so that nvcc knows it to be that of all lanes: it would have every shuffle in the
+// loop over tiles wait for lanes that might be elsewhere, by a fifth more code (benchmarks/NOTES.md).
+AAPE_DEVICE int first_tile() {
+  const int warp = __shfl_sync(0xFFFFFFFFu, int(threadIdx.x / kLanes), 0);
+  return warp * int(gridDim.x) + int(blockIdx.x);
+}
 
 // Whether a call's pixels can be moved in packs of 16 bytes, of lines that are patches.
 template <class X>

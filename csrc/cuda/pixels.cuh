@@ -121,7 +121,7 @@ AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const int place = Layout<float>::in_line(m, p.group(frame + k, block), own.row);
-          store_pack(lines + m * p.pitch() + place, Two<float>{{upper.at[k], lower.at[k]}});
+          store_shared(lines + m * p.pitch() + place, Two<float>{{upper.at[k], lower.at[k]}});
         }
       }
     }

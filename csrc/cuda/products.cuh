@@ -196,21 +196,43 @@ struct Share {
 AAPE_DEVICE Share of_block() { return {int(threadIdx.x), int(blockDim.x)}; }
 AAPE_DEVICE Share of_launch() { return {int(blockIdx.x * blockDim.x + threadIdx.x), int(gridDim.x * blockDim.x)}; }
 
+// What a lane has of one: value(row, column).
+template <class W, class Value>
+AAPE_DEVICE W right_of_lane(int lane, Value value) {
+  const int column = lane / 4, row = lane % 4 * 2;
+  float of_lane[4];
+  for (int k = 0; k < 4; ++k) of_lane[k] = value(row + k % 2 + k / 2 * 8, column);
+  if constexpr (std::is_same_v<W, Weights<float>>) {
+    return {{of_lane[0], of_lane[1], of_lane[2], of_lane[3]}};
+  } else {
+    Split<Right<BFloat16>> split;
+    split.set(0, of_lane[0], of_lane[1]);
+    split.set(1, of_lane[2], of_lane[3]);
+    return {{split.high.at[0], split.high.at[1], split.low.at[0], split.low.at[1]}};
+  }
+}
+
 // Fill `tiles` of them: value(tile, row, column).
 template <class W, class Value>
 AAPE_DEVICE void fill_rights(W* to, int tiles, Value value, const Share& share = of_block()) {
   for (int n = share.first; n < tiles * 32; n += share.apart) {
-    const int tile = n / 32, column = n % 32 / 4, row = n % 4 * 2;
-    float of_lane[4];
-    for (int k = 0; k < 4; ++k) of_lane[k] = value(tile, row + k % 2 + k / 2 * 8, column);
-    if constexpr (std::is_same_v<W, Weights<float>>) {
-      to[n] = {{of_lane[0], of_lane[1], of_lane[2], of_lane[3]}};
-    } else {
-      Split<Right<BFloat16>> split;
-      split.set(0, of_lane[0], of_lane[1]);
-      split.set(1, of_lane[2], of_lane[3]);
-      to[n] = {{split.high.at[0], split.high.at[1], split.low.at[0], split.low.at[1]}};
-    }
+    const int tile = n / 32;
+    to[n] = right_of_lane<W>(n % 32, [&](int row, int column) { return value(tile, row, column); });
+  }
+}
+
+// The same of `apart` for each of sixteen frames, value(frame, tile of it, row, column), where frames are neighbours in memory:
+// a warp has kFrames of them, so that it reads whole sectors. With more of them, what it fills in shared memory is in the same
+// banks.
+template <int kFrames, class W, class Value>
+AAPE_DEVICE void fill_rights_of_frames(W* to, int apart, Value value, const Share& share) {
+  constexpr int kLanesEach = 32 / kFrames, kHalves = 16 / kFrames;
+  for (int n = share.first; n < 16 * apart * 32; n += share.apart) {
+    const int own = n % 32, part = n / 32;
+    const int frame = part % kHalves * kFrames + own / kLanesEach;
+    const int lane = part / kHalves % kFrames * kLanesEach + own % kLanesEach, tile = part / (kHalves * kFrames);
+    to[(frame * apart + tile) * 32 + lane] =
+        right_of_lane<W>(lane, [&](int row, int column) { return value(frame, tile, row, column); });
   }
 }
 

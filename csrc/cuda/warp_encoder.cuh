@@ -34,15 +34,23 @@ struct ForwardShared {
         lines(reinterpret_cast<typename S::X*>(more + more_bytes) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch()) {}
 };
 
-template <class S>
+template <class S, int kFrames = 8>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m, const Share& share = of_block()) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
   fill_projection(p, p.weight, m.projection, 0, share);
-  fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
-    const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
-    const int h = tile % S::kHiddenTiles * 8 + column, row = block * kRows + of_block;
+  const auto first = [&](int frame, int row, int h) {
     return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
-  }, share);
+  };
+  if constexpr (S::kUsual) {
+    fill_rights_of_frames<kFrames>(m.w1, S::kHiddenTiles, [&](int frame, int tile, int row, int column) {
+      return first(frame, row, tile * 8 + column);
+    }, share);
+  } else {
+    fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
+      const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
+      return first(frame, block * kRows + of_block, tile % S::kHiddenTiles * 8 + column);
+    }, share);
+  }
   // logits of decays, then of frequencies
   fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
@@ -80,7 +88,8 @@ AAPE_DEVICE void first_layer(const WarpStemParams<S>& p, const TwoTokens& at, co
 #pragma unroll
   for (int n = 0; n < S::kHiddenTiles; ++n) {
     each_pair<S>(at, n, p.hidden_units, [&](int h, int k, int unit, bool two) {
-      store_two<S::kPairs>(p.hidden + at.row(h) * p.hidden_units + unit, hidden[n].at[k], hidden[n].at[k + 1], two);
+      const Row<float> row = {p.hidden, at.row(h) * p.hidden_units, 1};
+      row.store<S::kFours>(unit, two, hidden[n].at[k], hidden[n].at[k + 1]);
     });
 #pragma unroll
     for (float& value : hidden[n].at) value *= sigmoid<float>(value);
@@ -99,7 +108,8 @@ AAPE_DEVICE Sums second_layer(const WarpStemParams<S>& p, const TwoTokens& at, c
     add_product(sum, active[k], load_right(m.w2 + ((part * S::kStateTiles + n) * S::kHiddenSteps + k) * kLanes));
   }
   each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-    store_two<S::kPairs>(p.r + (at.row(h) * 2 + part) * p.grid.states + s, sum.at[k], sum.at[k + 1], two);
+    const Row<float> row = {p.r, (at.row(h) * 2 + part) * p.grid.states, 1};
+    row.store<S::kFours>(s, two, sum.at[k], sum.at[k + 1]);
   });
   return sum;
 }

@@ -18,17 +18,20 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_sblu_kernel(con
   __syncthreads();
   each_tile(p, lines, KeepNothing(), [&](const TwoTokens& at) {
     const Positions<S> positions(p, at);
+    Sums before[2];
 #pragma unroll 1
     for (int n = 0; n < S::kStateTiles; ++n) {
       State<float> states[4];
       load_states(p, at, positions, first, n, states);
       Complex<float> y[4];
       respond(p, lines, projection + n * kLanes, states, y);
-      each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
-        X* to = p.y.at(positions.of[h]);
-        p.y.store(to, first + s, two, y[k].re, y[k + 1].re);
-        p.y.store(to + p.y.plane, first + s, two, y[k].im, y[k + 1].im);
-      });
+      Sums own[2];  // Re y, Im y
+      for (int k = 0; k < 4; ++k) own[0].at[k] = y[k].re, own[1].at[k] = y[k].im;
+      for (int plane = 0; plane < 2; ++plane) {
+        const auto row = [&](int h) { return p.y.row(positions.of[h], first, plane); };
+        store_tile<S>(at, n, p.grid.states - first, row, before[plane], own[plane]);
+        before[plane] = own[plane];
+      }
     }
   });
 }

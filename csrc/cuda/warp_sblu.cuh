@@ -13,7 +13,7 @@ struct UnitSizes {
   using X = X_;
   static constexpr int kStateTiles = kStates_ / 8, kStates = kStates_;
   static constexpr int kMostWarps = 12, kBackwardWarps = kStates > 16 ? 8 : backward_warps<X>(kMostWarps);
-  static constexpr bool kUsual = kUsual_, kPairs = false;
+  static constexpr bool kUsual = kUsual_, kFours = false;
 };
 
 // One number for every token, state and, of y, plane: where it is, and strides in elements.
@@ -22,19 +22,9 @@ struct Strided {
   T* data;
   Offset batch, subband, token, plane, state;
 
-  AAPE_DEVICE T* at(const Position& where) const {
-    return data + where.b * batch + where.i * subband + where.j * token;
-  }
-  // States s and, of two, s + 1, of a place that `at` gave.
-  AAPE_DEVICE void load(const T* place, int s, bool two, float& first, float& second) const {
-    if (state == 1) return load_two<false>(place + s, two, first, second);
-    first = widen<float>(place[s * state]);
-    if (two) second = widen<float>(place[(s + 1) * state]);
-  }
-  AAPE_DEVICE void store(T* place, int s, bool two, float first, float second) const {
-    if (state == 1) return store_two<false>(place + s, first, second, two);
-    place[s * state] = narrow<T>(first);
-    if (two) place[(s + 1) * state] = narrow<T>(second);
+  // The states from `first` on; of y, in plane `k`.
+  AAPE_DEVICE Row<T, Offset> row(const Position& where, int first, int k = 0) const {
+    return {data, where.b * batch + where.i * subband + where.j * token + k * plane + first * state, state};
   }
 };
 
@@ -69,8 +59,8 @@ AAPE_DEVICE void load_states(const WarpSbluParams<S>& p, const TwoTokens& at, co
                              State<float> (&states)[4]) {
   Sums decay, frequency;
   each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
-    p.decay.load(p.decay.at(positions.of[h]), first + s, two, decay.at[k], decay.at[k + 1]);
-    p.frequency.load(p.frequency.at(positions.of[h]), first + s, two, frequency.at[k], frequency.at[k + 1]);
+    p.decay.row(positions.of[h], first).template load<false>(s, two, decay.at[k], decay.at[k + 1]);
+    p.frequency.row(positions.of[h], first).template load<false>(s, two, frequency.at[k], frequency.at[k + 1]);
   });
 #pragma unroll
   for (int k = 0; k < 4; ++k) states[k] = state_of(p.squash, decay.at[k], frequency.at[k]);

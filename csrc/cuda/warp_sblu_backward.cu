@@ -51,17 +51,19 @@ AAPE_DEVICE void fill_turned(const WarpSbluParams<S>& p, Weights<float>* to, int
   });
 }
 
-// Of y, for states 8n … of the block's.
+// Of y, for the block's states.
 template <class S>
-AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first, int n,
-                           Complex<float> (&grad)[4]) {
+AAPE_DEVICE void load_grad(const WarpSbluParams<S>& p, const TwoTokens& at, const Positions<S>& positions, int first,
+                           Complex<float> (&grad)[S::kStateTiles][4]) {
+  const auto plane = [&](int k) { return [&, k](int h) { return p.grad.row(positions.of[h], first, k); }; };
+  const int count = p.grid.states - first;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) grad[k] = {0, 0};
-  each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
-    const auto* from = p.grad.at(positions.of[h]);
-    p.grad.load(from, first + s, two, grad[k].re, grad[k + 1].re);
-    p.grad.load(from + p.grad.plane, first + s, two, grad[k].im, grad[k + 1].im);
-  });
+  for (int n = 0; n < S::kStateTiles; n += 2) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) grad[n + k / 4][k % 4] = {0, 0};
+    load_tiles<S>(at, n, count, plane(0), [&](int tile, int k) -> float& { return grad[n + tile][k].re; });
+    load_tiles<S>(at, n, count, plane(1), [&](int tile, int k) -> float& { return grad[n + tile][k].im; });
+  }
 }
 
 // Σ_s ∂u · weight, the windows' gradients, in lines of float32. A lane has four rows of two tokens in a frame.
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
   each_tile(p, m.lines, KeepNothing(), [&](const TwoTokens& at) {
     const Positions<S> positions(p, at);
     Complex<float> grad[S::kStateTiles][4];
+    load_grad(p, at, positions, first, grad);
 #pragma unroll 1
     for (int n = 0; n < S::kStateTiles; ++n) {
       State<float> states[4];
@@ -177,12 +180,13 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_sblu_backwa
       Complex<float> y[4], own[4];
       Slopes slopes[4];
       respond(p, m.lines, m.projection + n * kLanes, m.kept, n, states, y, slopes);
-      load_grad(p, at, positions, first, n, own);
-      push(grad, own);
+      for (int k = 0; k < 4; ++k) own[k] = grad[0][k];
+      push(grad, own);  // all round once
       if (!p.grad_decay.data) continue;
       each_pair<S>(at, n, p.grid.states - first, [&](int h, int k, int s, bool two) {
         const auto along = [&](const Complex<float>& a, const Complex<float>& b, auto& to) {
-          to.store(to.at(positions.of[h]), first + s, two, Slopes::along(a, own[k]), Slopes::along(b, own[k + 1]));
+          const auto row = to.row(positions.of[h], first);
+          row.template store<false>(s, two, Slopes::along(a, own[k]), Slopes::along(b, own[k + 1]));
         };
         along(slopes[k].decay, slopes[k + 1].decay, p.grad_decay);
         along(slopes[k].frequency, slopes[k + 1].frequency, p.grad_frequency);

@@ -30,30 +30,59 @@ AAPE_DEVICE void rotate(T (&array)[kCount][kOfOne]) {
   }
 }
 
-// Column k of row `row`, and the next where there are two, in one access where the address allows it, which is known if kPairs.
-template <bool kPairs, class O>
-AAPE_DEVICE void store_two(O* to, float first, float second, bool two) {
-  using Both = Pack<O, 2>;
-  if (kPairs || (two && aligned<Both>(to))) {
-    store_pack(to, Both{{narrow<O>(first), narrow<O>(second)}});
-  } else {
-    to[0] = narrow<O>(first);
-    if (two) to[1] = narrow<O>(second);
-  }
-}
+// A token's numbers from element `first` on, `step` apart. Two neighbours, or four, are one access where their address allows it,
+// which is known of those that come in fours.
+template <class O, class I = int>
+struct Row {
+  O* data;
+  I first, step;
+  AAPE_DEVICE O* at(int column) const { return data + (first + column * step); }  // one addition to what every thread has
 
-template <bool kPairs, class O>
-AAPE_DEVICE void load_two(const O* from, bool two, float& first, float& second) {
-  using Both = Pack<O, 2>;
-  if (kPairs || (two && aligned<Both>(from))) {
-    const Both pair = load_pack<Both>(from);
-    first = widen<float>(pair.at[0]);
-    second = widen<float>(pair.at[1]);
-  } else {
-    first = widen<float>(from[0]);
-    if (two) second = widen<float>(from[1]);
+  template <bool kFours>
+  AAPE_DEVICE void load(int column, bool two, float& left, float& right) const {
+    using Both = Pack<std::remove_const_t<O>, 2>;
+    if (kFours || (two && step == 1 && aligned<Both>(at(column)))) {
+      const Both pair = load_pack<Both>(at(column));
+      left = widen<float>(pair.at[0]);
+      right = widen<float>(pair.at[1]);
+    } else {
+      left = widen<float>(*at(column));
+      if (two) right = widen<float>(*at(column + 1));
+    }
   }
-}
+  template <bool kFours>
+  AAPE_DEVICE void store(int column, bool two, float left, float right) const {
+    using Both = Pack<O, 2>;
+    if (kFours || (two && step == 1 && aligned<Both>(at(column)))) {
+      store_global(at(column), Both{{narrow<O>(left), narrow<O>(right)}});
+    } else {
+      *at(column) = narrow<O>(left);
+      if (two) *at(column + 1) = narrow<O>(right);
+    }
+  }
+  // Those that are less than `count`.
+  template <bool kFours>
+  AAPE_DEVICE void load(int column, int count, Pack<std::remove_const_t<O>, 4>& four) const {
+    if (kFours || is_whole(column, count)) {
+      four = load_pack<Pack<std::remove_const_t<O>, 4>>(at(column));
+    } else {
+      for (int k = 0; k < 4 && column + k < count; ++k) four.at[k] = *at(column + k);
+    }
+  }
+  template <bool kFours>
+  AAPE_DEVICE void store(int column, int count, const Pack<O, 4>& four) const {
+    if (kFours || is_whole(column, count)) {
+      store_global(at(column), four);
+    } else {
+      for (int k = 0; k < 4 && column + k < count; ++k) *at(column + k) = four.at[k];
+    }
+  }
+
+ private:
+  AAPE_DEVICE bool is_whole(int column, int count) const {
+    return step == 1 && column + 3 < count && aligned<Pack<std::remove_const_t<O>, 4>>(at(column));
+  }
+};
 
 // visit(h, k, column, two) for what a lane has of sums of `count` columns, tile n: token h, sums k and, of two, k + 1.
 template <class S, class Visit>
@@ -61,7 +90,94 @@ AAPE_DEVICE void each_pair(const TwoTokens& at, int n, int count, Visit visit) {
   const int column = n * 8 + int(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    if (at.there(h) && column < count) visit(h, 2 * h, column, S::kPairs || column + 1 < count);
+    if (at.there(h) && column < count) visit(h, 2 * h, column, S::kFours || column + 1 < count);
+  }
+}
+
+// Of 16 bits, what the four lanes of a token have of one tile is half a sector of memory. So they move two tiles, n and n + 1,
+// at once, four columns a lane: even lanes those of tile n, odd lanes those of tile n + 1.
+template <class O>
+constexpr bool in_sectors() {
+  return sizeof(O) == 2;
+}
+AAPE_DEVICE int first_of_four(int n) { return (n + int(threadIdx.x % 2)) * 8 + int(threadIdx.x % 4) / 2 * 4; }
+
+// From a lane's two columns of either tile to its four of one, and back.
+template <class O>
+AAPE_DEVICE void exchange(Pack<O, 4>& four) {
+  const bool odd = threadIdx.x % 2;
+  uint32_t word[2];
+  memcpy(word, &four, sizeof(word));
+  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? word[0] : word[1], 1);
+  if (odd) word[0] = other;
+  else word[1] = other;
+  memcpy(&four, word, sizeof(word));
+}
+
+// value(tile, k), sum k of tile 0 or 1 -> the columns of row(h) that are tiles n and n + 1, n even, as far as there are `count`.
+// Every lane of the warp comes here.
+template <class S, class Rows, class Value>
+AAPE_DEVICE void store_tiles(const TwoTokens& at, int n, int count, Rows row, Value value) {
+  using O = std::remove_pointer_t<decltype(row(0).data)>;
+  if constexpr (in_sectors<O>()) {
+    Pack<O, 4> four[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) four[h].at[k] = narrow<O>(value(k / 2, 2 * h + k % 2));
+      exchange(four[h]);
+    }
+    const int column = first_of_four(n);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at.there(h) && column < count) row(h).template store<S::kFours>(column, count, four[h]);
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      each_pair<S>(at, n + tile, count, [&](int h, int k, int column, bool two) {
+        row(h).template store<S::kFours>(column, two, value(tile, k), value(tile, k + 1));
+      });
+    }
+  }
+}
+
+// The same for a loop over tiles: of 16 bits, both with the odd one.
+template <class S, class Rows>
+AAPE_DEVICE void store_tile(const TwoTokens& at, int n, int count, Rows row, const Sums& before, const Sums& own) {
+  if constexpr (in_sectors<std::remove_pointer_t<decltype(row(0).data)>>()) {
+    if (n % 2) store_tiles<S>(at, n - 1, count, row, [&](int tile, int k) { return tile ? own.at[k] : before.at[k]; });
+  } else {
+    each_pair<S>(at, n, count, [&](int h, int k, int column, bool two) {
+      row(h).template store<S::kFours>(column, two, own.at[k], own.at[k + 1]);
+    });
+  }
+}
+
+// The way back: value(tile, k) is a place, and stays as it is where there is nothing.
+template <class S, class Rows, class Value>
+AAPE_DEVICE void load_tiles(const TwoTokens& at, int n, int count, Rows row, Value value) {
+  using O = std::remove_const_t<std::remove_pointer_t<decltype(row(0).data)>>;
+  if constexpr (in_sectors<O>()) {
+    Pack<O, 4> four[2] = {};
+    const int column = first_of_four(n);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at.there(h) && column < count) row(h).template load<S::kFours>(column, count, four[h]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      exchange(four[h]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) value(k / 2, 2 * h + k % 2) = widen<float>(four[h].at[k]);
+    }
+  } else {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      each_pair<S>(at, n + tile, count, [&](int h, int k, int column, bool two) {
+        row(h).template load<S::kFours>(column, two, value(tile, k), value(tile, k + 1));
+      });
+    }
   }
 }
 

@@ -14,8 +14,10 @@ __global__ void __launch_bounds__(S::kMostWarps* kLanes, 1) warp_stem_kernel(con
   __syncthreads();
   each_tile(p, m.lines, [&](const TwoTokens& at) {
     Levels<S> levels;
+    Complex<float> before[4] = {};
     each_response(p, at, m, [&](int n, const Complex<float> (&y)[4]) {
-      store_responses(p, at, n, y);
+      store_responses(p, at, n, before, y);
+      for (int k = 0; k < 4; ++k) before[k] = y[k];
       levels.push_magnitudes(y);
     });
     if (p.planes == 2) return;

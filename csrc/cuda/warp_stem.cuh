@@ -17,8 +17,8 @@ struct Sizes {
   static constexpr int kMostWarps = kWarps_, kBackwardWarps = backward_warps<X>(kWarps_);
   static constexpr int kStates = kStates_, kHidden = kHidden_;
   static constexpr int kLogitSteps = 2 * kStates_ / 16, kHiddenSteps = kHidden_ / 16;  // of products over them
-  // with even numbers of states and units
-  static constexpr bool kUsual = kUsual_, kPairs = kUsual_;
+  // with numbers of states and units that are multiples of four
+  static constexpr bool kUsual = kUsual_, kFours = kUsual_;
 };
 
 template <class S>
@@ -116,24 +116,36 @@ struct Levels {
   }
 };
 
-// Planes of the operand: Re y and Im y of states 8n …, if they are features; and n of all.
+// A token's operand from column `first` on.
 template <class S>
-AAPE_DEVICE void store_responses(const WarpStemParams<S>& p, const TwoTokens& at, int n, const Complex<float> (&y)[4]) {
+AAPE_DEVICE Row<typename S::O> operand_row(const WarpStemParams<S>& p, const TwoTokens& at, int h, int first) {
+  return {p.operand, at.row(h) * p.row_step + first, 1};
+}
+
+// Planes of the operand: Re y and Im y, if they are features, of states 8n … after those before; and n of all.
+template <class S>
+AAPE_DEVICE void store_responses(const WarpStemParams<S>& p, const TwoTokens& at, int n, const Complex<float> (&before)[4],
+                                 const Complex<float> (&y)[4]) {
   if (p.planes == 1) return;
-  each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-    auto* to = p.operand + at.row(h) * p.row_step + p.length() + s;
-    store_two<S::kPairs>(to, y[k].re, y[k + 1].re, two);
-    store_two<S::kPairs>(to + p.grid.states, y[k].im, y[k + 1].im, two);
-  });
+  Sums two[2][2];  // [plane][tile]
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    two[0][0].at[k] = before[k].re, two[0][1].at[k] = y[k].re;
+    two[1][0].at[k] = before[k].im, two[1][1].at[k] = y[k].im;
+  }
+#pragma unroll
+  for (int plane = 0; plane < 2; ++plane) {
+    const int first = p.length() + plane * p.grid.states;
+    store_tile<S>(at, n, p.grid.states, [&](int h) { return operand_row(p, at, h, first); }, two[plane][0], two[plane][1]);
+  }
 }
 template <class S>
 AAPE_DEVICE void store_levels(const WarpStemParams<S>& p, const TwoTokens& at, const Levels<S>& levels) {
+  const int first = p.length() + (p.planes - 1) * p.grid.states;
 #pragma unroll
-  for (int n = 0; n < S::kStateTiles; ++n) {
-    each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-      auto* to = p.operand + at.row(h) * p.row_step + p.length() + (p.planes - 1) * p.grid.states + s;
-      store_two<S::kPairs>(to, levels.level[n][k], levels.level[n][k + 1], two);
-    });
+  for (int n = 0; n < S::kStateTiles; n += 2) {
+    store_tiles<S>(at, n, p.grid.states, [&](int h) { return operand_row(p, at, h, first); },
+                   [&](int tile, int k) { return levels.level[n + tile][k]; });
   }
 }
 
@@ -168,8 +180,8 @@ WarpStemParams<S> warp_stem_params(const StemCall& call) {
 template <class X, class O, class Run>
 bool with_sizes_of(const StemCall& call, Run run) {
   constexpr bool kNarrow = std::is_same_v<X, BFloat16>;
-  const bool usual = is_packed<X, O>(call) && is_usual(call.grid, call.x) && call.grid.states % 2 == 0 &&
-                     call.hidden_units % 2 == 0;
+  const bool usual = is_packed<X, O>(call) && is_usual(call.grid, call.x) && call.grid.states % 4 == 0 &&
+                     call.hidden_units % 4 == 0;
   if (call.grid.states <= 16 && call.hidden_units <= 32) {
     return usual ? run(Sizes<X, O, 16, 32, kNarrow ? 16 : 12, true>()) : run(Sizes<X, O, 16, 32, 12, false>());
   }

@@ -68,8 +68,8 @@ AAPE_DEVICE void load_states(const WarpStemParams<S>& p, const TwoTokens& at, in
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-      const float* r = p.r + (at.row(h) * 2 + part) * p.grid.states + s;
-      load_two<S::kPairs>(r, two, logits[part].at[k], logits[part].at[k + 1]);
+      const Row<const float> row = {p.r, (at.row(h) * 2 + part) * p.grid.states, 1};
+      row.load<S::kFours>(s, two, logits[part].at[k], logits[part].at[k + 1]);
     });
   }
   states_of(p.squash, logits[0], logits[1], states);
@@ -81,18 +81,20 @@ AAPE_DEVICE void grad_of_y(const WarpStemParams<S>& p, const TwoTokens& at, cons
                            const Levels<S>& levels, Complex<float> (&grad)[S::kStateTiles][4]) {
   const int states = p.grid.states;
   float grad_n[S::kStateTiles][4] = {};
+  const auto plane = [&](int k) {
+    return [&p, &at, k](int h) { return Row<const typename S::O>{p.grad, (at.row(h) * p.planes + k) * p.grid.states, 1}; };
+  };
 #pragma unroll
-  for (int n = 0; n < S::kStateTiles; ++n) {
+  for (int n = 0; n < S::kStateTiles; n += 2) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) grad[n][k] = {0, 0};
-    each_pair<S>(at, n, states, [&](int h, int k, int s, bool two) {
-      const auto* from = p.grad + at.row(h) * p.planes * states + s;
-      if (p.planes != 1) {
-        load_two<S::kPairs>(from, two, grad[n][k].re, grad[n][k + 1].re);
-        load_two<S::kPairs>(from + states, two, grad[n][k].im, grad[n][k + 1].im);
-      }
-      if (p.planes != 2) load_two<S::kPairs>(from + (p.planes - 1) * states, two, grad_n[n][k], grad_n[n][k + 1]);
-    });
+    for (int k = 0; k < 8; ++k) grad[n + k / 4][k % 4] = {0, 0};
+    if (p.planes != 1) {
+      load_tiles<S>(at, n, states, plane(0), [&](int tile, int k) -> float& { return grad[n + tile][k].re; });
+      load_tiles<S>(at, n, states, plane(1), [&](int tile, int k) -> float& { return grad[n + tile][k].im; });
+    }
+    if (p.planes != 2) {
+      load_tiles<S>(at, n, states, plane(p.planes - 1), [&](int tile, int k) -> float& { return grad_n[n + tile][k]; });
+    }
   }
   if (p.planes == 2) return;
   // ∂L/∂e = (ḡ − mean ḡ − n · mean(ḡ n))/σ
@@ -119,50 +121,75 @@ template <class S>
 AAPE_DEVICE void through_encoder(const WarpStemParams<S>& p, const TwoTokens& at, const BackwardShared<S>& m,
                                  const Complex<float> (&grad)[S::kStateTiles][4],
                                  const Slopes (&slopes)[S::kStateTiles][4]) {
-  const int states = p.grid.states, units = p.hidden_units, width = 2 * states + units;
+  const int states = p.grid.states, units = p.hidden_units;
+  const auto encoder = [&](int first) {
+    return [&p, &at, first](int h) {
+      const int width = 2 * p.grid.states + p.hidden_units;
+      return Row<typename S::O>{p.grad_encoder, at.row(h) * width + first, 1};
+    };
+  };
   Split<Left<typename S::X>> grad_r[S::kLogitSteps];
 #pragma unroll
-  for (int part = 0; part < 2; ++part)
+  for (int part = 0; part < 2; ++part) {
+    Sums sums[S::kStateTiles];
 #pragma unroll
     for (int n = 0; n < S::kStateTiles; ++n) {
-      Sums sum;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const Complex<float>& slope = part ? slopes[n][k].frequency : slopes[n][k].decay;
-        sum.at[k] = Slopes::along(slope, grad[n][k]);
+        sums[n].at[k] = Slopes::along(slope, grad[n][k]);
       }
-      each_pair<S>(at, n, states, [&](int h, int k, int s, bool two) {
-        auto* to = p.grad_encoder + at.row(h) * width + part * states + s;
-        store_two<S::kPairs>(to, sum.at[k], sum.at[k + 1], two);
-      });
-      set_half(grad_r[(part * S::kStateTiles + n) / 2], n, sum);
+      store_tile<S>(at, n, states, encoder(part * states), sums[n ? n - 1 : 0], sums[n]);
+      set_half(grad_r[(part * S::kStateTiles + n) / 2], n, sums[n]);
     }
+  }
+  const auto active = [&](int h) { return operand_row(p, at, h, p.active); };
+  Sums before[2];  // of the tile before, from where two are stored
 #pragma unroll 1
   for (int n = 0; n < S::kHiddenTiles; ++n) {
-    Sums sum;
+    Sums own[2];  // the cotangent of hidden; SiLU(hidden)
 #pragma unroll
     for (int k = 0; k < S::kLogitSteps; ++k) {
-      add_product(sum, grad_r[k], load_right(m.w2() + (n * S::kLogitSteps + k) * 32));
+      add_product(own[0], grad_r[k], load_right(m.w2() + (n * S::kLogitSteps + k) * 32));
     }
     each_pair<S>(at, n, units, [&](int h, int k, int unit, bool two) {
-      float hidden[2] = {0, 0};
-      load_two<S::kPairs>(p.hidden + at.row(h) * units + unit, two, hidden[0], hidden[1]);
-      float active[2];
+      const Row<const float> row = {p.hidden, at.row(h) * units, 1};
+      row.load<S::kFours>(unit, two, own[1].at[k], own[1].at[k + 1]);
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float share = sigmoid<float>(hidden[e]);
-        active[e] = hidden[e] * share;
-        sum.at[k + e] *= share * fma(hidden[e], 1.0f - share, 1.0f);
+      for (int e = k; e < k + 2; ++e) {
+        const float hidden = own[1].at[e], share = sigmoid<float>(hidden);
+        own[1].at[e] = hidden * share;
+        own[0].at[e] *= share * fma(hidden, 1.0f - share, 1.0f);
       }
-      store_two<S::kPairs>(p.grad_encoder + at.row(h) * width + 2 * states + unit, sum.at[k], sum.at[k + 1], two);
-      store_two<S::kPairs>(p.operand + at.row(h) * p.row_step + p.active + unit, active[0], active[1], two);
+      if constexpr (!in_sectors<typename S::O>()) {
+        encoder(2 * states)(h).template store<S::kFours>(unit, two, own[0].at[k], own[0].at[k + 1]);
+        active(h).template store<S::kFours>(unit, two, own[1].at[k], own[1].at[k + 1]);
+      }
     });
+    if constexpr (in_sectors<typename S::O>()) {
+      store_tile<S>(at, n, units, encoder(2 * states), before[0], own[0]);
+      store_tile<S>(at, n, units, active, before[1], own[1]);
+    }
+    before[0] = own[0];
+    before[1] = own[1];
   }
+  // the column of ones, and zeros behind it
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     if (!at.there(h)) continue;
-    auto* row = p.operand + at.row(h) * p.row_step;
-    for (int k = p.one + int(threadIdx.x % 4); k < p.active; k += 4) row[k] = narrow<typename S::O>(k == p.one ? 1.0f : 0.0f);
+    if constexpr (S::kFours) {
+#pragma unroll 1
+      for (int k = int(threadIdx.x % 4) * 4; k < p.active - p.one; k += 16) {
+        Pack<typename S::O, 4> four = {};
+        if (k == 0) four.at[0] = narrow<typename S::O>(1.0f);
+        operand_row(p, at, h, p.one).template store<true>(k, p.active - p.one, four);
+      }
+    } else {
+      auto* row = p.operand + at.row(h) * p.row_step;
+      for (int k = p.one + int(threadIdx.x % 4); k < p.active; k += 4) {
+        row[k] = narrow<typename S::O>(k == p.one ? 1.0f : 0.0f);
+      }
+    }
   }
 }
 
@@ -180,14 +207,14 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backwa
       Slopes slopes[S::kStateTiles][4];
       Complex<float> y[S::kStateTiles][4];
       Levels<S> levels;
-#pragma unroll(S::kStateTiles > 2 ? 1 : 2)  // two cost no more room than their arrays' moving
+#pragma unroll 1
       for (int n = 0; n < S::kStateTiles; ++n) {
         State<float> states[4];
         load_states(p, at, n, states);
         Complex<float> own_y[4];
         Slopes own_slopes[4];
         respond(p, m.lines(), m.projection() + n * kLanes, m.kept(), n, states, own_y, own_slopes);
-        store_responses(p, at, n, own_y);
+        store_responses(p, at, n, y[S::kStateTiles - 1], own_y);
         levels.push_magnitudes(own_y);
         push(y, own_y);
         push(slopes, own_slopes);
@@ -200,13 +227,14 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backwa
       through_encoder(p, at, m, grad, slopes);
     }
     if (p.grad_y) {
-#pragma unroll
+#pragma unroll 1
       for (int n = 0; n < S::kStateTiles; ++n) {
         each_pair<S>(at, n, p.grid.states, [&](int h, int k, int s, bool two) {
-          float* to = p.grad_y + at.row(h) * 2 * p.grid.states + s;
-          store_two<S::kPairs>(to, grad[n][k].re, grad[n][k + 1].re, two);
-          store_two<S::kPairs>(to + p.grid.states, grad[n][k].im, grad[n][k + 1].im, two);
+          const Row<float> row = {p.grad_y, at.row(h) * 2 * p.grid.states, 1};
+          row.store<S::kFours>(s, two, grad[0][k].re, grad[0][k + 1].re);
+          row.store<S::kFours>(p.grid.states + s, two, grad[0][k].im, grad[0][k + 1].im);
         });
+        rotate<1>(grad);
       }
     }
     each_pair_of_tiles(p, grad, [&](int pair, int block) { weigh(p, m.lines(), m.kept(), m.sums(), pair, block, grad); });

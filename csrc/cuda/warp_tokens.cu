@@ -44,40 +44,51 @@ struct TokenWeightsParams {
   WarpTokensParams<S> stem;
   unsigned char* packed;
   Values projection, bias, fusion;  // (D, 256), (D) or null, (D, planes · S)
-  Divisor<int32_t> by_steps;        // of a chunk
+  Divisor<int32_t> by_steps;        // of a chunk, behind those of the patch
 };
 
-// Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros.
+// Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros. Of the frames,
+// which are neighbours in memory, a warp has two lanes' words each, so that it reads and writes whole sectors.
 template <class S>
 __global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeightsParams<S> p) {
   using O = typename S::O;
   using C = Chunk<O>;
   constexpr int kPlaneSteps = S::kStates / kRows;
   const Share share = of_launch();
-  fill(p.stem, ForwardShared<S>(p.stem, p.packed), share);
+  fill<S, 16>(p.stem, ForwardShared<S>(p.stem, p.packed), share);
   unsigned char* const chunks = p.packed + common_bytes<S>();
-  const int states = p.stem.grid.states, words = p.stem.chunks * p.by_steps.divisor * C::kWords;
-  for (int n = share.first; n < words; n += share.apart) {
-    const int lane = n % kLanes, word = n / kLanes % 2;
-    const Quotient<int32_t> of = p.by_steps(n / C::kWords);
-    const int chunk = of.quotient, step = of.remainder;
-    const auto value = [&](int tile, int of_step) {
+  const int states = p.stem.grid.states;
+  // value(channel, row) of a step
+  const auto set = [&](int chunk, int step, int at, auto value) {
+    const int lane = at % kLanes, word = at / kLanes;
+    const auto of = [&](int tile, int of_step) {
       const int channel = chunk * C::kChannels + C::channel(tile, lane / 4);
-      const int row = lane % 4 * 2 + of_step % 2 + of_step / 2 * 8;
-      if (step < kRows) return load<float>(p.projection, (channel * kRows + row) * kRows + step);
-      const int plane = (step - kRows) / kPlaneSteps, s = (step - kRows) % kPlaneSteps * kRows + row;
-      return s < states ? load<float>(p.fusion, (channel * p.stem.planes + plane) * states + s) : 0.0f;
+      return value(channel, lane % 4 * 2 + of_step % 2 + of_step / 2 * 8);
     };
     Word out;
     for (int k = 0; k < 4; ++k) {
       if constexpr (std::is_same_v<O, BFloat16>) {
-        out.at[k] = pack(value(2 * word + k / 2, k % 2 * 2), value(2 * word + k / 2, k % 2 * 2 + 1));
+        out.at[k] = pack(of(2 * word + k / 2, k % 2 * 2), of(2 * word + k / 2, k % 2 * 2 + 1));
       } else {
-        out.at[k] = bits_of(value(word, k));
+        out.at[k] = bits_of(of(word, k));
       }
     }
     store_pack(chunks + chunk * p.stem.chunk_bytes + C::kChannels * int(sizeof(float)) +
-                   (step * C::kWords + word * kLanes + lane) * int(sizeof(Word)), out);
+                   (step * C::kWords + at) * int(sizeof(Word)), out);
+  };
+  for (int n = share.first; n < p.stem.chunks * kRows * C::kWords; n += share.apart) {
+    const int own = n % kLanes, part = n / kLanes, frame = own / 2;
+    set(part / (C::kWords / 2), frame, part % (C::kWords / 2) * 2 + own % 2, [&](int channel, int row) {
+      return load<float>(p.projection, (channel * kRows + row) * kRows + frame);
+    });
+  }
+  for (int n = share.first; n < p.stem.chunks * p.by_steps.divisor * C::kWords; n += share.apart) {
+    const Quotient<int32_t> of = p.by_steps(n / C::kWords);
+    const int plane = of.remainder / kPlaneSteps;
+    set(of.quotient, kRows + of.remainder, n % C::kWords, [&](int channel, int row) {
+      const int s = of.remainder % kPlaneSteps * kRows + row;
+      return s < states ? load<float>(p.fusion, (channel * p.stem.planes + plane) * states + s) : 0.0f;
+    });
   }
   for (int channel = share.first; channel < p.stem.dim; channel += share.apart) {
     const float bias = p.bias.data ? load<float>(p.bias, channel) : 0.0f;
@@ -320,10 +331,10 @@ int64_t warp_tokens_bytes(const TokensCall& call) {
 template <class S>
 void launch_token_weights(const TokensCall& call, const WarpTokensParams<S>& stem, void* stream) {
   const auto values = [](const View& view) { return Values{view.data, view.type}; };
-  const int steps = kRows + int(call.planes) * Operand<S>::kPlaneSteps;
   const TokenWeightsParams<S> p = {stem, reinterpret_cast<unsigned char*>(call.packed), values(call.projection),
-                                   values(call.bias), values(call.fusion), Divisor<int32_t>(steps)};
-  const int words = stem.chunks * steps * Chunk<typename S::O>::kWords, blocks = (words + kThreads - 1) / kThreads;
+                                   values(call.bias), values(call.fusion),
+                                   Divisor<int32_t>(call.planes * Operand<S>::kPlaneSteps)};
+  const int words = stem.chunks * kRows * Chunk<typename S::O>::kWords, blocks = (words + kThreads - 1) / kThreads;
   AAPE_LAUNCH("embed", (token_weights_kernel<S>), dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p);
 }
 

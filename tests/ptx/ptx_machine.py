@@ -141,8 +141,8 @@ class Machine:
             if not now.all():
                 self.copies.append((to[~now], [value[~now] for value in values], of[~now], what))
 
-    def whole_warps(self, threads: Array, clamp: int, mask: int, what: str) -> None:
-        if clamp != WARP - 1 or mask != -1:
+    def whole_warps(self, threads: Array, clamp: int | Array, mask: int | Array, what: str) -> None:
+        if np.any(np.not_equal(clamp, WARP - 1)) or np.any(np.not_equal(mask, -1)):  # constants may be in registers
             raise KernelError(f"of a part of a warp: {what}")
         if threads is self.all:
             return
@@ -156,9 +156,10 @@ class Machine:
 
     @staticmethod
     def uniform(value: Array) -> int:
-        if np.ndim(value):
+        first = np.ravel(value)[0]
+        if np.any(np.not_equal(value, first)):
             raise KernelError("a shuffle by a distance that threads do not agree on")
-        return int(value)
+        return int(first)
 
     # Who is where
 
