@@ -87,8 +87,69 @@ struct Quarters {
   AAPE_DEVICE int frame(int pair) const { return (pair + half) * 4; }
 };
 
+// Sixteen numbers in 16 bits, of which a lane of either half of the warp has every other four: these lanes exchange four, and
+// have eight each that are next to each other, together a sector. Every lane of the warp comes here.
+template <class O>
+AAPE_DEVICE void store_sixteen(O* to, bool there, int half, const Quad<float> (&own)[2]) {
+  Pack<O, 8> eight;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) eight.at[k] = narrow<O>(own[k / 4].at[k % 4]);
+  uint32_t word[4];
+  memcpy(word, &eight, sizeof(word));
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, half ? word[k] : word[2 + k], kLanes / 2);
+    if (half) word[k] = other;
+    else word[2 + k] = other;
+  }
+  memcpy(&eight, word, sizeof(word));
+  if (there) store_global(to + half * 8, eight);
+}
+
+// Two rows' pixels of frames `frame` … -> a token's line.
+template <class S>
+AAPE_DEVICE void put_two_rows(const LineParams<S>& p, float* lines, int m, int frame, int block, int row, const Quad<float>& upper,
+                              const Quad<float>& lower) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int place = Layout<float>::in_line(m, p.group(frame + k, block), row);
+    store_shared(lines + m * p.pitch() + place, Two<float>{{upper.at[k], lower.at[k]}});
+  }
+}
+
+// For patches of sixteen frames that are kept in 16 bits.
+template <class S, class Keep>
+AAPE_DEVICE void load_packs_of_sixteen(const LineParams<S>& p, int tile, float* lines, Keep keep) {
+  constexpr int kAtOnce = 2;
+  const Quarters own;
+  const int lane = threadIdx.x % kLanes, first = tile * kTokensOfWarp;
+  const int mine = first + lane % kTokensOfWarp;
+  const auto start = start_of(p, mine < p.tokens ? mine : p.tokens - 1).pixel;
+#pragma unroll
+  for (int some = 0; some < 8; some += kAtOnce) {
+    Quad<float> rows[kAtOnce][2][2];  // [step][upper, lower][pair]
+#pragma unroll
+    for (int step = 0; step < kAtOnce; ++step) {
+      const float* from = p.x + __shfl_sync(0xFFFFFFFFu, start, own.token(some + step));
+      for (int n = 0; n < 2; ++n)
+        for (int pair = 0; pair < 2; ++pair) {
+          rows[step][n][pair] = load_pack<Quad<float>>(from + row_offset(p, own.row + n) + own.frame(2 * pair));
+        }
+    }
+#pragma unroll
+    for (int step = 0; step < kAtOnce; ++step) {
+      const int m = own.token(some + step);
+      for (int pair = 0; pair < 2; ++pair) {
+        put_two_rows(p, lines, m, own.frame(2 * pair), 0, own.row, rows[step][0][pair], rows[step][1][pair]);
+      }
+      for (int n = 0; n < 2; ++n) keep.sixteen(first + m, first + m < p.tokens, own.row + n, own.half, rows[step][n]);
+    }
+  }
+}
+
 template <class S, class Keep>
 AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep keep) {
+  if constexpr (S::kUsual && Keep::kNarrow) return load_packs_of_sixteen(p, tile, lines, keep);
   using Four = Pack<float, 4>;
   constexpr int kAtOnce = 4;
   const Quarters own;
@@ -118,11 +179,7 @@ AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep
           if (row < p.rows()) keep(to_keep, row * p.line.frames(), upper);
           if (row + 1 < p.rows()) keep(to_keep, (row + 1) * p.line.frames(), lower);
         }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int place = Layout<float>::in_line(m, p.group(frame + k, block), own.row);
-          store_shared(lines + m * p.pitch() + place, Two<float>{{upper.at[k], lower.at[k]}});
-        }
+        put_two_rows(p, lines, m, frame, block, own.row, upper, lower);
       }
     }
   });
@@ -130,6 +187,7 @@ AAPE_DEVICE void load_packs(const LineParams<S>& p, int tile, float* lines, Keep
 
 // Of patches nothing is wanted.
 struct KeepNothing {
+  static constexpr bool kNarrow = false;
   AAPE_DEVICE int at(int, int) const { return 0; }
   template <class Pixels>
   AAPE_DEVICE void operator()(int, int, const Pixels&) const {}

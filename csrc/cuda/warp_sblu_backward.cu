@@ -126,8 +126,33 @@ AAPE_DEVICE void store_windows(const WarpSbluParams<S>& p, const float* lines, i
   const auto place = [&](int m, int frame, int row) {
     return lines + m * p.template pitch<float>() + Layout<float>::in_line(m, p.group(frame, row / kRows), row % kRows);
   };
-  bool packed = p.packed() && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(static_cast<char*>(p.windows.data));
-  for (int axis = 0; axis < 4; ++axis) packed = packed && p.window_stride[axis] % 4 == 0;
+  const auto whole = [&](int count) {  // of packs of so many, which are 16 bytes at the most
+    bool whole = p.packed() && p.window_stride[4] == 1 && aligned<Pack<float, 4>>(static_cast<char*>(p.windows.data));
+    for (int axis = 0; axis < 4; ++axis) whole = whole && p.window_stride[axis] % count == 0;
+    return whole;
+  };
+  using X = typename S::X;
+  if constexpr (S::kUsual && !std::is_same_v<X, float>) {
+    if (p.windows.type != DType::kFloat32 && whole(8)) {
+      const Quarters own;
+#pragma unroll 1
+      for (int step = 0; step < 8; ++step) {
+        const int m = own.token(step);
+        const bool there = first_token + m < p.tokens;
+        X* const to = static_cast<X*>(p.windows.data) + window_of(there ? m : 0);
+        Quad<float> rows[2][2];  // [row][pair]
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const auto two = load_pack<Two<float>>(place(m, own.frame(k / 4 * 2) + k % 4, own.row));
+          for (int n = 0; n < 2; ++n) rows[n][k / 4].at[k % 4] = two.at[n];
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) store_sixteen(to + (own.row + n) * p.window_stride[3], there, own.half, rows[n]);
+      }
+      return;
+    }
+  }
+  const bool packed = whole(4);
   if (packed) {
     const Quarters own;
     each_block(p, p.line.frames() / 4, [&](int block, int pair) {

@@ -40,6 +40,7 @@ struct WarpStemParams : LineParams<S> {
 // Pixels, a pack or one, -> the operand.
 template <class O>
 struct KeepPatch {
+  static constexpr bool kNarrow = sizeof(O) == 2;
   O* operand;
   int row_step;
 
@@ -58,6 +59,10 @@ struct KeepPatch {
   template <class X>
   AAPE_DEVICE void operator()(O* to, int element, X pixel) const {
     to[element] = narrow<O>(widen<float>(pixel));
+  }
+  // A row of sixteen frames, as `store_sixteen` has it.
+  AAPE_DEVICE void sixteen(int token, bool there, int row, int half, const Quad<float> (&own)[2]) const {
+    store_sixteen(at(token, row * 16), there, half, own);
   }
 };
 
