@@ -67,6 +67,12 @@ def test_nothing_spills(cubins, architecture, source):
         assert int(entry["registers"]) * threads(entry["name"]) <= REGISTERS, entry["name"]
 
 
+def test_an_architecture_adds_little_to_the_module(cubins):
+    """Bytes, before they are compressed; a wheel has them once for every architecture."""
+    sizes = {source: cubins(90, source)[1].stat().st_size for source in SOURCES}
+    assert sum(sizes.values()) <= 5.5e6, sizes
+
+
 def threads(name: str) -> int:
     """What a multiprocessor is to have of a kernel at once, by its __launch_bounds__."""
     if sizes := re.search(r"SizesI(f|13__nv_bfloat16)", name):  # one block of so many warps

@@ -227,7 +227,7 @@ def test_cuda_kernels_for_the_architectures_named(tree, quick, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (module,) = (tmp_path / "site" / "aape_kernels").glob("_native*")
-    assert module.stat().st_size < 10e6
+    assert module.stat().st_size < 12e6  # not optimised; what is, test_cuda_compiles weighs
     code = (
         "import aape_kernels._native as n; info = n.build_info();"
         "print(info['kernels'], info['cuda_architectures'], n.cuda.devices()['runtime'] > 0)"
