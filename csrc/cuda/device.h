@@ -163,7 +163,7 @@ AAPE_DEVICE void store_pack(T* to, const P& value) {
 // otherwise, too, nvcc makes a store a word, with the bank conflicts of every fourth one, or an eighth of the sectors that it
 // asks for.
 //
-// A kernel reads nothing again that it has stored in global memory: there, other accesses need not keep their order.
+// `store_global` is for what the kernel does not read again: other accesses need not keep their order beside it.
 #ifdef __CUDACC__
 #define AAPE_STORE(space, address, ...)                                                                                \
   if constexpr (sizeof(P) > 16) return store_pack(to, value);                                                          \

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(S::kBackwardWarps* kLanes, 1) warp_stem_backwa
     Complex<float> grad[S::kStateTiles][4];
     {
       Slopes slopes[S::kStateTiles][4];
-      Complex<float> y[S::kStateTiles][4];
+      Complex<float> y[S::kStateTiles][4] = {};
       Levels<S> levels;
 #pragma unroll 1
       for (int n = 0; n < S::kStateTiles; ++n) {
