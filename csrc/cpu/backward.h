@@ -89,7 +89,7 @@ template <class T>
 inline void accumulate_weight(T* grad, const Rows<T>& x, const T* grad_u, const Grid& g, const Tiling& t, int64_t frames) {
   using M = Math<Vec<T>>;
   constexpr int lanes = Simd<T>::kLanes;
-  constexpr int block = kSums / 2;  // rows at once
+  constexpr int block = 8;  // rows at once: with fewer sums, multiply-adds wait for each other
   for (int64_t r = 0; r < t.rows; r += block) {
     int count = int(smaller(block, t.rows - r));
     const T* row[block];
@@ -152,13 +152,6 @@ inline void accumulate_x(const View& grad_x, const T* grad_u, const T* weight, T
 
 enum Passes : int { kParameters = 1, kWeight = 2, kInput = 4 };
 
-// What a vector of states is filtered by.
-template <class T>
-struct Filter {
-  Parameters<T> parameters;
-  Gain<Vec<T>> gain;
-};
-
 // One thread's scratch, and what it does with a unit.
 template <class T, bool Quadrature>
 struct Worker {
@@ -193,26 +186,19 @@ struct Worker {
     using M = Math<Vec<T>>;
     constexpr int lanes = Simd<T>::kLanes;
     const Grid& g = call.grid;
-    const Unit unit = unit_at(g, t, k), next = unit_at(g, t, smaller(k + 1, t.units - 1));
+    const Unit unit = unit_at(g, t, k);
+    Ahead ahead(call.x, g, t, unit_at(g, t, smaller(k + 1, t.units - 1)));
     const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
     Rows<T> pixels = rows_of<T>(x.data, g, t);
     const bool reads = passes & (kParameters | kWeight);
     if (reads && !rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
     if (passes & kParameters) project(u.data, pixels, weight, g, t, unit.frames);
     if (frames && !apart) fill_zero(grad_u.data, unit.frames * t.states);
-    // for all tokens first: each is a long chain of operations, and they overlap
-    Filter<T>* filter = filters.data;
-    for (int64_t n = 0; n < unit.count; ++n) {
-      const T *decay = decays.load(unit, unit.first + n, T(1)), *frequency = frequencies.load(unit, unit.first + n, T(1));
-      for (int64_t s = 0; s < t.states; s += lanes, ++filter) {
-        filter->parameters = parameters<T, true>(decay + s, frequency + s, call.ranges);
-        filter->gain = gain<Vec<T>, true>(filter->parameters.decay, filter->parameters.frequency, w.even);
-      }
-    }
-    filter = filters.data;
+    find_filters<T, true>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
+    const Filter<T>* filter = filters.data;
     for (int64_t n = 0; n < unit.count; ++n) {
       int64_t j = unit.first + n, at = n * g.stride_t * t.states;
-      if (reads) fetch_pixels(call.x, g, t, next, n, unit.count);
+      if (reads) ahead.fetch_rows(t.ahead);
       const T *re = real.load(unit, j, T(0)), *im = imaginary.load(unit, j, T(0));
       T *grad_decay = grad_decays.place(unit, j), *grad_frequency = grad_frequencies.place(unit, j);
       for (int64_t s = 0; s < t.states; s += lanes, ++filter) {

@@ -27,6 +27,13 @@ struct Parameters {
   Vec<T> decay_slope, frequency_slope;  // d/dr, with logits
 };
 
+// What a vector of states is filtered by.
+template <class T>
+struct Filter {
+  Parameters<T> parameters;
+  Gain<Vec<T>> gain;
+};
+
 // A token's states in a tensor whose axis `axis` they are: worked on in place if they are whole vectors of T there, else by
 // way of `spare`, which has room for whole vectors.
 template <class T>
@@ -75,6 +82,19 @@ AAPE_FN Parameters<T> parameters(const T* decay, const T* frequency, const Range
   return p;
 }
 
+// The filters of a tile's tokens, for all of them first: each is a long chain of operations, and they overlap.
+template <class T, bool Slopes>
+AAPE_FN void find_filters(Filter<T>* filter, const States<T>& decays, const States<T>& frequencies, const Ranges& ranges,
+                          const Tiling& t, const Unit& unit, bool even) {
+  for (int64_t j = unit.first; j < unit.first + unit.count; ++j) {
+    const T *decay = decays.load(unit, j, T(1)), *frequency = frequencies.load(unit, j, T(1));
+    for (int64_t s = 0; s < t.states; s += Simd<T>::kLanes, ++filter) {
+      filter->parameters = parameters<T, Slopes>(decay + s, frequency + s, ranges);
+      filter->gain = gain<Vec<T>, Slopes>(filter->parameters.decay, filter->parameters.frequency, even);
+    }
+  }
+}
+
 // Re y and Im y of one vector of states; u points at the window's first frame, frames are `states` apart.
 template <class T, bool Quadrature>
 AAPE_FN Complex<Vec<T>> respond(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g) {
@@ -109,25 +129,26 @@ inline void forward(const SbluCall& call) {
 #pragma omp parallel num_threads(threads)
   {
     Buffer<T> x(t.rows * t.columns), u(t.columns * t.states), rows(4 * t.states);
+    Buffer<Filter<T>> filters(t.tokens * t.states / lanes);
     const States<T> decays(call.decay, 3, g.states, rows.data), frequencies(call.frequency, 3, g.states, rows.data + t.states);
     const States<T> real(call.y, 4, g.states, rows.data + 2 * t.states);
     const States<T> imaginary(call.y, 4, g.states, rows.data + 3 * t.states, call.y.stride[3]);
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
-      const Unit unit = unit_at(g, t, k), next = unit_at(g, t, smaller(k + 1, t.units - 1));
+      const Unit unit = unit_at(g, t, k);
+      Ahead ahead(call.x, g, t, unit_at(g, t, smaller(k + 1, t.units - 1)));
       Rows<T> pixels = rows_of(x.data, g, t);
       if (!rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
       project(u.data, pixels, weight.data, g, t, unit.frames);
+      find_filters<T, false>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
+      const Filter<T>* filter = filters.data;
       for (int64_t n = 0; n < unit.count; ++n) {
-        int64_t j = unit.first + n;
-        fetch_pixels(call.x, g, t, next, n, unit.count);
-        const T *decay = decays.load(unit, j, T(1)), *frequency = frequencies.load(unit, j, T(1));
+        const int64_t j = unit.first + n;
+        ahead.fetch_rows(t.ahead);
         T *re = real.place(unit, j), *im = imaginary.place(unit, j);
         const T* window = u.data + n * g.stride_t * t.states;
-        for (int64_t s = 0; s < t.states; s += lanes) {
-          auto p = parameters<T, false>(decay + s, frequency + s, call.ranges);
-          auto gains = gain<Vec<T>, false>(p.decay, p.frequency, w.even);
-          auto y = respond<T, Quadrature>(window + s, t.states, w, gains);
+        for (int64_t s = 0; s < t.states; s += lanes, ++filter) {
+          const auto y = respond<T, Quadrature>(window + s, t.states, w, filter->gain);
           M::store(re + s, y.re);
           M::store(im + s, y.im);
         }

@@ -21,6 +21,7 @@ struct Block {
   static constexpr int kVectors = 3;                      // of tokens
   static constexpr int kRows = kWide ? 8 : 4;
   static constexpr int kTokens = kVectors * kLanes;
+  static constexpr int kPixelRows = kWide ? 2 : 3;  // beside kRows states, for sums over tokens that stay in their lanes
   // for sums over tokens, whose lanes are columns
   static constexpr int kStrip = kWide ? 12 : 6;
   static constexpr int kPanelVectors = 2;
@@ -43,8 +44,9 @@ struct Term {
   int64_t line, depth;
 };
 
+// Rows of the left operand from `row` on.
 template <class T, int kRows, int kVectors, bool kAlongDepth>
-AAPE_FN void accumulate(typename Simd<T>::Vector (&sum)[kRows][kVectors], const Term<T>& term) {
+AAPE_FN void accumulate(typename Simd<T>::Vector (&sum)[kRows][kVectors], const Term<T>& term, int64_t row) {
   using M = Math<typename Simd<T>::Vector>;
   constexpr int lanes = Simd<T>::kLanes;
   const T* right = term.right;
@@ -52,7 +54,7 @@ AAPE_FN void accumulate(typename Simd<T>::Vector (&sum)[kRows][kVectors], const 
   // three rows share a pointer: they are at it, one and two steps on
   const T* left[(kRows + 2) / 3];
 #pragma GCC unroll 8
-  for (int g = 0; g < (kRows + 2) / 3; ++g) left[g] = term.left.data + 3 * g * (kAlongDepth ? step : 1);
+  for (int g = 0; g < (kRows + 2) / 3; ++g) left[g] = term.left.data + (row + 3 * g) * (kAlongDepth ? step : 1);
   for (int64_t k = 0; k < term.depth; ++k, right += term.line) {
     typename Simd<T>::Vector line[kVectors];
 #pragma GCC unroll 4
@@ -69,22 +71,25 @@ AAPE_FN void accumulate(typename Simd<T>::Vector (&sum)[kRows][kVectors], const 
   }
 }
 
-// out[row][token] = bias[row] + Σ terms, rows `Block::kTokens` apart; `bias` may be null. With kAdd, out is added to.
+// out[row][token] = bias[row] + Σ terms for kRows rows from `row` on; `bias` may be null. With kAdd, out is added to. Terms are
+// not copied on the way: a copy of what has just been written in pieces waits until they are in the cache, and so for
+// the products before.
 template <class T, int kRows, int kVectors, bool kAlongDepth, bool kAdd, int kTerms>
-inline void product_block(T* out, int64_t line, const Term<T> (&terms)[kTerms], const T* bias) {
+inline void product_block(int64_t row, T* out, int64_t line, const Term<T> (&terms)[kTerms], const T* bias) {
   using V = typename Simd<T>::Vector;
   using M = Math<V>;
   constexpr int lanes = Simd<T>::kLanes;
   V sum[kRows][kVectors];
+  out += row * line;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       if constexpr (kAdd) sum[i][v] = M::load(out + i * line + v * lanes);
-      else sum[i][v] = bias ? M::splat(bias[i]) : V{};
+      else sum[i][v] = bias ? M::splat(bias[row + i]) : V{};
     }
 #pragma GCC unroll 2
-  for (int n = 0; n < kTerms; ++n) accumulate<T, kRows, kVectors, kAlongDepth>(sum, terms[n]);
+  for (int n = 0; n < kTerms; ++n) accumulate<T, kRows, kVectors, kAlongDepth>(sum, terms[n], row);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -92,52 +97,48 @@ inline void product_block(T* out, int64_t line, const Term<T> (&terms)[kTerms], 
 }
 
 template <class T, int kRows, bool kAlongDepth, bool kAdd, int kTerms>
-inline void product_rows(int vectors, T* out, int64_t line, const Term<T> (&terms)[kTerms], const T* bias) {
-  if (vectors == 3) product_block<T, kRows, 3, kAlongDepth, kAdd>(out, line, terms, bias);
-  else if (vectors == 2) product_block<T, kRows, 2, kAlongDepth, kAdd>(out, line, terms, bias);
-  else product_block<T, kRows, 1, kAlongDepth, kAdd>(out, line, terms, bias);
+inline void product_rows(int64_t row, int vectors, T* out, int64_t line, const Term<T> (&terms)[kTerms], const T* bias) {
+  if (vectors == 3) product_block<T, kRows, 3, kAlongDepth, kAdd>(row, out, line, terms, bias);
+  else if (vectors == 2) product_block<T, kRows, 2, kAlongDepth, kAdd>(row, out, line, terms, bias);
+  else product_block<T, kRows, 1, kAlongDepth, kAdd>(row, out, line, terms, bias);
 }
 
-// The same for any number of rows. Left operands advance by a row.
+// The same for any number of rows.
 template <class T, bool kAlongDepth, bool kAdd, int kTerms>
-inline void product(int64_t rows, int vectors, T* out, int64_t line, const Term<T> (&given)[kTerms], const T* bias) {
+inline void product(int64_t rows, int vectors, T* out, int64_t line, const Term<T> (&terms)[kTerms], const T* bias) {
   constexpr int block = Block<T>::kRows;
-  Term<T> terms[kTerms];
-  for (int n = 0; n < kTerms; ++n) terms[n] = given[n];
-  const auto advance = [&](int by) {
-    for (auto& term : terms) term.left.data += by * (kAlongDepth ? term.left.step : 1);
-    out += by * line;
-    if (bias) bias += by;
-    rows -= by;
-  };
-  while (rows >= block) {
-    product_rows<T, block, kAlongDepth, kAdd>(vectors, out, line, terms, bias);
-    advance(block);
+  int64_t row = 0;
+  for (; row + block <= rows; row += block) product_rows<T, block, kAlongDepth, kAdd>(row, vectors, out, line, terms, bias);
+  if (block > 4 && row + 4 <= rows) {
+    product_rows<T, 4, kAlongDepth, kAdd>(row, vectors, out, line, terms, bias);
+    row += 4;
   }
-  if (block > 4 && rows >= 4) {
-    product_rows<T, 4, kAlongDepth, kAdd>(vectors, out, line, terms, bias);
-    advance(4);
+  if (row + 2 <= rows) {
+    product_rows<T, 2, kAlongDepth, kAdd>(row, vectors, out, line, terms, bias);
+    row += 2;
   }
-  if (rows >= 2) {
-    product_rows<T, 2, kAlongDepth, kAdd>(vectors, out, line, terms, bias);
-    advance(2);
-  }
-  if (rows) product_rows<T, 1, kAlongDepth, kAdd>(vectors, out, line, terms, bias);
+  if (row < rows) product_rows<T, 1, kAlongDepth, kAdd>(row, vectors, out, line, terms, bias);
 }
 
-// out[row][column] = (kAdd: out +) left · right for kStrip rows and a panel of kPanel columns, of which only `rows` and
+// out[row][column] = (kAdd: out +) left · right for kStrip rows and kVectors vectors of columns, of which only `rows` and
 // `columns` are there to be written. Lanes are columns; the left operand is [depth][row].
-template <class T, bool kAdd>
-inline void product_panel(int64_t rows, int64_t columns, T* out, int64_t line, const Term<T>& term) {
-  constexpr int strip = Block<T>::kStrip, panel = Block<T>::kPanel;
-  const Term<T> terms[] = {term};
-  if (rows >= strip && columns >= panel)
-    return product_block<T, strip, Block<T>::kPanelVectors, false, kAdd>(out, line, terms, nullptr);
-  alignas(64) T edge[strip * panel];
-  product_block<T, strip, Block<T>::kPanelVectors, false, false>(edge, panel, terms, nullptr);
+template <class T, int kVectors, bool kAdd>
+inline void product_columns(int64_t rows, int64_t columns, T* out, int64_t line, const Term<T> (&terms)[1]) {
+  constexpr int strip = Block<T>::kStrip, width = kVectors * Simd<T>::kLanes;
+  if (rows >= strip && columns >= width)
+    return product_block<T, strip, kVectors, false, kAdd>(0, out, line, terms, nullptr);
+  alignas(64) T edge[strip * width];
+  product_block<T, strip, kVectors, false, false>(0, edge, width, terms, nullptr);
   for (int64_t k = 0; k < smaller(rows, strip); ++k)
-    for (int64_t n = 0; n < smaller(columns, panel); ++n)
-      out[k * line + n] = edge[k * panel + n] + (kAdd ? out[k * line + n] : T(0));
+    for (int64_t n = 0; n < smaller(columns, width); ++n)
+      out[k * line + n] = edge[k * width + n] + (kAdd ? out[k * line + n] : T(0));
+}
+
+// The same for a panel of up to kPanel columns.
+template <class T, bool kAdd>
+inline void product_panel(int64_t rows, int64_t columns, T* out, int64_t line, const Term<T> (&terms)[1]) {
+  if (columns > Simd<T>::kLanes) product_columns<T, Block<T>::kPanelVectors, kAdd>(rows, columns, out, line, terms);
+  else product_columns<T, 1, kAdd>(rows, columns, out, line, terms);
 }
 
 // Transposition of lanes × lanes numbers, by exchanging halves.

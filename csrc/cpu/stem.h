@@ -51,12 +51,13 @@ template <class T>
 struct GroupTiles {
   static constexpr int64_t kLine = Block<T>::kTokens;
   static constexpr int64_t kBlock = Block<T>::kRows;  // states that are projected together
-  Buffer<T> hidden, active, logits, window, u, level, y;
+  Buffer<T> hidden, active, logits, window, u, y;
+  Buffer<Filter<T>> filters;  // of a block of states
 
   explicit GroupTiles(const StemSizes& z, const Grid& g)
       : hidden(z.hidden * kLine), active(z.hidden * kLine), logits(2 * z.states * kLine),
-        window(z.within ? 0 : z.projected * g.window * kLine), u(g.window * kBlock * kLine), level(z.states * kLine),
-        y(2 * z.states * kLine) {}
+        window(z.within ? 0 : z.projected * g.window * kLine), u(g.window * kBlock * kLine), y(2 * z.states * kLine),
+        filters(kBlock * Block<T>::kVectors) {}
 };
 
 template <class T>
@@ -67,6 +68,13 @@ AAPE_FN Vec<T> sigmoid(Vec<T> x) {
 template <class T, class Run>
 AAPE_FN void each_vector(const Group<T>& group, Run run) {
   for (int v = 0; v < group.vectors; ++v) run(int64_t(v) * Simd<T>::kLanes);
+}
+
+// run(state, first token of a vector) for states from `first` to `last`. What a state goes through is one long chain of
+// operations: step by step for all of them, the chains of several states overlap.
+template <class T, class Run>
+AAPE_FN void each_state(const Group<T>& group, int64_t first, int64_t last, Run run) {
+  for (int64_t s = first; s < last; ++s) each_vector(group, [&](int64_t v) { run(s, v); });
 }
 
 // The Lambda Encoder: patches [pixel][token] -> hidden, SiLU(hidden) and logits, likewise.
@@ -143,6 +151,34 @@ struct Planes {
   }
 };
 
+// Filters of states from `first` to `last`, to those that at(state, first token of a vector) names.
+template <class T, bool Slopes, class At>
+inline void find_filters(const EmbedCall& call, const StemSizes& z, const Group<T>& group, const T* logits, int64_t first,
+                         int64_t last, At at) {
+  constexpr int64_t line = GroupTiles<T>::kLine;
+  const bool even = call.grid.window % 2 == 0;
+  each_state(group, first, last, [&](int64_t s, int64_t v) {
+    const T* decay = logits + s * line + v;
+    at(s, v).parameters = parameters<T, Slopes>(decay, decay + z.states * line, call.ranges);
+  });
+  each_state(group, first, last, [&](int64_t s, int64_t v) {
+    auto& filter = at(s, v);
+    filter.gain = gain<Vec<T>, Slopes>(filter.parameters.decay, filter.parameters.frequency, even);
+  });
+}
+
+// n of a group's y, and 1/σ of every token.
+template <class T>
+inline void find_levels(const StemSizes& z, const Group<T>& group, const Planes<T>& of, T* inverse) {
+  using M = Math<Vec<T>>;
+  constexpr int64_t line = GroupTiles<T>::kLine;
+  each_state(group, 0, z.states, [&](int64_t s, int64_t v) {
+    const int64_t at = s * line + v;
+    M::store(of.n + at, log_magnitude<Vec<T>>({M::load(of.re + at), M::load(of.im + at)}));
+  });
+  standardise(z, group, of.n, inverse);
+}
+
 // y and n of a group, from logits.
 template <class T, bool Quadrature>
 inline void respond_group(const EmbedCall& call, const StemWeights<T>& w, const StemSizes& z, const Group<T>& group,
@@ -152,22 +188,20 @@ inline void respond_group(const EmbedCall& call, const StemWeights<T>& w, const 
   const Fold fold_ = fold(call.grid.window);
   const Planes<T> out(z, features, m.y.data);
   for (int64_t first = 0; first < z.states; first += block) {
+    const int64_t last = smaller(first + block, z.states);
+    const auto filter = [&](int64_t s, int64_t v) -> Filter<T>& {
+      return m.filters[(s - first) * Block<T>::kVectors + v / Simd<T>::kLanes];
+    };
     project_states(w, z, group, call.grid.window, x, first, m.u.data);
-    for (int64_t s = first; s < smaller(first + block, z.states); ++s)
-      each_vector(group, [&](int64_t v) {
-        const T* logits = m.logits.data + s * line + v;
-        const auto p = parameters<T, false>(logits, logits + z.states * line, call.ranges);
-        const auto g = gain<Vec<T>, false>(p.decay, p.frequency, fold_.even);
-        const auto y = respond<T, Quadrature>(m.u.data + (s - first) * line + v, block * line, fold_, g);
-        M::store(out.re + s * line + v, y.re);
-        M::store(out.im + s * line + v, y.im);
-        if (out.n) M::store(out.n + s * line + v, log_magnitude<Vec<T>>(y));
-      });
+    find_filters<T, false>(call, z, group, m.logits.data, first, last, filter);
+    each_state(group, first, last, [&](int64_t s, int64_t v) {
+      const auto y = respond<T, Quadrature>(m.u.data + (s - first) * line + v, block * line, fold_, filter(s, v).gain);
+      M::store(out.re + s * line + v, y.re);
+      M::store(out.im + s * line + v, y.im);
+    });
   }
-  if (out.n) {
-    alignas(64) T inverse[Block<T>::kTokens];
-    standardise(z, group, out.n, inverse);
-  }
+  alignas(64) T inverse[Block<T>::kTokens];
+  if (out.n) find_levels(z, group, out, inverse);
 }
 
 // A group's columns [patch | features] as rows of the operand, in its type.

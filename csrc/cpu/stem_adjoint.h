@@ -10,10 +10,8 @@ inline namespace AAPE_NAMESPACE {
 
 // What a state leaves for its adjoint, between the two times that it is visited.
 template <class T>
-struct Kept {
-  Gain<Vec<T>> gain;
+struct Kept : Filter<T> {
   Jets<T> jets;
-  Vec<T> decay_slope, frequency_slope;
 };
 
 // Which gradients are wanted, and what that takes.
@@ -56,7 +54,7 @@ struct Wave {
   Buffer<T> logits, hidden, sblu, pixels;
 
   Wave(const StemSizes& z, const StemNeeds& need, const Grid& g, int64_t tokens)
-      : sblu_size(z.states * z.projected), pixel_line(z.within ? z.patch : z.patch + z.projected * g.window),
+      : sblu_size(z.states * z.projected * Simd<T>::kLanes), pixel_line(z.within ? z.patch : z.patch + z.projected * g.window),
         patches(z.patch, tokens), features(z.features, tokens), active(z.hidden, tokens), logits(tokens * 2 * z.states),
         hidden(tokens * z.hidden), sblu(need.sblu ? tokens / Block<T>::kTokens * sblu_size : 0),
         pixels(need.x ? tokens * pixel_line : 0) {}
@@ -130,15 +128,13 @@ inline Complex<T*> cotangent_of_y(const StemSizes& z, const Group<T>& group, con
   return to;
 }
 
-// grad[s][r] = Σ_frames Σ_tokens gu[frame][s][token] · x[r][frame][token] for a block of states.
+// grad[s][r][lane] = Σ_frames gu[frame][s][token] · x[r][frame][token] over the tokens of a lane, for a block of states.
 template <class T>
 AAPE_APART void sblu_gradient(const StemSizes& z, const Group<T>& group, int64_t window, const Windows<T>& x, const T* gu,
                           int64_t states, T* grad) {
   using M = Math<Vec<T>>;
   constexpr int64_t line = Block<T>::kTokens;
-  constexpr int lanes = Simd<T>::kLanes, block = Block<T>::kRows, rows = 3;
-  constexpr int sums = (int(block) * rows + lanes - 1) / lanes * lanes;
-  T turned[lanes * lanes], flat[sums * lanes];
+  constexpr int lanes = Simd<T>::kLanes, block = Block<T>::kRows, rows = Block<T>::kPixelRows;
   for (int64_t r = 0; r < z.projected; r += rows) {
     const int count = int(smaller(rows, z.projected - r));
     const T* from[rows];
@@ -156,20 +152,8 @@ AAPE_APART void sblu_gradient(const StemSizes& z, const Group<T>& group, int64_t
           for (int k = 0; k < rows; ++k) sum[s][k] += g * pixel[k];
         }
       });
-    // over lanes: as many sums as lanes at once
-    for (int s = 0; s < block; ++s)
-      for (int k = 0; k < rows; ++k) M::store(flat + (s * rows + k) * lanes, sum[s][k]);
-    for (int n = 0; n < int(block) * rows; n += lanes) {
-      const int some = int(smaller(lanes, block * rows - n));
-      transpose<T>(turned, lanes, some, [&](int k) { return flat + (n + k) * lanes; });
-      Vec<T> total = M::load(turned);
-      for (int k = 1; k < lanes; ++k) total += M::load(turned + k * lanes);
-      M::store(turned, total);
-      for (int k = 0; k < some; ++k) {
-        const int64_t s = (n + k) / rows, row = r + (n + k) % rows;
-        if (s < states && row < z.projected) grad[s * z.projected + row] = turned[k];
-      }
-    }
+    for (int s = 0; s < states; ++s)
+      for (int k = 0; k < count; ++k) M::store(grad + (s * z.projected + r + k) * lanes, sum[s][k]);
   }
 }
 
@@ -204,39 +188,33 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
     load_cotangent(call, w, z, group, m);
     const Fold fold_ = fold(g.window);
     const Planes<T> out(z, features, m.y.data);
+    const auto kept = [&](int64_t s, int64_t v) -> Kept<T>& { return m.kept[s * Block<T>::kVectors + v / Simd<T>::kLanes]; };
+    find_filters<T, true>(call, z, group, m.logits.data, 0, z.states, kept);
     for (int64_t first = 0; first < z.states; first += block) {
       project_states(w, z, group, g.window, x, first, m.u.data);
-      for (int64_t s = first; s < smaller(first + block, z.states); ++s)
-        each_vector(group, [&](int64_t v) {
-          const T* logits = m.logits.data + s * line + v;
-          const auto p = parameters<T, true>(logits, logits + z.states * line, call.ranges);
-          Kept<T>& kept = m.kept[s * Block<T>::kVectors + v / Simd<T>::kLanes];
-          kept.decay_slope = p.decay_slope;
-          kept.frequency_slope = p.frequency_slope;
-          kept.gain = gain<Vec<T>, true>(p.decay, p.frequency, fold_.even);
-          kept.jets = jets<T, Quadrature>(m.u.data + (s - first) * line + v, block * line, fold_, kept.gain);
-          const auto y = response<T, Quadrature>(kept.jets, kept.gain);
-          M::store(out.re + s * line + v, y.re);
-          M::store(out.im + s * line + v, y.im);
-          if (out.n) M::store(out.n + s * line + v, log_magnitude<Vec<T>>(y));
-        });
+      each_state(group, first, smaller(first + block, z.states), [&](int64_t s, int64_t v) {
+        Kept<T>& state = kept(s, v);
+        state.jets = jets<T, Quadrature>(m.u.data + (s - first) * line + v, block * line, fold_, state.gain);
+        const auto y = response<T, Quadrature>(state.jets, state.gain);
+        M::store(out.re + s * line + v, y.re);
+        M::store(out.im + s * line + v, y.im);
+      });
     }
     alignas(64) T inverse[Block<T>::kTokens];
-    if (out.n) standardise(z, group, out.n, inverse);
+    if (out.n) find_levels(z, group, out, inverse);
     const Complex<T*> grad = cotangent_of_y(z, group, out, inverse, m);
 
     // the windows' pixels are added to where there are any
     T* window_pixels = need.x ? m.pixels.data + (z.within ? z.window_offset * line : z.patch * line) : nullptr;
     const int64_t pixel_row = (z.within ? g.patch_t : g.window) * line;
     // gradients of the logits first: the encoder's come before the windows' pixels, which are added to its
-    for (int64_t s = 0; s < z.states; ++s)
-      each_vector(group, [&](int64_t v) {
-        const Kept<T>& kept = m.kept[s * Block<T>::kVectors + v / Simd<T>::kLanes];
-        const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
-        const auto d = slope<T, Quadrature>(kept.jets, kept.gain, {re, Quadrature ? zero : -im}, {zero, -im});
-        M::store(m.grad_logits.data + s * line + v, d.re * kept.decay_slope);
-        M::store(m.grad_logits.data + (z.states + s) * line + v, -d.im * kept.frequency_slope);
-      });
+    each_state(group, 0, z.states, [&](int64_t s, int64_t v) {
+      const Kept<T>& state = kept(s, v);
+      const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
+      const auto d = slope<T, Quadrature>(state.jets, state.gain, {re, Quadrature ? zero : -im}, {zero, -im});
+      M::store(m.grad_logits.data + s * line + v, d.re * state.parameters.decay_slope);
+      M::store(m.grad_logits.data + (z.states + s) * line + v, -d.im * state.parameters.frequency_slope);
+    });
     if (need.logits()) {
       load_columns(m.hidden.data, line, reinterpret_cast<const T*>(call.hidden.data) + group.first * z.hidden, z.hidden,
                    z.hidden, group.count);
@@ -262,14 +240,12 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
       for (int64_t first = 0; first < z.states; first += block) {
         const int64_t states = smaller(block, z.states - first);
         if (states < block) fill_zero(m.u.data, g.window * block * line);
-        for (int64_t s = first; s < first + states; ++s)
-          each_vector(group, [&](int64_t v) {
-            const Kept<T>& kept = m.kept[s * Block<T>::kVectors + v / Simd<T>::kLanes];
-            const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
-            spread<T, Quadrature, true>(m.u.data + (s - first) * line + v, block * line, fold_, kept.gain,
-                                        {re, Quadrature ? zero : -im}, {zero, -im});
-          });
-        if (sblu) sblu_gradient(z, group, g.window, x, m.u.data, states, sblu + first * z.projected);
+        each_state(group, first, first + states, [&](int64_t s, int64_t v) {
+          const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
+          spread<T, Quadrature, true>(m.u.data + (s - first) * line + v, block * line, fold_, kept(s, v).gain,
+                                      {re, Quadrature ? zero : -im}, {zero, -im});
+        });
+        if (sblu) sblu_gradient(z, group, g.window, x, m.u.data, states, sblu + first * z.projected * Simd<T>::kLanes);
         for (int64_t k = 0; need.x && k < g.window; ++k) {
           const Term<T> term[] = {{{w.sblu + first * z.projected, z.projected}, m.u.data + k * block * line, line, states}};
           product<T, false, true>(z.projected, group.vectors, window_pixels + k * line, pixel_row, term, nullptr);

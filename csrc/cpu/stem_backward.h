@@ -24,29 +24,65 @@ struct Gradient {
   int64_t strips() const {
     return part[0].out || part[1].out || bias ? (rows + Block<T>::kStrip - 1) / Block<T>::kStrip : 0;
   }
+  int64_t jobs(int64_t strips_a_job) const { return (strips() + strips_a_job - 1) / strips_a_job; }
+  int64_t panels() const {
+    int64_t count = 0;
+    for (const Part& p : part) count += p.out ? (p.right->columns + Block<T>::kPanel - 1) / Block<T>::kPanel : 0;
+    return count;
+  }
 };
 
-// One strip of its rows, of one chunk of tokens; kAdd from the second chunk on.
+// to[k] = Σ_tokens from[token][k]: every fourth token's for themselves, as additions in a row wait for each other.
+template <int kRows, class T>
+inline void sum_tokens(T* to, const T* from, int64_t tokens) {
+  constexpr int apart = 4;
+  T sums[apart * kRows] = {};
+  const T* const end = from + tokens * kRows;
+  for (; end - from >= apart * kRows; from += apart * kRows)
+    for (int k = 0; k < apart * kRows; ++k) sums[k] += from[k];
+  for (int n = 0; from < end; ++n, from += kRows)
+    for (int k = 0; k < kRows; ++k) sums[n * kRows + k] += from[k];
+  for (int k = 0; k < kRows; ++k) to[k] = (sums[k] + sums[kRows + k]) + (sums[2 * kRows + k] + sums[3 * kRows + k]);
+}
+
+// Strips that are packed together, as their rows are neighbours in memory: those of four are whole lines of the cache.
+constexpr int kStrips = 4;
+
+// Up to kStrips strips of its rows, of one chunk of tokens; kAdd from the second chunk on. What the next strips are packed
+// from is asked for meanwhile: it is a page of memory a token, and no processor looks ahead from one to the next.
 template <class T, bool kAdd>
-inline void sum_strip(const Gradient<T>& g, int64_t strip, int64_t from, int64_t tokens, T* packed) {
+inline void sum_strips(const Gradient<T>& g, int64_t strip, int64_t strips, int64_t from, int64_t tokens, T* packed) {
   constexpr int64_t rows = Block<T>::kStrip, panel = Block<T>::kPanel;
-  const int64_t first = strip * rows, count = smaller(rows, g.rows - first);
-  T sums[rows] = {};
+  const int64_t first = strip * rows, count = smaller(strips * rows, g.rows - first);
   const T* left = g.left + from * g.left_line + first;
-  for (int64_t m = 0; m < tokens; ++m, left += g.left_line) {
-    T* to = packed + m * rows;
-    if (count == rows) std::memcpy(to, left, rows * sizeof(T));
-    else for (int64_t k = 0; k < rows; ++k) to[k] = k < count ? left[k] : T(0);
-    for (int64_t k = 0; k < rows; ++k) sums[k] += to[k];
-  }
-  if (g.bias)
-    for (int64_t k = 0; k < count; ++k) g.bias[first + k] = sums[k] + (kAdd ? g.bias[first + k] : T(0));
-  for (const auto& part : g.part) {
-    if (!part.out) continue;
-    const int64_t columns = part.right->columns;
-    const T* right = part.right->numbers.data + from * panel;
-    for (int64_t c = 0; c < columns; c += panel, right += part.right->step) {
-      product_panel<T, kAdd>(count, columns - c, part.out + first * columns + c, columns, {{packed, rows}, right, panel, tokens});
+  for (int64_t m = 0; m < tokens; ++m)
+    for (int64_t n = 0; n < strips; ++n) {
+      T* to = packed + (n * tokens + m) * rows;
+      const T* row = left + m * g.left_line + n * rows;
+      if (n * rows + rows <= count) std::memcpy(to, row, rows * sizeof(T));
+      else for (int64_t k = 0; k < rows; ++k) to[k] = n * rows + k < count ? row[k] : T(0);
+    }
+  const T* next = left + strips * rows;
+  const int64_t ahead = smaller(strips * rows, g.rows - first - strips * rows) * int64_t(sizeof(T));
+  const int64_t panels = larger(1, strips * g.panels()), share = (tokens + panels - 1) / panels;
+  int64_t fetched = 0;  // tokens
+  for (int64_t n = 0; n < strips; ++n, packed += tokens * rows) {
+    const int64_t row = first + n * rows, some = smaller(rows, g.rows - row);
+    if (g.bias) {
+      T sums[rows];
+      sum_tokens<rows>(sums, packed, tokens);
+      for (int64_t k = 0; k < some; ++k) g.bias[row + k] = sums[k] + (kAdd ? g.bias[row + k] : T(0));
+    }
+    for (const auto& part : g.part) {
+      if (!part.out) continue;
+      const int64_t columns = part.right->columns;
+      const T* right = part.right->numbers.data + from * panel;
+      for (int64_t c = 0; c < columns; c += panel, right += part.right->step) {
+        for (const int64_t end = smaller(tokens, fetched + share); fetched < end; ++fetched)
+          fetch(next + fetched * g.left_line, ahead);
+        const Term<T> term[] = {{{packed, rows}, right, panel, tokens}};
+        product_panel<T, kAdd>(some, columns - c, part.out + row * columns + c, columns, term);
+      }
     }
   }
 }
@@ -74,6 +110,20 @@ inline void add_pixels(const EmbedCall& call, const StemSizes& z, const Wave<T>&
       const int64_t t = frame + z.window_offset + k;
       if (t >= 0 && t < g.frames) clip[t * x.stride[3]] += window[k];
     }
+  }
+}
+
+// to[k] = (add: to[k] +) Σ_groups Σ_lanes from[group][k][lane], of `size` numbers a group.
+template <class T>
+inline void sum_groups(const T* from, int64_t size, int64_t groups, bool add, T* to) {
+  using M = Math<Vec<T>>;
+  constexpr int lanes = Simd<T>::kLanes;
+  for (int64_t k = 0; k < size / lanes; ++k, from += lanes) {
+    Vec<T> sum = M::load(from);
+    for (int64_t group = 1; group < groups; ++group) sum += M::load(from + group * size);
+    T total = add ? to[k] : T(0);
+    for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
+    to[k] = total;
   }
 }
 
@@ -138,13 +188,16 @@ inline void stem_backward(const EmbedCall& call) {
   Buffer<T> others((parts - 1) * sums.total);
   sums.move_to(others.data);
   const Gradients<T> gradients[] = {{call, z, wave}, {second, z, wave}};
-  int64_t strips = 0;
+  int64_t strips = 0, products = 0;
   for (const auto& gradient : gradients[0].of) strips += gradient.strips();
-  const int64_t lines = need.x ? g.channels * g.mel_bins : 0, jobs = strips + lines + (need.sblu ? 1 : 0);
+  // few enough that every thread has several jobs
+  const int64_t strips_a_job = larger(1, smaller(kStrips, parts * strips / (6 * threads)));
+  for (const auto& gradient : gradients[0].of) products += gradient.jobs(strips_a_job);
+  const int64_t lines = need.x ? g.channels * g.mel_bins : 0, jobs = products + lines + (need.sblu ? 1 : 0);
 #pragma omp parallel num_threads(int(threads))
   {
     BackwardTiles<T> m(z, need, g);
-    Buffer<T> packed(kChunk * Block<T>::kStrip);
+    Buffer<T> packed(kChunk * kStrips * Block<T>::kStrip);
     for (int64_t start = 0; start < part_rows; start += tokens) {
       // static: the threads of a part stay its own
 #pragma omp for schedule(static)
@@ -157,27 +210,26 @@ inline void stem_backward(const EmbedCall& call) {
       }
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < parts * jobs; ++n) {
-        const int64_t part = n / jobs, job = n % jobs, first = part * part_rows + start, place = part * tokens;
+        const int64_t part = n / jobs, first = part * part_rows + start, place = part * tokens;
+        int64_t job = n % jobs;
         const int64_t count = smaller(tokens, smaller(z.rows, (part + 1) * part_rows) - first);
         if (count <= 0) continue;
-        if (job >= strips + lines) {
-          T* to = gradients[part].sblu;
-          const T* from = wave.sblu.data + place / line * wave.sblu_size;
-          for (int64_t group = 0; group < (count + line - 1) / line; ++group, from += wave.sblu_size)
-            for (int64_t k = 0; k < wave.sblu_size; ++k) to[k] = from[k] + (start || group ? to[k] : T(0));
-        } else if (job >= strips) {
-          add_pixels(call, z, wave, first, count, (job - strips) / g.mel_bins, (job - strips) % g.mel_bins);
+        if (job >= products + lines) {
+          sum_groups(wave.sblu.data + place / line * wave.sblu_size, wave.sblu_size, (count + line - 1) / line, start > 0,
+                     gradients[part].sblu);
+        } else if (job >= products) {
+          add_pixels(call, z, wave, first, count, (job - products) / g.mel_bins, (job - products) % g.mel_bins);
         } else {
-          int64_t strip = job;
           const Gradient<T>* which = gradients[part].of;
-          while (strip >= which->strips()) strip -= which++->strips();
+          while (job >= which->jobs(strips_a_job)) job -= which++->jobs(strips_a_job);
+          const int64_t strip = job * strips_a_job, some = smaller(strips_a_job, which->strips() - strip);
           Gradient<T> gradient = *which;
           // the cotangent lies in the caller's memory, the others in the wave's
           if (which == gradients[part].of) gradient.left += (first - place) * z.dim;
           for (int64_t from = 0; from < count; from += kChunk) {
-            const int64_t some = smaller(kChunk, count - from);
-            if (start || from) sum_strip<T, true>(gradient, strip, place + from, some, packed.data);
-            else sum_strip<T, false>(gradient, strip, place + from, some, packed.data);
+            const int64_t chunk = smaller(kChunk, count - from);
+            if (start || from) sum_strips<T, true>(gradient, strip, some, place + from, chunk, packed.data);
+            else sum_strips<T, false>(gradient, strip, some, place + from, chunk, packed.data);
           }
         }
       }

@@ -42,7 +42,7 @@ struct OutputPanels {
       const int64_t column = panel * kPanel;
       const T* weights = numbers.data + column * depth;
       for (int64_t row = 0; row < rows; row += strip) {
-        const Term<T> term = {{operands + row / line * line * depth + row % line, line}, weights, kPanel, depth};
+        const Term<T> term[] = {{{operands + row / line * line * depth + row % line, line}, weights, kPanel, depth}};
         product_panel<T, false>(rows - row, dim - column, tokens + row * dim + column, dim, term);
       }
     }

@@ -26,6 +26,7 @@ struct Tiling {
   int64_t tiles;       // along a row of tokens
   int64_t units;       // tiles in all
   int64_t rows;        // C·P_f
+  int64_t ahead;       // rows to be asked for a token, so that a tile's tokens have asked for all
   int64_t states;      // S, padded to whole blocks of vectors
   int64_t columns;     // frames, padded to whole blocks
 };
@@ -40,6 +41,7 @@ AAPE_FN Tiling tiling(const Grid& g) {
   t.frames = (t.tokens - 1) * g.stride_t + g.window;
   t.tiles = (g.n_t + t.tokens - 1) / t.tokens;
   t.units = g.batch * g.n_f * t.tiles;
+  t.ahead = (t.rows + t.tokens - 1) / t.tokens;
   t.states = round_up(g.states, Simd<T>::kLanes);
   t.columns = round_up(t.frames, kSums);
   return t;
@@ -108,17 +110,35 @@ inline void load_tile(T* to, const View& x, const Grid& g, const Tiling& t, cons
   }
 }
 
-// Share n of `shares` of the pixels under a tile's windows, into the first cache for who comes to them next: rows are pages
-// apart, and no processor looks ahead from one page to the next.
-AAPE_FN void fetch_pixels(const View& x, const Grid& g, const Tiling& t, const Unit& unit, int64_t n, int64_t shares) {
+// Asks for memory that is soon to be read, into the first cache.
+AAPE_FN void fetch(const void* from, int64_t bytes) {
   constexpr int64_t line = 64;
-  if (x.stride[3] != 1) return;
-  const int64_t begin = larger(0, unit.frame), end = smaller(g.frames, unit.frame + unit.frames), size = size_of(x.type);
-  for (int64_t r = n * t.rows / shares; r < (n + 1) * t.rows / shares; ++r) {
-    const int64_t row = unit.b * x.stride[0] + r / g.patch_f * x.stride[1] + (unit.i * g.stride_f + r % g.patch_f) * x.stride[2];
-    for (int64_t at = (row + begin) * size; at < (row + end) * size; at += line) __builtin_prefetch(x.data + at);
-  }
+  for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
+
+// Pixels under a tile's windows, asked for some rows at a time before anyone comes to them: rows are pages apart, and no
+// processor looks ahead from one page to the next. It goes from row to row, as divisions would cost more than they save.
+struct Ahead {
+  const char* at;
+  int64_t bytes, rows, mel_step, channel_step, patch, mel = 0;
+
+  Ahead(const View& x, const Grid& g, const Tiling& t, const Unit& unit) {
+    const int64_t size = size_of(x.type), begin = larger(0, unit.frame), end = smaller(g.frames, unit.frame + unit.frames);
+    at = x.data + (unit.b * x.stride[0] + unit.i * g.stride_f * x.stride[2] + begin) * size;
+    bytes = (end - begin) * size;
+    rows = x.stride[3] == 1 ? t.rows : 0;
+    mel_step = x.stride[2] * size;
+    channel_step = (x.stride[1] - g.patch_f * x.stride[2]) * size;
+    patch = g.patch_f;
+  }
+  AAPE_FN void fetch_rows(int64_t count) {
+    for (count = smaller(count, rows), rows -= count; count > 0; --count) {
+      fetch(at, bytes);
+      at += mel_step;
+      if (++mel == patch) mel = 0, at += channel_step;
+    }
+  }
+};
 
 // Rows of pixels under a tile's windows: frame f of row r = (c, p) at data[c · channel + p · mel + f].
 template <class T>
