@@ -179,10 +179,11 @@ inline void stem_backward(const EmbedCall& call) {
   const int64_t work = 2 * z.rows * ((z.patch + z.features) * z.dim + z.patch * (z.hidden + z.states));
   const int64_t threads = threads_for(work, (z.rows + line - 1) / line, call.threads);
   const int64_t parts = parts_of<T>(z, need), part_rows = round_up((z.rows + parts - 1) / parts, Simd<T>::kLanes);
-  // a wave's tokens of each part: as many chunks as give every thread three groups
-  const int64_t per_thread = (3 * threads * line + parts - 1) / parts;
+  // of the parts that are summed up at the same time, so that a thread alone has one's sums in its cache; a wave's tokens of
+  // each: as many chunks as give every thread three groups
+  const int64_t together = smaller(parts, threads), per_thread = (3 * threads * line + together - 1) / together;
   const int64_t tokens = round_up(smaller(part_rows, larger(1, per_thread)), kChunk), groups = tokens / line;
-  Wave<T> wave(z, need, g, parts * tokens);
+  Wave<T> wave(z, need, g, together * tokens);
   EmbedCall second = call;
   WeightGradients sums(second, z);
   Buffer<T> others((parts - 1) * sums.total);
@@ -191,26 +192,28 @@ inline void stem_backward(const EmbedCall& call) {
   int64_t strips = 0, products = 0;
   for (const auto& gradient : gradients[0].of) strips += gradient.strips();
   // few enough that every thread has several jobs
-  const int64_t strips_a_job = larger(1, smaller(kStrips, parts * strips / (6 * threads)));
+  const int64_t strips_a_job = larger(1, smaller(kStrips, together * strips / (6 * threads)));
   for (const auto& gradient : gradients[0].of) products += gradient.jobs(strips_a_job);
   const int64_t lines = need.x ? g.channels * g.mel_bins : 0, jobs = products + lines + (need.sblu ? 1 : 0);
 #pragma omp parallel num_threads(int(threads))
   {
     BackwardTiles<T> m(z, need, g);
     Buffer<T> packed(kChunk * kStrips * Block<T>::kStrip);
-    for (int64_t start = 0; start < part_rows; start += tokens) {
+    const int64_t waves = (part_rows + tokens - 1) / tokens;
+    for (int64_t turn = 0; turn < parts / together * waves; ++turn) {
+      const int64_t base = turn / waves * together, start = turn % waves * tokens;
       // static: the threads of a part stay its own
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < parts * groups; ++n) {
-        const int64_t part = n / groups, first = part * part_rows + start + n % groups * line;
+      for (int64_t n = 0; n < together * groups; ++n) {
+        const int64_t part = base + n / groups, first = part * part_rows + start + n % groups * line;
         const int64_t count = smaller(line, smaller(z.rows, (part + 1) * part_rows) - first);
         if (count <= 0) continue;
         const Group<T> group(g, call.x, call.time_major, first, count);
         group_backward<T, Quadrature>(call, w, z, need, group, n * line, m, wave);
       }
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < parts * jobs; ++n) {
-        const int64_t part = n / jobs, first = part * part_rows + start, place = part * tokens;
+      for (int64_t n = 0; n < together * jobs; ++n) {
+        const int64_t part = base + n / jobs, first = part * part_rows + start, place = n / jobs * tokens;
         int64_t job = n % jobs;
         const int64_t count = smaller(tokens, smaller(z.rows, (part + 1) * part_rows) - first);
         if (count <= 0) continue;
