@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import Call, choose
-from .geometry import PatchGrid, is_traced, sizes_of
+from .geometry import PatchGrid, sizes_of
 from .ranges import check_band, check_decay
 from .weights import Weights
 
@@ -120,7 +120,7 @@ _FOUND_RIGHT: dict[tuple[object, ...], Any] = {}
 
 def _once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> Any:
     """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices and options."""
-    if torch.compiler.is_compiling() or is_traced():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return check(tensors, *options)
     try:
         looked_at = [None if value is None else (value.shape, value.dtype, value.device) for value in tensors]

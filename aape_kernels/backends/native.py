@@ -13,7 +13,18 @@ from torch import Tensor
 from ..geometry import PatchGrid
 from ..ranges import LogitRanges
 
-__all__ = ["DTYPE_CODES", "Stem", "has_products", "instruction_set", "load", "sblu", "sblu_backward", "sizes", "view"]
+__all__ = [
+    "DTYPE_CODES",
+    "Stem",
+    "has_products",
+    "instruction_set",
+    "load",
+    "sblu",
+    "sblu_backward",
+    "sizes",
+    "view",
+    "views",
+]
 
 # pointer, element strides, dtype code
 View = tuple[int, tuple[int, ...], int]
@@ -47,20 +58,29 @@ def sizes(x: Tensor, grid: PatchGrid, states: int) -> tuple[int, ...]:
     return (*x.shape, *grid.patch, *grid.stride, grid.window, *grid.tokens(x.shape[2], x.shape[3]), states)
 
 
-def view(tensor: Tensor | None) -> View | None:
-    """A tensor as pointer, element strides and dtype code.
+def views(*tensors: Tensor | None) -> tuple[View | None, ...]:
+    """Tensors as pointer, element strides and dtype code; None where there is none.
 
     Errors: `RuntimeError` for a tensor whose memory was freed, as FSDP does with parameters outside of its forward.
     """
-    if tensor is None:
-        return None
-    pointer = tensor.data_ptr()
-    if not pointer and tensor.numel():
-        raise RuntimeError(
-            f"expected tensors that have memory, got one of shape {tuple(tensor.shape)} whose memory was freed "
-            "(by FSDP, whose own forward brings it back?)"
-        )
-    return pointer, tensor.stride(), DTYPE_CODES[tensor.dtype]
+    found: list[View | None] = []
+    for tensor in tensors:  # in one function for all: behind a large call each more costs µs
+        if tensor is None:
+            found.append(None)
+            continue
+        pointer = tensor.data_ptr()
+        if not pointer and tensor.numel():
+            raise RuntimeError(
+                f"expected tensors that have memory, got one of shape {tuple(tensor.shape)} whose memory was freed "
+                "(by FSDP, whose own forward brings it back?)"
+            )
+        found.append((pointer, tensor.stride(), DTYPE_CODES[tensor.dtype]))
+    return tuple(found)
+
+
+def view(tensor: Tensor) -> View | None:
+    """A tensor as `views` has it."""
+    return views(tensor)[0]
 
 
 def sblu(
@@ -77,7 +97,7 @@ def sblu(
         sizes(x, grid, weight.shape[0]),
         quadrature,
         None,
-        *map(view, (x, decay, frequency, weight, y)),
+        *views(x, decay, frequency, weight, y),
         torch.get_num_threads(),
     )
 
@@ -102,7 +122,7 @@ class Stem:
 
     def forward(self, weights: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
         """Write tokens, operand (either may be missing), hidden and r."""
-        load().embed(*self.given, _views(weights), _views(outputs), torch.get_num_threads())
+        load().embed(*self.given, views(*weights), views(*outputs), torch.get_num_threads())
 
     def backward(
         self, weights: Sequence[Tensor | None], given: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
@@ -112,11 +132,7 @@ class Stem:
         Args:
             given: hidden, r, the cotangent of the tokens or of the features, and the operand, which is written.
         """
-        load().embed_backward(*self.given, _views(weights), _views(given), _views(gradients), torch.get_num_threads())
-
-
-def _views(tensors: Sequence[Tensor | None]) -> tuple[View | None, ...]:
-    return tuple(map(view, tensors))
+        load().embed_backward(*self.given, views(*weights), views(*given), views(*gradients), torch.get_num_threads())
 
 
 def sblu_backward(
@@ -135,6 +151,6 @@ def sblu_backward(
         sizes(x, grid, weight.shape[0]),
         quadrature,
         None,
-        *map(view, (grad, x, decay, frequency, weight, None, *gradients)),
+        *views(grad, x, decay, frequency, weight, None, *gradients),
         torch.get_num_threads(),
     )
