@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from numbers import Real
+from numbers import Integral, Real
 
 
 def at_least(least: float, **arguments: float) -> None:
@@ -12,6 +12,23 @@ def at_least(least: float, **arguments: float) -> None:
     for name, value in arguments.items():
         if not (isinstance(value, Real) and value >= least):  # not <: NaN is no number
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def whole(least: int, **arguments: int) -> None:
+    """Errors: `ValueError` naming the first argument that is less, or no whole number; True and False are none."""
+    for name, value in arguments.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected an int, at least {least}, got {value!r}")
+
+
+def within(interval: str, **arguments: float) -> None:
+    """Errors: `ValueError` naming the first argument that is no number in `interval`, written as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name, value in arguments.items():
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        ends = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
+        if not (number and (low < value < high or value in ends)):
+            raise ValueError(f"{name}: expected a number in {interval}, got {value}")
 
 
 def one_of(known: Collection[str], **arguments: str) -> None:

@@ -133,7 +133,7 @@ MISTAKES = {
     ),
     "what the masks say": (
         [*PRETRAIN, "--model.masks.ratio=2"],
-        "--model.masks.ratio: expected a share between 0 and 1",
+        "--model.masks.ratio: expected a number in (0, 1), got 2.0",
     ),
     "the masks' seed, not the data's": (
         [*PRETRAIN, "--model.masks.seed=-1"],
@@ -147,7 +147,7 @@ MISTAKES = {
     ),
     "growing weights": (
         [*PRETRAIN, "--model.weight_decay=-1"],
-        "--model.weight_decay: expected a number of at least 0, got -1.0",
+        "--model.weight_decay: expected a number in [0, inf), got -1.0",
     ),
     "warm-up": ([*PRETRAIN, "--model.warmup_steps=-1"], "--model.warmup_steps: expected at least 0"),
     "no vector": ([*PRETRAIN, "--model.projection_dim=0"], "--model.projection_dim: expected an int, at least 1"),
@@ -155,8 +155,8 @@ MISTAKES = {
         [*PRETRAIN, "--data.batch_size=2", "--data.frames=3"],
         "--data.frames: expected at least 16, those of a patch, got 3",
     ),
-    "no batch": ([*PRETRAIN, "--data.batch_size=0"], "--data.batch_size: expected at least 1, got 0"),
-    "no workers": ([*PRETRAIN, "--data.workers=-1"], "--data.workers: expected at least 0, got -1"),
+    "no batch": ([*PRETRAIN, "--data.batch_size=0"], "--data.batch_size: expected an int, at least 1, got 0"),
+    "no workers": ([*PRETRAIN, "--data.workers=-1"], "--data.workers: expected an int, at least 0, got -1"),
     "no accumulation": (
         [*PRETRAIN, "--trainer.accumulate_grad_batches=0"],
         "--trainer.accumulate_grad_batches: expected at least 1, got 0",

@@ -161,7 +161,7 @@ def test_bad_arguments(folder, tmp_path):
             ClipData(str(folder), statistics=statistics)
     for name in ("frames", "batch_size", "workers"):
         for value in (True, 2.5):
-            with pytest.raises(ValueError, match=rf"{name}: expected a whole number, got {value}"):
+            with pytest.raises(ValueError, match=rf"{name}: expected an int, at least [01], got {value}"):
                 ClipData(str(folder), **{name: value})
     with pytest.raises(ValueError, match="splits: expected names"):
         ClipData(str(folder), splits="train").setup()

@@ -103,7 +103,7 @@ def test_inverse_blocks_turn_visible_one_after_the_other(grid, block, ratio, cli
         ({"num_masks": 0}, "num_masks: expected an int, at least 1, got 0"),
         ({"block": 2.5}, "block: expected an int, at least 1, got 2.5"),
         ({"seed": -1}, "seed: expected an int, at least 0, got -1"),
-        ({"ratio": 1.0}, "ratio: expected a share between 0 and 1, or None, got 1.0"),
+        ({"ratio": 1.0}, r"ratio: expected a number in \(0, 1\), got 1.0"),
     ],
 )
 def test_bad_options(options, message):

@@ -226,9 +226,9 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
-        ({"temperature": math.nan}, "temperature: expected a positive number, got nan"),
-        ({"temperature": math.inf}, "temperature: expected a positive number, got inf"),
+        ({"temperature": 0.0}, r"temperature: expected a number in \(0, inf\), got 0.0"),
+        ({"temperature": math.nan}, r"temperature: expected a number in \(0, inf\), got nan"),
+        ({"temperature": math.inf}, r"temperature: expected a number in \(0, inf\), got inf"),
         ({"regression_weight": math.nan}, "expected two numbers of at least 0, one of them more, got nan and"),
         ({"contrastive_weight": math.inf}, "expected two numbers of at least 0, one of them more, got .* and inf"),
         ({"ema": (0.9,)}, r"ema: expected two decays in \[0, 1\], got \(0.9,\)"),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._messages import one_of
+from .._messages import one_of, whole, within
 
 __all__ = ["MaskSampler", "Masks"]
 
@@ -63,12 +63,10 @@ class MaskSampler:
 
     def __post_init__(self) -> None:
         one_of(get_args(Kind), kind=self.kind)
-        for name, least in (("num_masks", 1), ("block", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: expected an int, at least {least}, got {value!r}")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"ratio: expected a share between 0 and 1, or None, got {self.ratio!r}")
+        whole(1, num_masks=self.num_masks, block=self.block)
+        whole(0, seed=self.seed)
+        if self.ratio is not None:
+            within("(0, 1)", ratio=self.ratio)
 
     def num_visible(self, grid: tuple[int, int]) -> int:
         """N_v for a token grid (N_f, N_t)."""

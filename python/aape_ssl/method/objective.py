@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .._messages import whole, within
 from .masks import Masks
 from .model import Encoder, Predictor, gather_tokens
 
@@ -155,13 +156,10 @@ class Pretraining(nn.Module):
         dim = encoder.size.dim
         if predictor.head.out_features != dim:
             raise ValueError(f"predictor: expected encoder_dim {dim}, the encoder's, got {predictor.head.out_features}")
-        for name, count in (("top_layers", top_layers), ("ema_steps", ema_steps), ("projection_dim", projection_dim)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}: expected an int, at least 1, got {count!r}")
+        whole(1, top_layers=top_layers, ema_steps=ema_steps, projection_dim=projection_dim)
         if len(ema) != 2 or not all(0 <= decay <= 1 for decay in ema):
             raise ValueError(f"ema: expected two decays in [0, 1], got {ema}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        within("(0, inf)", temperature=temperature)
         weights = (regression_weight, contrastive_weight)
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(

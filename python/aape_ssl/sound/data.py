@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from .._lightning import LightningDataModule
-from .._messages import one_of
+from .._messages import one_of, whole
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
-from .loader import ClipLoader, Crops, features, whole
+from .loader import ClipLoader, Crops, features
 from .sources import Clip, SourceError, find
 
 __all__ = ["ClipData", "CropsData"]
@@ -33,7 +33,8 @@ class CropsData(LightningDataModule):
 
     def __init__(self, front_end: FrontEnd, batch_size: int, workers: int, **crops: Any) -> None:
         super().__init__()
-        whole(frames=crops["frames"], batch_size=batch_size, workers=workers)
+        whole(1, frames=crops["frames"], batch_size=batch_size)
+        whole(0, workers=workers)
         self.front_end, self.batch_size, self.workers = front_end, batch_size, workers
         self.frames: int = crops["frames"]
         self.crops_options = crops

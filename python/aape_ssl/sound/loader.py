@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .._messages import at_least
+from .._messages import whole, within
 from . import audio
 from .audio import SAMPLE_RATE, FrontEnd
 from .sources import Clip
@@ -28,13 +27,6 @@ __all__ = ["ClipLoader", "Crops", "TooManyFailedError", "features", "mix", "resi
 ORDER, CROP = 1, 2  # streams of random numbers; SeedSequence pads with zeros, so the tag comes first
 Key = tuple[int, int]  # epoch, index
 Batch = dict[str, Any]
-
-
-def whole(**arguments: int) -> None:
-    """Errors: `ValueError` naming the first argument that is no whole number; True and False are none."""
-    for name, value in arguments.items():
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
 
 class TooManyFailedError(RuntimeError):
@@ -124,17 +116,10 @@ class Crops(Dataset[Any]):
         waveforms: bool = False,
         max_failed: float = 0.05,
     ) -> None:
-        whole(frames=frames, seed=seed)
-        for name, value, least, most in (
-            ("frames", frames, 1, math.inf),
-            ("seed", seed, 0, math.inf),
-            ("mix", mix, 0, 1),
-            ("max_failed", max_failed, 0, 1),
-        ):
-            if not least <= value <= most:
-                raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}")
-        if not 0 < resize_crop <= 1:
-            raise ValueError(f"resize_crop: expected a number above 0 and up to 1, got {resize_crop}")
+        whole(1, frames=frames)
+        whole(0, seed=seed)
+        within("[0, 1]", mix=mix, max_failed=max_failed)
+        within("(0, 1]", resize_crop=resize_crop)
         self.clips, self.front_end, self.frames, self.seed = list(clips), front_end, frames, seed
         self.mix, self.resize_crop, self.waveforms = mix, resize_crop, waveforms
         self.allowed = min(math.floor(max_failed * len(self.clips)), len(self.clips) - 1)
@@ -262,9 +247,8 @@ class ClipLoader:
         epoch: int = 0,
         limit: int | float = 1.0,
     ) -> None:
-        whole(batch_size=batch_size, workers=workers)
-        at_least(1, batch_size=batch_size)
-        at_least(0, workers=workers)
+        whole(1, batch_size=batch_size)
+        whole(0, workers=workers)
         self.step = batch_size * world
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")

@@ -20,6 +20,7 @@ from .._lightning import (
     MulticlassAccuracy,
     MultilabelAveragePrecision,
 )
+from .._messages import within
 from ..evaluation import probe
 from ..evaluation.embedding import first_window
 from ..saved.pretrained import AudioEncoder, load
@@ -202,11 +203,8 @@ class FinetuningModule(SteppingModule):
         super().__init__()
         self.options = {name: value for name, value in locals().items() if name in OPTIONS}
         check_rates(lr, betas, weight_decay)
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay: expected a number in (0, 1], got {layer_decay}")
-        for name, share in (("warmup", warmup), ("label_smoothing", label_smoothing)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}: expected a share in [0, 1), got {share}")
+        within("(0, 1]", layer_decay=layer_decay)
+        within("[0, 1)", warmup=warmup, label_smoothing=label_smoothing)
         self.checkpoint, self.lr, self.layer_decay = checkpoint, lr, layer_decay
         self.betas, self.weight_decay, self.warmup, self.label_smoothing = betas, weight_decay, warmup, label_smoothing
         self.model: AudioEncoder | None = None

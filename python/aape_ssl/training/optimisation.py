@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._messages import within
 
 __all__ = ["adamw", "check_rates", "decays", "warmup_cosine"]
 
@@ -18,9 +19,7 @@ def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> N
 
     Errors: `ValueError` naming the argument.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    within("[0, inf)", lr=lr, weight_decay=weight_decay)
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
 
