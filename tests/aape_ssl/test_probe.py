@@ -74,10 +74,8 @@ def test_the_test_fold_is_not_looked_at(rng, monkeypatch):
     (other,) = probe.evaluate("b", spoilt, clips_of(labels, [c.split for c in clips]), ("linear",), test=["3"])
     before, after = kept
     assert before.strength == after.strength
-    for part in ("weight", "bias"):
-        np.testing.assert_array_equal(getattr(before.model, part), getattr(after.model, part))
-    np.testing.assert_array_equal(before.mean, after.mean)
-    np.testing.assert_array_equal(before.scale, after.scale)
+    for part in ("weight", "bias", "mean", "scale"):
+        np.testing.assert_array_equal(getattr(before, part), getattr(after, part))
     assert other.accuracy < honest.accuracy
 
 
@@ -118,7 +116,7 @@ def test_it_is_the_minimum_on_training_and_validation(rng):
     np.testing.assert_allclose(fitted.mean, mean, rtol=1e-4)
     np.testing.assert_allclose(fitted.scale, scale, rtol=1e-4)
     expected = slow_fit((seen - mean) / scale, y[:200], fitted.strength)
-    weight = fitted.model.weight.T
+    weight = fitted.weight.T
     np.testing.assert_allclose(weight, expected[:-1], atol=0.05 * np.abs(expected).max())
     tested = features[200:]
     scores = (tested - mean) / scale @ expected[:-1] + expected[-1]
@@ -155,7 +153,7 @@ def test_validation_chooses_the_strength(rng):
         assert accuracies[probe.STRENGTHS.index(fitted.strength)] >= max(accuracies) - 2.01 / len(valid[1])
         # labels as one of the models gives them: that one is chosen, or a more regularised one that gives the same
         for c in probe.STRENGTHS:
-            given = probe._solve((train[0] - mean) / scale, train[1], c).predict((valid[0] - mean) / scale)
+            given = probe._solve(*train, c).predict(valid[0])
             told = probe.fit_logistic(train, (valid[0], given))
             assert told.strength <= c
             assert told.accuracy > 0.98

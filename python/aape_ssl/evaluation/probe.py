@@ -8,9 +8,10 @@ probe.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,21 +54,25 @@ class LinearProbe:
 
     Attributes:
         mean, scale: (D) of the features it was fitted on, training and validation.
-        model: the regression on standardised features.
+        weight, bias: (classes, D) and (classes) of the regression on standardised features.
+        classes: (classes) that they stand for.
         strength: the C of `STRENGTHS` that validation chose.
         accuracy: on validation, of the probe with that C fitted on the training clips alone.
     """
 
     mean: Floats
     scale: Floats
-    model: Weights
+    weight: Floats
+    bias: Floats
+    classes: Ints
     strength: float
-    accuracy: float
+    accuracy: float = math.nan
 
     def predict(self, features: Floats) -> Ints:
         """Classes (n) of features (n, D)."""
-        classes: Ints = self.model.predict((features - self.mean) / self.scale)
-        return classes
+        x = (features - self.mean) / self.scale
+        found: Ints = self.classes[(x @ self.weight.T + self.bias).argmax(1)]
+        return found
 
 
 def fit_logistic(train: tuple[Floats, Ints], validation: tuple[Floats, Ints]) -> LinearProbe:
@@ -79,46 +84,25 @@ def fit_logistic(train: tuple[Floats, Ints], validation: tuple[Floats, Ints]) ->
 
     Errors: `ValueError` if the solver does not converge, or if there is only one class to learn.
     """
-    mean, scale = _moments(train[0])
-    x, held = ((part[0] - mean) / scale for part in (train, validation))
-    found = [float((_solve(x, train[1], c).predict(held) == validation[1]).mean()) for c in STRENGTHS]
+    found = [float((_solve(*train, c).predict(validation[0]) == validation[1]).mean()) for c in STRENGTHS]
     best = int(np.argmax(found))
     features, classes = np.concatenate([train[0], validation[0]]), np.concatenate([train[1], validation[1]])
-    mean, scale = _moments(features)
-    model = _solve((features - mean) / scale, classes, STRENGTHS[best])
-    return LinearProbe(mean, scale, model, STRENGTHS[best], found[best])
+    return replace(_solve(features, classes, STRENGTHS[best]), accuracy=found[best])
 
 
-def _moments(features: Floats) -> tuple[Floats, Floats]:
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(features)  # the scale of a constant feature is 1
-    return scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of a logistic regression: weight (classes, D), bias (classes), and the classes (classes) that they stand for."""
-
-    weight: Floats
-    bias: Floats
-    classes: Ints
-
-    def predict(self, x: Floats) -> Ints:
-        """Classes (n) of standardised features (n, D)."""
-        found: Ints = self.classes[(x @ self.weight.T + self.bias).argmax(1)]
-        return found
-
-
-def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
-    """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy, until no derivative is above `TOLERANCE`.
+def _solve(features: Floats, classes: Ints, strength: float) -> LinearProbe:
+    """L-BFGS on ½‖w‖²/(C n) + mean cross-entropy of standardised features, until no derivative is above `TOLERANCE`.
 
     Solved by torch, as scikit-learn's `LogisticRegression` takes many times as long to reach the same minimum.
     """
+    from sklearn.preprocessing import StandardScaler
+
     known, number = np.unique(classes, return_inverse=True)
     if len(known) < 2:
         raise ValueError(f"classes: expected at least two to tell apart, got {len(known)}")
-    features, target = torch.from_numpy(x).double(), torch.from_numpy(number)
+    scaler = StandardScaler().fit(features)  # the scale of a constant feature is 1
+    mean, scale = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
+    x, target = torch.from_numpy((features - mean) / scale).double(), torch.from_numpy(number)
     weight = torch.zeros(len(known), x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(known), dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
@@ -133,7 +117,7 @@ def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
     def objective() -> torch.Tensor:
         solver.zero_grad()
         penalty = weight.square().sum() / (2 * strength * len(x))
-        loss = penalty + F.cross_entropy(F.linear(features, weight, bias), target)
+        loss = penalty + F.cross_entropy(F.linear(x, weight, bias), target)
         loss.backward()
         return loss
 
@@ -144,7 +128,8 @@ def _solve(x: Floats, classes: Ints, strength: float) -> Weights:
         raise ValueError(
             f"features: logistic regression with C = {strength:g} does not converge: a derivative of {left:.2g} is left"
         )
-    return Weights(weight.detach().float().numpy(), bias.detach().float().numpy(), known)
+    fitted = [parameter.detach().float().numpy() for parameter in (weight, bias)]
+    return LinearProbe(mean, scale, fitted[0], fitted[1], known, strength)
 
 
 def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
