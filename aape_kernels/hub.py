@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import stem
 
 try:
     from huggingface_hub import ModelCard, PyTorchModelHubMixin
+    from safetensors import SafetensorError
 except ImportError as error:
-    raise ImportError('aape_kernels.hub needs huggingface_hub: pip install "aape-kernels[hub]"') from error
+    raise ImportError(f'aape_kernels.hub needs {error.name}: pip install "aape-kernels[hub]"') from error
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,21 +46,31 @@ def may_be_on_the_hub(name: str) -> bool:
 class OrdinaryFiles(PyTorchModelHubMixin):
     """The mixin, but weights get the permissions of any new file: safetensors makes them unreadable for others."""
 
+    no_such_folder: ClassVar[type[Exception]] = ValueError
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
         """Load what `save_pretrained` wrote into a folder, or uploaded as "owner/name".
 
-        Errors: `ValueError` for a folder that is not there, before any network access; `RuntimeError` for parameters
-        that are missing in it or too many, unless `strict=False`; huggingface_hub's.
+        Errors: `no_such_folder` for a folder that is not there, before any network access; `RuntimeError` for
+        parameters that are missing in it or too many, unless `strict=False`; huggingface_hub's.
         """
         name = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(name) and not may_be_on_the_hub(name):
-            raise ValueError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
+            raise cls.no_such_folder(f"{name}: there is no such folder, and a name on the Hub is owner/name")
         # a parameter that the file lacks would keep its random values
         return super().from_pretrained(name, **{"strict": True, **options})
 
+    @classmethod
+    def _from_pretrained(cls, **given: Any) -> Self:
+        with contextlib.redirect_stdout(io.StringIO()):  # the mixin prints that it loads
+            return super()._from_pretrained(**given)  # type: ignore[no-any-return]
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        super()._save_pretrained(save_directory)
+        try:
+            super()._save_pretrained(save_directory)
+        except SafetensorError as error:  # what it makes of a full disk, say
+            raise OSError(errno.EIO, " ".join(str(error).split()), os.fspath(save_directory)) from error
         mask = os.umask(0)
         os.umask(mask)
         for path in save_directory.glob("*.safetensors"):

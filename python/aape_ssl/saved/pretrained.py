@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from aape_kernels.hub import CARD, OrdinaryFiles, may_be_on_the_hub
+from aape_kernels.hub import CARD, OrdinaryFiles
 
-from .._messages import at_least, one_line, one_of
+from .._messages import at_least, one_of
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
 from .checkpoints import CheckpointError, Part, read_pretraining, why
@@ -60,6 +56,8 @@ class AudioEncoder(
         >>> encoder = AudioEncoder.from_pretrained("folder")  # doctest: +SKIP
         >>> tokens = encoder.forward_features(encoder.log_mel(waveform))  # doctest: +SKIP
     """
+
+    no_such_folder = CheckpointError
 
     def __init__(
         self,
@@ -183,29 +181,6 @@ class AudioEncoder(
             + ("logits = encoder(x)" if self.labels else "embedding = encoder(x)  # (batch, N_f D): means over time"),
         }
         return super().generate_model_card(**said | given)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        try:
-            super()._save_pretrained(save_directory)
-        except SafetensorError as error:  # what it makes of a full disk, say
-            raise OSError(errno.EIO, one_line(error), os.fspath(save_directory)) from error
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> AudioEncoder:
-        """Load what `save_pretrained` wrote into a folder, or uploaded as "owner/name".
-
-        Errors: `CheckpointError` for a folder that is not there, before any network access; huggingface_hub's.
-        """
-        name = os.fspath(pretrained_model_name_or_path)
-        if not os.path.isdir(name) and not may_be_on_the_hub(name):
-            raise CheckpointError(f"{name}: there is no such folder, and a name on the Hub is owner/name")
-        return super().from_pretrained(name, **options)
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **given: Any) -> AudioEncoder:
-        # the mixin would leave weights that the file lacks random, and prints that it loads
-        with contextlib.redirect_stdout(io.StringIO()):
-            return super()._from_pretrained(strict=strict, **given)  # type: ignore[no-any-return]
 
 
 def load(path: str | os.PathLike[str]) -> AudioEncoder:
