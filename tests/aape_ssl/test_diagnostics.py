@@ -74,18 +74,21 @@ def test_rankme_of_known_spectra():
     assert diagnostics.rankme(many) == pytest.approx(float(diagnostics.rankme(many[::3])))
 
 
-def test_filter_statistics():
+def test_filter_positions():
     stem, x = AaPE(patch_size=4, embed_dim=8, num_states=4), torch.randn(3, 1, 16, 16)
-    untouched = diagnostics.filter_statistics(stem, x)
-    assert untouched.decay_at_bounds == untouched.frequency_at_bounds == 0
+    untouched = diagnostics.filter_positions(stem, x)
+    assert [diagnostics.at_bounds(positions) for positions in untouched.values()] == [0, 0]
     decay, frequency = stem.analyse(x)
     low, high = stem.decay
-    torch.testing.assert_close(untouched.decay.view_as(decay), torch.log(decay / low) / math.log(high / low))
-    assert len(untouched.frequency) == frequency.numel()
+    torch.testing.assert_close(untouched["decay"].view_as(decay), torch.log(decay / low) / math.log(high / low))
+    assert len(untouched["frequency"]) == frequency.numel()
     with torch.no_grad():
         stem.encoder.b2[0], stem.encoder.b2[4], stem.encoder.b2[5] = -50, 50, -50
-    moved = diagnostics.filter_statistics(stem, x)
-    assert (moved.decay_at_bounds, moved.frequency_at_bounds) == (0.25, 0.5)
+    moved = diagnostics.filter_positions(stem, x)
+    assert {name: diagnostics.at_bounds(positions) for name, positions in moved.items()} == {
+        "decay": 0.25,
+        "frequency": 0.5,
+    }
 
 
 @pytest.mark.parametrize("name", ["aape", "aape-fixed", "conv+mlp"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from aape_kernels import AaPE
 
 from .objective import Terms
 
-__all__ = ["FilterStatistics", "branch_ratio", "collapse", "content_std", "filter_statistics", "of_terms", "rankme"]
+__all__ = ["at_bounds", "branch_ratio", "collapse", "content_std", "filter_positions", "of_terms", "rankme"]
 
 MAX_TOKENS = 4096
 """Enough for a RankMe of any width here; a batch may hold a hundred times as many."""
@@ -81,29 +80,20 @@ def collapse(values: Mapping[str, float], dim: int) -> str | None:
     return f"the representation collapses: {', '.join(found)} (healthy: std about {1 / math.sqrt(dim):.3g})"
 
 
-@dataclass(frozen=True)
-class FilterStatistics:
-    """Where in their ranges the stem's decays and frequencies lie, over all patches and states of a batch.
+def filter_positions(stem: AaPE, x: Tensor) -> dict[str, Tensor]:
+    """Where in their ranges, from 0 to 1, decay (logarithmic) and frequency lie in `stem.analyse(x)`, x (B, 1, F, T).
 
-    Attributes:
-        decay_at_bounds, frequency_at_bounds: share within 1 % of the range (for the decay, logarithmic) from an end.
-        decay, frequency: positions in the range, from 0 to 1, flat: for histograms.
+    Flat: of all patches and states.
     """
-
-    decay_at_bounds: float
-    frequency_at_bounds: float
-    decay: Tensor
-    frequency: Tensor
-
-
-def filter_statistics(stem: AaPE, x: Tensor) -> FilterStatistics:
-    """Statistics of `stem.analyse(x)` for clips x (B, 1, F, T)."""
     decay, frequency = (values.float().flatten() for values in stem.analyse(x))
     low, high = stem.decay
-    decay = (decay / low).log() / math.log(high / low)
-    frequency = (frequency - stem.band[0]) / (stem.band[1] - stem.band[0])
-    decay_at_bounds, frequency_at_bounds = (float(((u - 0.5).abs() > 0.49).float().mean()) for u in (decay, frequency))
-    return FilterStatistics(decay_at_bounds, frequency_at_bounds, decay, frequency)
+    start, end = stem.band
+    return {"decay": (decay / low).log() / math.log(high / low), "frequency": (frequency - start) / (end - start)}
+
+
+def at_bounds(positions: Tensor) -> float:
+    """The share of `filter_positions` within 1 % of the range from an end."""
+    return float(((positions - 0.5).abs() > 0.49).float().mean())
 
 
 @torch.no_grad()

@@ -92,12 +92,10 @@ class Monitor(Callback):
             if ratio is not None:
                 values["stem/branch_ratio"] = ratio
             if isinstance(student.stem, AaPE):
-                filters = diagnostics.filter_statistics(student.stem, x)
-                values["stem/decay_at_bounds"] = filters.decay_at_bounds
-                values["stem/frequency_at_bounds"] = filters.frequency_at_bounds
-                for board in boards:
-                    board.add_histogram("stem/decay", filters.decay, step)
-                    board.add_histogram("stem/frequency", filters.frequency, step)
+                for name, positions in diagnostics.filter_positions(student.stem, x).items():
+                    values[f"stem/{name}_at_bounds"] = diagnostics.at_bounds(positions)
+                    for board in boards:
+                        board.add_histogram(f"stem/{name}", positions, step)
             drawn = bool(boards) or self.folder is not None
             attention = first_attention(objective, x, masks) if drawn else None
         if attention is not None:
