@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from .._arguments import as_lists, in_options, short
+from .._files import replacing
 from .._messages import one_line
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
@@ -102,7 +103,8 @@ def probe(
 
     def embedded(encoder: AudioEncoder, key: str) -> embedding.Floats:
         key = f"{key} {encoder.config} {frames}"
-        return cached(key, lambda: embed_clips(encoder, clips, frames, where))
+        tokens, front_end = encoder.to(where).tokens, encoder.front_end
+        return cached(key, lambda: embedding.embed(tokens, clips, front_end, frames, device=where))
 
     rows: dict[str, Callable[[], embedding.Floats]] = {
         Path(checkpoint).name: lambda: embedded(encoder, _digest(Path(checkpoint)))
@@ -127,11 +129,6 @@ def random_weights(encoder: AudioEncoder, seed: int = 0) -> AudioEncoder:
     return untrained.eval()
 
 
-def embed_clips(encoder: AudioEncoder, clips: Sequence[Clip], frames: int, device: str = "cpu") -> embedding.Floats:
-    """`embedding.embed` with the encoder's own front end."""
-    return embedding.embed(encoder.to(device).tokens, clips, encoder.front_end, frames, device=device)
-
-
 def _digest(path: Path) -> str:
     """A digest of the weights, so that embeddings are not taken for those of another training of the same name."""
     content = path / "model.safetensors" if path.is_dir() else path
@@ -139,7 +136,7 @@ def _digest(path: Path) -> str:
 
 
 def _write_scores(path: Path, scores: Sequence[probes.Score]) -> None:
-    with embedding.writing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["row", "method", "features", "group", "correct"])
         for score in scores:
@@ -197,7 +194,7 @@ def export(checkpoint: str, out: Path, part: Part = "teacher") -> None:
     if out.exists():
         raise ValueError(f"out: {out} exists already")
     encoder = AudioEncoder.from_checkpoint(checkpoint, part)
-    with embedding.writing(out) as folder:
+    with replacing(out) as folder:
         encoder.save_pretrained(folder)
     print(f'{out}: from aape_ssl.saved.pretrained import AudioEncoder; AudioEncoder.from_pretrained("{out}")')
 

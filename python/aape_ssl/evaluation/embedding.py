@@ -6,8 +6,7 @@ import hashlib
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,7 +32,6 @@ __all__ = [
     "own_columns",
     "pool",
     "statistics",
-    "writing",
 ]
 
 T = TypeVar("T")
@@ -157,16 +155,6 @@ def named(clip: Clip, compute: Callable[[Clip], T]) -> T:
         raise AudioError(f"{clip.name}: {error}") from error
 
 
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`replacing`, but an `OSError` names the file: that of a full disk does not."""
-    try:
-        with replacing(path) as part:
-            yield part
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def cache_folder() -> Path:
     """`AAPE_SSL_CACHE`, else `aape_ssl` in `XDG_CACHE_HOME` or `~/.cache`."""
     given = os.environ.get("AAPE_SSL_CACHE")
@@ -190,7 +178,7 @@ def cached(path: str | os.PathLike[str], clips: Sequence[Clip], key: str, comput
         pass
     features = compute()
     try:
-        with writing(path) as part, open(part, "wb") as new:
+        with replacing(path) as part, open(part, "wb") as new:
             np.savez(new, of=names, about=key, features=features)
     except OSError as error:  # they are known all the same
         warnings.warn(f"cache: {error}: these embeddings will be computed again", stacklevel=2)
@@ -267,7 +255,7 @@ def embed_files(
     table: dict[str, Any] = {"name": np.array(names), "embedding": np.concatenate(rows)}
     if level == "frame":
         table["time"] = np.concatenate(times)
-    with writing(out) as part, open(part, "wb") as file:
+    with replacing(out) as part, open(part, "wb") as file:
         _write_table(file, table, out.suffix)
     return failed
 
