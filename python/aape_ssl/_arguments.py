@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import shutil
-import sys
 from argparse import SUPPRESS, Action, ArgumentError
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from ._messages import did_you_mean, one_line
+from ._messages import complain, did_you_mean, one_line
 
 __all__ = ["ShortErrors", "as_lists", "as_typed", "in_options", "named", "retouch", "short"]
 
@@ -89,9 +88,8 @@ class ShortErrors:
                 prefix, message, options = f"{prefix}{_key(message)[0]}.", str(ex), ex.options
             ex = ex.__cause__
         options = [f"{prefix}{option[2:]}" for option in options if option.startswith("--")]
-        print(f"aape-ssl: {as_typed(_explained(message, options, prefix), self.names)}", file=sys.stderr)
-        print(f"aape-ssl: `aape-ssl {self.command} --help` lists the options", file=sys.stderr)
-        raise SystemExit(2)
+        said = as_typed(_explained(message, options, prefix), self.names)
+        raise SystemExit(complain(said, f"`aape-ssl {self.command} --help` lists the options"))
 
 
 def short(parser: type[Parser], command: str, names: Mapping[str, str] = MappingProxyType({})) -> type[Parser]:

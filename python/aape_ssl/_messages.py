@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 
@@ -47,3 +48,10 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 def one_line(text: object) -> str:
     """A text, which may have several lines, as one line."""
     return " ".join(str(text).split())
+
+
+def complain(*messages: object) -> int:
+    """Say on stderr what is wrong, a line each; the exit status of a command that does nothing more, 2."""
+    for message in messages:
+        print(f"aape-ssl: {one_line(message)}", file=sys.stderr, flush=True)
+    return 2

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from ._messages import did_you_mean
+from ._messages import complain, did_you_mean
 
 __all__ = ["main"]
 
@@ -35,7 +35,7 @@ def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         clone = f'pip install ".[{extra}]" in a clone of the repository'
-        print(f"aape-ssl: {command} needs {', '.join(missing)}: {clone}", file=sys.stderr)
+        complain(f"{command} needs {', '.join(missing)}: {clone}")
     return bool(missing)
 
 
@@ -61,9 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end."""
-        print(f"aape-ssl: {message.removeprefix('argument ')}", file=sys.stderr)
-        print(f"aape-ssl: `{self.prog} --help` lists the options", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(complain(message.removeprefix("argument "), f"`{self.prog} --help` lists the options"))
 
     def unknown(self, argument: str) -> NoReturn:
         """The same for an unknown option."""
@@ -162,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except KeyboardInterrupt:  # while libraries were imported, say
-        print("aape-ssl: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
 
 

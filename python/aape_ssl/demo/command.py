@@ -17,7 +17,7 @@ from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
 from aape_kernels.plot import hear
 
-from .._messages import one_line
+from .._messages import complain, one_line
 from ..sound import audio, sources
 from . import picture, stems
 
@@ -97,9 +97,9 @@ def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: floa
         viewer = _viewer(checkpoint)
         _try_backends(["auto", *backends])
     except stems.CheckpointError as error:
-        return _fail(f"--checkpoint {checkpoint}: {error}")
+        return complain(f"--checkpoint {checkpoint}: {error}")
     except (ValueError, RuntimeError, ImportError) as error:
-        return _fail(str(error))
+        return complain(error)
 
     clips, missing = _clips(files or bundled_clips())
     names = _unique_names([clip.name for clip in clips])
@@ -111,16 +111,16 @@ def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: floa
             waveform, whole = _piece(clip, start, seconds)
             log_mel = _log_mel(waveform, viewer)
         except audio.AudioError as error:
-            _complain(f"{clip.name}: {error}")
+            complain(f"{clip.name}: {error}")
             continue
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            return _fail(f"--out {out}: cannot be written ({error.strerror})")
+            return complain(f"--out {out}: cannot be written ({error.strerror})")
         try:
             row = _look(log_mel, name, viewer, backends, out, start)
         except OSError as error:
-            _complain(f"{out / name}.png: cannot be written ({error.strerror})")
+            complain(f"{out / name}.png: cannot be written ({error.strerror})")
             continue
         if not shown:
             print(_heading(viewer, backends, width, busy), flush=True)
@@ -151,7 +151,7 @@ def _clips(files: Sequence[Path]) -> tuple[list[sources.Clip], int]:
         try:
             clips += sources.find(file)
         except sources.SourceError as error:
-            _complain(str(error))
+            complain(error)
             missing += 1
     return clips, missing
 
@@ -287,12 +287,3 @@ def _printable(text: str) -> str:
     """`text` with characters escaped that the terminal's encoding lacks; file names may hold anything."""
     encoding = sys.stdout.encoding or "utf-8"
     return one_line(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def _complain(message: str) -> None:
-    print(_printable(f"aape-ssl: {message}"), file=sys.stderr, flush=True)
-
-
-def _fail(message: str) -> int:
-    _complain(message)
-    return 2

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,10 +14,9 @@ import torch
 
 from .._arguments import as_lists, in_options, short
 from .._files import replacing
-from .._messages import one_line
+from .._messages import complain, one_line
 from ..saved.checkpoints import CheckpointError, Part
 from ..saved.pretrained import AudioEncoder, load
-from ..sound.audio import AudioError
 from ..sound.sources import Clip, find
 from . import embedding
 from . import probe as probes
@@ -175,8 +173,7 @@ def embed(
         encoder.to(where).tokens, clips, encoder.front_end, frames, out, level, batch_size, where
     )
     print(f"{out}: {len(clips) - len(failed)} of {len(clips)} clips")
-    for name, why in failed:
-        print(f"aape-ssl: {name}: {why}", file=sys.stderr)
+    complain(*(f"{name}: {why}" for name, why in failed))
     return 1 if failed else 0
 
 
@@ -211,6 +208,5 @@ def main(command: str, argv: Sequence[str]) -> int:
         return auto_cli(COMMANDS[command], args=arguments, as_positional=False, parser_class=parser) or 0
     except BrokenPipeError:  # an OSError that is no complaint: `cli.main` answers it
         raise
-    except (AudioError, CheckpointError, OSError, ValueError) as error:
-        print(f"aape-ssl: {in_options(one_line(error), {'': COMMANDS[command]})}", file=sys.stderr)
-        return 2
+    except (CheckpointError, OSError, ValueError) as error:
+        return complain(in_options(one_line(error), {"": COMMANDS[command]}))

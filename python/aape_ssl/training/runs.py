@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
 from abc import abstractmethod
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from .._lightning import (
     TensorBoardLogger,
     Trainer,
 )
-from .._messages import at_least, one_of
+from .._messages import at_least, complain, one_of
 from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, StoppedError, check_resumable
 from ..sound.loader import TooManyFailedError
 from .steps import NonFiniteError
@@ -231,16 +231,13 @@ def _listed(value: Any) -> list[Any]:
 
 def _with_preset(presets: Mapping[str, Path], argv: Sequence[str]) -> list[str]:
     """`--preset NAME`, the last of several, as the `--config` that comes first: everything else overrides it."""
-    first, others, left = list[str](), list[str](), iter(argv)
-    for argument in left:
-        name, given, value = argument.partition("=")
-        if presets and name == "--preset":
-            preset = value if given else next(left, "")
-            one_of(presets, **{"--preset": preset})
-            first = ["--config", str(presets[preset])]
-        else:
-            others.append(argument)
-    return [*first, *others]
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?", const="")
+    found, others = parser.parse_known_args(argv)
+    if not presets or found.preset is None:
+        return list(argv)
+    one_of(presets, **{"--preset": found.preset})
+    return ["--config", str(presets[found.preset]), *others]
 
 
 def _one_line(error: Exception) -> str:
@@ -288,7 +285,7 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
         assert cli is not None
         if cli.trainer.is_global_zero:
             said = f"stopped at optimiser step {cli.trainer.global_step}; {cli.last.path} is written"
-            print(f"aape-ssl: {said}; the same command with --resume=true goes on", file=sys.stderr)
+            complain(f"{said}; the same command with --resume=true goes on")
         return 128 + (error.signal or signal.SIGTERM)
     except SystemExit:
         if cli is not None:
@@ -305,12 +302,9 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
         if cli is None:  # the model and its parts are made before any data is looked at
             groups |= run.parts
         groups |= {"data.": run.usual_data or run.data_type, "trainer.": Trainer, **run.parts}
-        complaint = as_typed(in_options(_of_the_trainer(_one_line(error)), groups), run.names)
-        print(f"aape-ssl: {complaint}{kept}", file=sys.stderr)
-        return 2
+        return complain(as_typed(in_options(_of_the_trainer(_one_line(error)), groups), run.names) + kept)
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
-        print(f"aape-ssl: --resume: the checkpoint is of another model: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return complain(f"--resume: the checkpoint is of another model: {_one_line(error)}")
     return 0
