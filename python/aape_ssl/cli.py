@@ -39,12 +39,6 @@ def _lacks(command: str, needed: Sequence[str], extra: str) -> bool:
     return bool(missing)
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("aape-kernels")
-
-
 def _seconds(text: str, zero: bool = False) -> float:
     try:
         value = float(text)
@@ -71,8 +65,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> tuple[_Parser, _Parser]:
     """The parsers of all commands, and of the demo."""
+    from importlib.metadata import version
+
     parser = _Parser(prog="aape-ssl", description="Audio representation learning with the AaPE stem.")
-    parser.add_argument("--version", action="version", version=f"aape-ssl {_version()}")
+    parser.add_argument("--version", action="version", version=f"aape-ssl {version('aape-kernels')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",

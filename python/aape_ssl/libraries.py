@@ -47,19 +47,15 @@ def mend_torchvision() -> None:
         import_module("torchvision")
 
 
-def _stub_extension() -> ModuleType:
+def _stub_extension(name: str) -> ModuleType:
     """What torchaudio's Python parts ask of `torchaudio._extension`, with every compiled part reported as absent."""
 
     def unchanged(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
-    stub: Any = ModuleType("torchaudio._extension")
-    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    stub._IS_ALIGN_AVAILABLE = False
-    stub.fail_if_no_align = unchanged
-    stub._check_cuda_version = lambda: None
-    extension: ModuleType = stub
-    return extension
+    stub, absent = ModuleType(name), {"_IS_TORCHAUDIO_EXT_AVAILABLE": False, "_IS_ALIGN_AVAILABLE": False}
+    vars(stub).update(absent, fail_if_no_align=unchanged, _check_cuda_version=lambda: None)
+    return stub
 
 
 def import_kaldi() -> ModuleType:
@@ -80,7 +76,7 @@ def import_kaldi() -> ModuleType:
         # the failed import leaves submodules of a package that is no longer there
         for left in [key for key in sys.modules if key.partition(".")[0] == "torchaudio"]:
             del sys.modules[left]
-        sys.modules[name] = _stub_extension()
+        sys.modules[name] = _stub_extension(name)
         try:
             from torchaudio.compliance import kaldi
         except Exception:  # whatever it is, the stub must not stay for the next import

@@ -158,11 +158,8 @@ def make_stem(
     """
     one_of(get_args(StemName), stem=name)
     options = dict(options or {})
-    if name == "conv":
-        if options:
-            raise ValueError(f"stem_options: expected none for the stem 'conv', got {', '.join(options)}")
-        return ConvStem(patch_size, 1, embed_dim)
-    kinds: dict[str, type[nn.Module]] = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv+mlp": ConvMLPStem}
+    kinds: dict[str, type[nn.Module]]
+    kinds = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv": ConvStem, "conv+mlp": ConvMLPStem}
     known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters)
     known -= {"patch_size", "in_chans", "embed_dim"}
     for option in options.keys() - known:
