@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from typing import Any
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read; the message is one line that names the file and says why."""
 
 
 def at_least(least: float, **arguments: float) -> None:
@@ -39,6 +44,13 @@ def one_of(known: Collection[str], **arguments: str) -> None:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
+def unchanged(checkpoint: Mapping[str, Any], **here: Any) -> None:
+    """Errors: `ValueError` naming the first argument of which the checkpoint says something else, if it says any."""
+    for name, value in here.items():
+        if name in checkpoint and checkpoint[name] != value:
+            raise ValueError(f"{name}: the checkpoint was made with {checkpoint[name]!r}, this run has {value!r}")
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a message about an unknown name."""
     near = difflib.get_close_matches(name, known, 1)
@@ -48,6 +60,11 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 def one_line(text: object) -> str:
     """A text, which may have several lines, as one line."""
     return " ".join(str(text).split())
+
+
+def why(error: BaseException) -> str:
+    """Type and text of an error, for a message of one line."""
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def complain(*messages: object) -> int:

@@ -111,7 +111,7 @@ def test_other_statistics_than_a_run_began_with_are_refused(folder):
 def test_another_set_is_not_resumed(folder, tmp_path):
     fit(tmp_path / "a", ClipData(str(folder), batch_size=4, workers=0, frames=64), 2)
     next(folder.iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"clips: the checkpoint was made with 12 clips .*, this run has 11 clips"):
+    with pytest.raises(ValueError, match=r"clips: the checkpoint was made with '12 clips .*', this run has '11 clips"):
         fit(tmp_path / "b", ClipData(str(folder), batch_size=4, workers=0, frames=64), 4, tmp_path / "a/step=2.ckpt")
 
 

@@ -17,7 +17,7 @@ from aape_kernels import AaPE
 from aape_kernels.backends import Call, reasons
 from aape_kernels.plot import hear
 
-from .._messages import complain, one_line
+from .._messages import CheckpointError, complain, one_line
 from ..sound import audio, sources
 from . import picture, stems
 
@@ -96,15 +96,15 @@ def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: floa
     try:
         viewer = _viewer(checkpoint)
         _try_backends(["auto", *backends])
-    except stems.CheckpointError as error:
-        return complain(f"--checkpoint {checkpoint}: {error}")
+    except CheckpointError as error:
+        return complain(f"--checkpoint {checkpoint}: {str(error).removeprefix(f'{checkpoint}: ')}")
     except (ValueError, RuntimeError, ImportError) as error:
         return complain(error)
 
     clips, missing = _clips(files or bundled_clips())
     names = _unique_names([clip.name for clip in clips])
     width = max([len("clip"), *(len(_printable(name)) for name in names)])
-    busy = _others_load()
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # others' work counts, too
     shown = 0
     for clip, name in zip(clips, names, strict=True):
         try:
@@ -131,7 +131,7 @@ def run(files: Sequence[Path], checkpoint: Path | None, out: Path, seconds: floa
 
     if not shown:
         return 2
-    edge = _nyquist(viewer)
+    edge = 1 / (2 * viewer.stem.stride[1] * viewer.front_end.hop)  # π/S_t
     print(f"\nalias-prone: share of the modulation energy above {edge:g} Hz, where the sequence of patches aliases")
     for name, why in available.items():
         if why is not None:
@@ -164,11 +164,6 @@ def _piece(clip: sources.Clip, start: float, seconds: float) -> tuple[Tensor, fl
     if start:
         seconds = min(seconds, whole - start)
     return clip.load(seconds, start / (whole - seconds) if start else 0.0), whole
-
-
-def _others_load() -> float:
-    """Processors busy in the last minute, also with others' work; 0 if the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def _try_backends(names: Sequence[str]) -> None:
@@ -251,11 +246,6 @@ def _viewer(checkpoint: Path | None) -> Viewer:
     stem, prefix = stems.load_stem(checkpoint)
     where = f" ({prefix.rstrip('.')})" if prefix else ""
     return Viewer(stem, f"{checkpoint.name}{where}", trained=True, guessed=True)
-
-
-def _nyquist(viewer: Viewer) -> float:
-    """The lower edge of the alias-prone band, π/S_t, in Hz."""
-    return 1 / (2 * viewer.stem.stride[1] * viewer.front_end.hop)
 
 
 def _unique_names(files: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from aape_kernels import AaPE, sblu
 from aape_kernels.plot import Heard
 
-from .._messages import one_line
+from .._messages import CheckpointError, one_line, why
 from ..method.model import PLANES
 from ..sound.audio import FrontEnd
 
@@ -25,10 +25,6 @@ __all__ = [
     "strongest_frequency",
     "untrained_stem",
 ]
-
-
-class CheckpointError(ValueError):
-    """A file that holds no stem this version can build; the message is one line that says why."""
 
 
 def untrained_stem(seed: int = 0) -> AaPE:
@@ -62,13 +58,10 @@ def load_encoders_stem(path: str | os.PathLike[str]) -> tuple[AaPE, FrontEnd] | 
     if not os.path.isdir(path) and not {"pytorch-lightning_version", "options", "ClipData"} <= _read(path).keys():
         return None
     try:
-        from ..saved import checkpoints, pretrained
+        from ..saved.pretrained import load
     except ModuleNotFoundError as error:
         raise CheckpointError(f'is of aape-ssl; to read it needs {error.name}: pip install ".[ssl]"') from error
-    try:
-        encoder = pretrained.load(path)
-    except checkpoints.CheckpointError as error:
-        raise CheckpointError(str(error).removeprefix(f"{path}: ")) from error
+    encoder = load(path)
     stem = encoder.encoder.stem
     if not isinstance(stem, AaPE):
         raise CheckpointError(f"its stem is a {type(stem).__name__}, which has no filters to look at")
@@ -130,35 +123,29 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if os.path.isdir(path):
         raise CheckpointError(f"{expected}, got a directory")
     try:
-        content = _read_safetensors(path) if os.fspath(path).endswith(".safetensors") else _read_pickle(path, expected)
+        if os.fspath(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            with open(path, "rb") as file:
+                start = file.read(8)
+            # a zip archive or, from before PyTorch 1.6, a bare pickle; of others torch.load only names the first letter
+            if not start.startswith((b"PK", b"\x80")):
+                got = f"one that starts with {start!r}" if start else "an empty one"
+                raise CheckpointError(f"{expected}, got {got}")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except ModuleNotFoundError as error:
+        raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{expected}, got one that torch.load(weights_only=True) refuses") from error
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        reason = f"{type(error).__name__}: {one_line(error)[:120]}"
-        raise CheckpointError(f"{expected}, got one that cannot be read ({reason})") from error
+        raise CheckpointError(f"{expected}, got one that cannot be read ({why(error)})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{expected}, got one that holds a {type(content).__name__}")
     return content
-
-
-def _read_safetensors(path: str | os.PathLike[str]) -> Any:
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
-    return load_file(path)
-
-
-def _read_pickle(path: str | os.PathLike[str], expected: str) -> Any:
-    with open(path, "rb") as file:
-        start = file.read(8)
-    # a zip archive or, from before PyTorch 1.6, a bare pickle; of anything else torch.load only names the first letter
-    if not start.startswith((b"PK", b"\x80")):
-        raise CheckpointError(f"{expected}, got {f'one that starts with {start!r}' if start else 'an empty one'}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{expected}, got one that torch.load(weights_only=True) refuses") from error
 
 
 def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:

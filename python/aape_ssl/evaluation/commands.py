@@ -14,8 +14,8 @@ import torch
 
 from .._arguments import as_lists, in_options, short
 from .._files import replacing
-from .._messages import complain, one_line
-from ..saved.checkpoints import CheckpointError, Part
+from .._messages import CheckpointError, complain, one_line
+from ..saved.checkpoints import Part
 from ..saved.pretrained import AudioEncoder, load
 from ..sound.sources import Clip, find
 from . import embedding

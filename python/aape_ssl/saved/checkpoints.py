@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._lightning import Checkpoint, CheckpointIO, LightningModule, ModelCheckpoint, Trainer
-from .._messages import at_least, one_line
+from .._messages import CheckpointError, at_least, why
 from ..method.model import Encoder, make_stem
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "load_encoder",
     "made_with",
     "read_pretraining",
-    "why",
 ]
 
 Part = Literal["teacher", "student"]
@@ -36,10 +35,6 @@ EARLIER = (
     {"num_states": 32, "encoder_dim": 64, "features": "complex"},
     {"features": "complex"},
 )
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or read; the message is one line that names the file and says why."""
 
 
 class StoppedError(RuntimeError):
@@ -108,11 +103,6 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove it, if it exists."""
         Path(path).unlink(missing_ok=True)
-
-
-def why(error: BaseException) -> str:
-    """Type and text of an error, for a message of one line."""
-    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def _sync_folder(folder: Path) -> None:

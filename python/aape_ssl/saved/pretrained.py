@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from aape_kernels.hub import CARD, OrdinaryFiles
 
-from .._messages import at_least, one_of
+from .._messages import CheckpointError, at_least, one_of, why
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
-from .checkpoints import CheckpointError, Part, read_pretraining, why
+from .checkpoints import Part, read_pretraining
 
 __all__ = ["AudioEncoder", "load"]
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from .._lightning import LightningDataModule
-from .._messages import one_of, whole
+from .._messages import one_of, unchanged, whole
 from .audio import FRONT_ENDS, AudioError, FrontEnd, measure
 from .loader import ClipLoader, Crops, features
 from .sources import Clip, SourceError, find
@@ -169,11 +169,8 @@ class ClipData(CropsData):
 
         Errors: `ValueError` for another front end or length, or where other statistics were given as numbers.
         """
-        began = {**state, "statistics": (state["mean"], state["std"])}
-        asked = {"front_end": self.front_end_name, "frames": self.frames}
+        unchanged(state, front_end=self.front_end_name, frames=self.frames)
+        statistics = (state["mean"], state["std"])
         if not isinstance(self.statistics, str):
-            asked["statistics"] = tuple(map(float, self.statistics))
-        for name, here in asked.items():
-            if began[name] != here:
-                raise ValueError(f"{name}: the checkpoint was made with {began[name]}, this run has {here}")
-        self.front_end = self.front_end.by((state["mean"], state["std"]))
+            unchanged({"statistics": statistics}, statistics=tuple(map(float, self.statistics)))
+        self.front_end = self.front_end.by(statistics)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .._messages import whole, within
+from .._messages import unchanged, whole, within
 from . import audio
 from .audio import SAMPLE_RATE, FrontEnd
 from .sources import Clip
@@ -316,9 +316,7 @@ class ClipLoader:
 
         Errors: `ValueError` if the clips, the seed or the batch size over all processes differ.
         """
-        for name, here in self._identity().items():
-            if state[name] != here:
-                raise ValueError(f"{name}: the checkpoint was made with {state[name]}, this run has {here}")
+        unchanged(state, **self._identity())
         self._order.epoch, self._order.given, self.failed = state["epoch"], state["given"], dict(state["failed"])
         self._resumed = True
 

@@ -27,8 +27,8 @@ from .._lightning import (
     TensorBoardLogger,
     Trainer,
 )
-from .._messages import at_least, complain, one_of
-from ..saved.checkpoints import AtomicCheckpointIO, CheckpointError, LastCheckpoint, StoppedError, check_resumable
+from .._messages import CheckpointError, at_least, complain, one_of
+from ..saved.checkpoints import AtomicCheckpointIO, LastCheckpoint, StoppedError, check_resumable
 from ..sound.loader import TooManyFailedError
 from .steps import NonFiniteError
 

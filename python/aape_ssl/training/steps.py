@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._lightning import LightningModule, rank_zero_warn
+from .._messages import unchanged
 from ..saved.checkpoints import made_with
 from .sharding import total_norm
 
@@ -102,10 +103,8 @@ class SteppingModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume as another run."""
-        theirs, trainer = made_with(checkpoint), checkpoint.get("trainer", {})
-        for name, here in self.options.items():
-            if name in theirs and theirs[name] != here:  # a checkpoint of before an option says nothing of it
-                raise ValueError(f"{name}: the checkpoint was made with {theirs[name]!r}, this run has {here!r}")
+        unchanged(made_with(checkpoint), **self.options)
+        trainer = checkpoint.get("trainer", {})
         for name, here in self._of_the_trainer().items():
             if name in trainer and trainer[name] != here:
                 rank_zero_warn(
