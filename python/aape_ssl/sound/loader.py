@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .._messages import unchanged, whole, within
 from . import audio
@@ -76,13 +76,11 @@ def features(batch: Batch, front_end: FrontEnd, frames: int) -> Batch:
 def _one_thread() -> Iterator[None]:
     """One thread, as in a worker: sums that are split over several threads differ in their last bits."""
     threads = torch.get_num_threads()
-    if threads > 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
 class Crops(Dataset[Any]):
@@ -139,38 +137,33 @@ class Crops(Dataset[Any]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         with _one_thread():
             failed: dict[int, str] = {}
-            batch = self._batch(keys, failed)
+            taken = {index for _, index in keys}
+            batch = default_collate([self._crop(key, taken, failed) for key in keys])
             if len(failed) > self.allowed:
                 batch = {}  # it may lack clips, and training stops anyway
             elif not self.waveforms:
                 batch = features(batch, self.front_end, self.frames)
             return {**batch, "failed": failed}
 
-    def _batch(self, keys: Sequence[Key], failed: dict[int, str]) -> Batch:
-        taken = {index for _, index in keys}
-        index, waveform, other, ratio, box = [], [], [], [], []
-        for epoch, wanted in keys:
-            rng = np.random.default_rng([CROP, self.seed, epoch, wanted])
-            # always all of them, so that no option moves the crops
-            at, share, partner, at_partner, *sides = rng.random(8)
-            used, piece = self._decode(wanted, at, taken, rng, failed)
-            index.append(used)
-            waveform.append(piece)
-            if self.mix > 0:
-                try:
-                    other.append(self.waveform(int(partner * len(self)), at_partner))
-                except audio.AudioError as error:
-                    failed[int(partner * len(self))] = str(error)
-                    other.append(piece)  # mixed with itself it stays as it is
-                ratio.append(self.mix * share)
-            height, width = (1 - (1 - self.resize_crop) * side for side in sides[:2])
-            box.append([sides[2] * (1 - height), height, sides[3] * (1 - width), width])
-        batch = {"waveform": torch.stack(waveform), "index": torch.tensor(index)}
+    def _crop(self, key: Key, taken: set[int], failed: dict[int, str]) -> Batch:
+        """What one clip has in a batch, before `features`."""
+        rng = np.random.default_rng([CROP, self.seed, *key])
+        # always all of them, so that no option moves the crops
+        at, share, partner, at_partner, *sides = rng.random(8)
+        index, waveform = self._decode(key[1], at, taken, rng, failed)
+        crop = {"index": index, "waveform": waveform}
         if self.mix > 0:
-            batch |= {"other": torch.stack(other), "ratio": torch.tensor(ratio, dtype=torch.float32)}
+            other = int(partner * len(self))
+            crop |= {"other": waveform, "ratio": torch.tensor(self.mix * share, dtype=torch.float32)}
+            try:
+                crop["other"] = self.waveform(other, at_partner)
+            except audio.AudioError as error:
+                failed[other] = str(error)  # mixed with itself, the clip stays as it is
         if self.resize_crop < 1:
-            batch["box"] = torch.tensor(box, dtype=torch.float32)
-        return batch
+            height, width = (1 - (1 - self.resize_crop) * side for side in sides[:2])
+            box = [sides[2] * (1 - height), height, sides[3] * (1 - width), width]
+            crop["box"] = torch.tensor(box, dtype=torch.float32)
+        return crop
 
     def _decode(
         self, wanted: int, at: float, taken: set[int], rng: np.random.Generator, failed: dict[int, str]
