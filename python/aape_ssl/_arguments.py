@@ -69,13 +69,22 @@ class _WithinError(ArgumentError):
         self.options = options
 
 
-class ShortErrors:
-    """A mixin for jsonargparse's parsers: a mistake is answered in two lines, which name the option as it is typed."""
+class ShortErrors(ArgumentParser):
+    """A parser of `aape-ssl command`: a mistake is answered in two lines, which name the option as it is typed."""
 
     command: str
     names: Mapping[str, str]
-    exit_on_error: bool
-    _option_string_actions: Mapping[str, Action]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {"formatter_class": _Formatter, "allow_abbrev": False, "prog": f"aape-ssl {self.command}"}
+        super().__init__(*args, **kwargs | given)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As any parser, but of configurations that are no text, too, it says what is wrong."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:  # all that is decoded are configurations
+            self.error(f"Problems parsing config: {error}")
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Say what is wrong, and end."""
@@ -94,19 +103,7 @@ class ShortErrors:
 
 def short(parser: type[Parser], command: str, names: Mapping[str, str] = MappingProxyType({})) -> type[Parser]:
     """A class of parsers like `parser`, for `aape-ssl command`; `names` as for `named`."""
-
-    def init(self: Parser, *args: Any, **kwargs: Any) -> None:
-        given = {"formatter_class": _Formatter, "allow_abbrev": False, "prog": f"aape-ssl {command}"}
-        parser.__init__(self, *args, **kwargs | given)
-
-    def parse_args(self: Parser, *args: Any, **kwargs: Any) -> Namespace:
-        try:
-            return parser.parse_args(self, *args, **kwargs)
-        except UnicodeDecodeError as error:  # all that is decoded are configurations
-            self.error(f"Problems parsing config: {error}")
-
-    members = {"__init__": init, "parse_args": parse_args, "command": command, "names": names}
-    return type(parser.__name__, (ShortErrors, parser), members)
+    return type(parser.__name__, (ShortErrors, parser), {"command": command, "names": names})
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:
