@@ -231,7 +231,7 @@ def test_bad_outputs_are_refused_before_anything_is_encoded(tmp_path, monkeypatc
         ("no/a.npz", "clip", "out: .* lies in a folder that is not there"),
         ("a.txt", "clip", "out: expected a .npz or .parquet file"),
         ("a.parquet", "clip", "out: writing .* needs pyarrow: pip install pyarrow"),
-        ("a.npz", "token", "level: expected clip or frame, got 'token'"),
+        ("a.npz", "token", "level: expected one of clip, frame, got 'token'"),
     ):
         with pytest.raises(ValueError, match=reason):
             embed_files(never, CLIPS, AUDIOSET128, 64, tmp_path / out, level)

@@ -229,8 +229,8 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         ({"temperature": 0.0}, r"temperature: expected a number in \(0, inf\), got 0.0"),
         ({"temperature": math.nan}, r"temperature: expected a number in \(0, inf\), got nan"),
         ({"temperature": math.inf}, r"temperature: expected a number in \(0, inf\), got inf"),
-        ({"regression_weight": math.nan}, "expected two numbers of at least 0, one of them more, got nan and"),
-        ({"contrastive_weight": math.inf}, "expected two numbers of at least 0, one of them more, got .* and inf"),
+        ({"regression_weight": math.nan}, r"regression_weight: expected a number in \[0, inf\), got nan"),
+        ({"contrastive_weight": math.inf}, r"contrastive_weight: expected a number in \[0, inf\), got inf"),
         ({"ema": (0.9,)}, r"ema: expected two decays in \[0, 1\], got \(0.9,\)"),
         ({"top_layers": 1.5}, "top_layers: expected an int, at least 1, got 1.5"),
         ({"top_layers": True}, "top_layers: expected an int, at least 1, got True"),
@@ -238,7 +238,7 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         ({"ema": (0.9, 1.1)}, r"ema: expected two decays in \[0, 1\], got \(0.9, 1.1\)"),
         ({"ema_steps": 0}, "ema_steps: expected an int, at least 1, got 0"),
         ({"top_layers": 0}, "top_layers: expected an int, at least 1, got 0"),
-        ({"regression_weight": 0.0, "contrastive_weight": 0.0}, "expected two numbers of at least 0, one of them more"),
+        ({"regression_weight": 0.0, "contrastive_weight": 0.0}, "expected one of them above 0, got 0 and 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -104,15 +104,14 @@ def probe(
         tokens, front_end = encoder.to(where).tokens, encoder.front_end
         return cached(key, lambda: embedding.embed(tokens, clips, front_end, frames, device=where))
 
-    rows: dict[str, Callable[[], embedding.Floats]] = {
-        Path(checkpoint).name: lambda: embedded(encoder, _digest(Path(checkpoint)))
-    }
-    if baselines:
-        rows["random weights"] = lambda: embedded(random_weights(encoder), "random")
-        rows["log-mel statistics"] = lambda: cached(
-            f"statistics {encoder.front_end}", lambda: embedding.statistics(clips, encoder.front_end)
-        )
-    found = [score for name, row in rows.items() for score in probes.evaluate(name, row(), clips, methods, held_out)]
+    def rows() -> Iterator[tuple[str, embedding.Floats]]:
+        yield Path(checkpoint).name, embedded(encoder, _digest(Path(checkpoint)))
+        if baselines:
+            yield "random weights", embedded(random_weights(encoder), "random")
+            key = f"statistics {encoder.front_end}"
+            yield "log-mel statistics", cached(key, lambda: embedding.statistics(clips, encoder.front_end))
+
+    found = [score for name, row in rows() for score in probes.evaluate(name, row, clips, methods, held_out)]
     print(f"{len(clips)} clips, {len({clip.label for clip in clips})} classes, test clips {len(found[0].correct)}")
     print(probes.table(found))
     if scores is not None:

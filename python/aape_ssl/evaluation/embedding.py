@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._files import replacing
-from .._messages import at_least
+from .._messages import at_least, one_of
 from ..sound.audio import SAMPLE_RATE, AudioError, FrontEnd
 from ..sound.sources import Clip
 
@@ -220,8 +220,7 @@ def embed_files(
     """
     out = Path(out)
     at_least(1, batch_size=batch_size)
-    if level not in ("clip", "frame"):
-        raise ValueError(f"level: expected clip or frame, got {level!r}")
+    one_of(("clip", "frame"), level=level)
     if out.suffix not in (".npz", ".parquet"):
         raise ValueError(f"out: expected a .npz or .parquet file, got {out}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -57,14 +56,10 @@ class _Gather(torch.autograd.Function):
     """The batches of all ranks, one after the other. Every rank's loss depends on all of them: gradients are summed."""
 
     @staticmethod
-    def forward(local: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         everyone = local.new_empty(dist.get_world_size() * len(local), *local.shape[1:])
         dist.all_gather(list(everyone.chunk(dist.get_world_size())), local.contiguous())
         return everyone
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -160,12 +155,9 @@ class Pretraining(nn.Module):
         if len(ema) != 2 or not all(0 <= decay <= 1 for decay in ema):
             raise ValueError(f"ema: expected two decays in [0, 1], got {ema}")
         within("(0, inf)", temperature=temperature)
-        weights = (regression_weight, contrastive_weight)
-        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-            raise ValueError(
-                f"regression_weight, contrastive_weight: expected two numbers of at least 0, one of them more, got "
-                f"{regression_weight} and {contrastive_weight}"
-            )
+        within("[0, inf)", regression_weight=regression_weight, contrastive_weight=contrastive_weight)
+        if not (regression_weight or contrastive_weight):
+            raise ValueError("regression_weight, contrastive_weight: expected one of them above 0, got 0 and 0")
         self.top_layers, self.temperature = top_layers, temperature
         self.regression_weight, self.contrastive_weight = regression_weight, contrastive_weight
         self.ema, self.ema_steps = ema, ema_steps

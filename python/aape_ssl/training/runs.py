@@ -109,7 +109,6 @@ class Run(LightningCLI):
     usual_data: ClassVar[type[LightningDataModule] | None] = None
     """The default class of data module, if `--data` may name another one."""
     presets: ClassVar[Mapping[str, Path]] = {}
-    checkpoint_every: ClassVar[int] = 1000
     all_help: ClassVar[bool] = False
     of_the_trainer: ClassVar[Mapping[str, Any]] = {}
     """Defaults of the trainer's options."""
@@ -125,7 +124,7 @@ class Run(LightningCLI):
         parser.add_argument("--out", type=Path, default=out, help="folder for checkpoint and logs")
         resume = "go on from last.ckpt in --out, if there: to the same bits, with as many processes and threads"
         parser.add_argument("--resume", type=bool, default=False, help=resume)
-        parser.add_argument("--checkpoint_every", type=int, default=self.checkpoint_every, help="optimiser steps")
+        parser.add_argument("--checkpoint_every", type=int, default=1000, help="optimiser steps")
         if self.presets:  # `_with_preset` takes it out before it is parsed
             what = f"{', '.join(self.presets)}: a configuration, which other options override"
             parser.add_argument("--preset", type=str, default=None, help=what)
