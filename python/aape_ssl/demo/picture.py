@@ -103,21 +103,10 @@ def _energy_over_frequency(
     axes.set_xlim(band[0] - margin, band[1] + margin)
     for edge in band:
         axes.axvline(edge, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(
-        "alias-prone band" if alias_prone else "band",
-        ((band[0] + band[1]) / 2, 0.955),
-        xycoords=("data", "axes fraction"),
-        ha="center",
-        va="top",
-        color=INK,
-    )
-    axes.annotate(
-        "",
-        (band[0], 0.865),
-        (band[1], 0.865),
-        xycoords=("data", "axes fraction"),
-        arrowprops={"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0},
-    )
+    name, middle, upright = "alias-prone band" if alias_prone else "band", sum(band) / 2, axes.get_xaxis_transform()
+    axes.text(middle, 0.955, name, transform=upright, ha="center", va="top", color=INK)
+    arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (band[0], 0.865), (band[1], 0.865), xycoords=upright, arrowprops=arrow)
     strongest = strongest_frequency(responses)
     tens = [hz for hz in range(10, math.ceil(band[1]), 10) if band[0] + margin < hz < band[1] - margin]
     axes.set_xticks([band[0], *tens, band[1]], [f"{hz:.4g}" for hz in (band[0], *tens, band[1])])
@@ -157,15 +146,18 @@ def _kernels(
     ms = (np.arange(stem.window) - (stem.window - 1) / 2) * hop * 1e3
     limit = 1.1 * float(np.abs(h).max())
     left, bottom, width, height = box
-    height *= 0.88  # the rest is the heading's
+    # the rest of the height is the heading's
+    grid = figure.add_gridspec(
+        2, 2, left=left, right=left + width, bottom=bottom, top=bottom + 0.88 * height, wspace=1 / 12, hspace=3 / 11
+    )
     real: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6}
     imaginary: dict[str, Any] = {**real, "linewidth": 1.2, "linestyle": (0, (3, 2)), "markerfacecolor": "white"}
-    figure.text(left, box[1] + box[3] + 0.008, "Strongest kernels h(d)", fontsize=11, va="bottom")
+    figure.text(left, bottom + height + 0.008, "Strongest kernels h(d)", fontsize=11, va="bottom")
     figure.legend(
         [Line2D([], [], color=INK, **style) for style in (real, imaginary)],
         ["real", "imaginary"],
         loc="lower right",
-        bbox_to_anchor=(left + width, box[1] + box[3] + 0.006),
+        bbox_to_anchor=(left + width, bottom + height + 0.006),
         ncols=2,
         frameon=False,
         borderpad=0,
@@ -173,10 +165,8 @@ def _kernels(
     )
     for n, (state, planes) in enumerate(zip(states, h, strict=True)):
         share = float(flat[0][:, state].sum() / flat[0].sum().clamp_min(1e-30))
-        column, row = n % 2, n // 2
-        axes = figure.add_axes(
-            (left + 0.52 * width * column, bottom + 0.56 * height * (1 - row), 0.48 * width, 0.44 * height)
-        )
+        row, column = divmod(n, 2)
+        axes = figure.add_subplot(grid[row, column])
         colour = scale.to_rgba(hz[n : n + 1].numpy())[0]
         axes.axhline(0, color="#c8c8c8", linewidth=0.8)
         axes.plot(ms, planes[0], color=colour, **real)
