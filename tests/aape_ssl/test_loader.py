@@ -118,7 +118,7 @@ def test_an_epoch_left_early_is_over(folder):
     batches = ClipLoader(crops(folder), 6)
     first = next(iter(batches))
     assert not equal([first], [next(iter(batches))])
-    assert batches.epoch == 1
+    assert batches.place["epoch"] == 1
 
 
 @pytest.mark.parametrize(("limit", "taken"), [(2, 2), (9, 4), (0.5, 2), (1.0, 4)])
@@ -131,7 +131,7 @@ def test_whether_a_resumed_epoch_was_over_depends_on_its_limit(folder, limit, ta
         second = ClipLoader(crops(folder), 6, limit=limit)
         second.load_state_dict(first.state_dict())
         next(iter(second))
-        assert (second.epoch, second.given) == ((1, 1) if given == taken else (0, given + 1))
+        assert tuple(second.place.values()) == ((1, 1) if given == taken else (0, given + 1))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"size": 8}, {"drop": 1}])

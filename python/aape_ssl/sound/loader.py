@@ -195,14 +195,13 @@ class _Order(Sampler[list[Key]]):
     told to end before their pipes are closed, and would be waited for.
     """
 
-    def __init__(self, clips: int, seed: int, batch_size: int, rank: int, world: int) -> None:
-        self.clips, self.seed, self.rank, self.shape = clips, seed, rank, (world, batch_size)
-        self.epoch, self.given = 0, 0
+    def __init__(self, place: Mapping[str, int], clips: int, seed: int, batch_size: int, rank: int, world: int) -> None:
+        self.place, self.clips, self.seed, self.rank, self.shape = place, clips, seed, rank, (world, batch_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, count = self.epoch, self.clips // math.prod(self.shape)
+        epoch, count = self.place["epoch"], self.clips // math.prod(self.shape)
         order = np.random.default_rng([ORDER, self.seed, epoch]).permutation(self.clips)
-        mine = order[: count * math.prod(self.shape)].reshape(count, *self.shape)[self.given :, self.rank]
+        mine = order[: count * math.prod(self.shape)].reshape(count, *self.shape)[self.place["given"] :, self.rank]
         return iter([[(epoch, index) for index in batch] for batch in mine.tolist()])
 
 
@@ -223,6 +222,7 @@ class ClipLoader:
             resumed epoch was over depends on it. All unless given.
 
     Attributes:
+        place: the epoch of the last batch, and how many of its batches have been given.
         failed: index and reason of every clip that could not be decoded.
 
     Errors: `ValueError` where the set is smaller than one batch over all processes. Iterating:
@@ -246,13 +246,11 @@ class ClipLoader:
         if len(data) < self.step:
             raise ValueError(f"batch_size: expected at most the {len(data)} clips there are, got {self.step} in all")
         self.data, self.failed = data, dict[int, str]()
-        self._order = _Order(len(data), data.seed, batch_size, rank, world)
-        self._order.epoch = epoch
-        self._resumed = False
+        self.place, self._resumed = {"epoch": epoch, "given": 0}, False
         self._taken = min(limit, len(self)) if isinstance(limit, int) else int(limit * len(self))
         self._loader = DataLoader(
             data,
-            batch_sampler=self._order,
+            batch_sampler=_Order(self.place, len(data), data.seed, batch_size, rank, world),
             num_workers=workers,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
@@ -260,29 +258,18 @@ class ClipLoader:
             generator=torch.Generator(),  # its own, so that the global one is left alone
         )
 
-    @property
-    def epoch(self) -> int:
-        """The epoch of the last batch."""
-        return self._order.epoch
-
-    @property
-    def given(self) -> int:
-        """How many batches of the epoch have been given."""
-        return self._order.given
-
     def __len__(self) -> int:
         return len(self.data) // self.step
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order
-        if order.given and not (self._resumed and order.given < self._taken):
-            order.epoch, order.given = order.epoch + 1, 0
+        if self.place["given"] and not (self._resumed and self.place["given"] < self._taken):
+            self.place |= {"epoch": self.place["epoch"] + 1, "given": 0}
         self._resumed = False
         for batch in self._loader:
             self.failed |= batch.pop("failed")
             if len(self.failed) > self.data.allowed:
                 raise TooManyFailedError(self.report(f", more than the {self.data.allowed} that max_failed allows"))
-            order.given += 1
+            self.place["given"] += 1
             yield batch
 
     def close(self) -> None:
@@ -301,8 +288,7 @@ class ClipLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Its place, in plain numbers and strings for `torch.load(weights_only=True)`."""
-        state = {"epoch": self.epoch, "given": self.given, "failed": dict(self.failed)}
-        return state | self._identity()
+        return {**self.place, "failed": dict(self.failed), **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`.
@@ -310,7 +296,8 @@ class ClipLoader:
         Errors: `ValueError` if the clips, the seed or the batch size over all processes differ.
         """
         unchanged(state, **self._identity())
-        self._order.epoch, self._order.given, self.failed = state["epoch"], state["given"], dict(state["failed"])
+        self.place |= {name: state[name] for name in self.place}
+        self.failed = dict(state["failed"])
         self._resumed = True
 
     def _identity(self) -> dict[str, Any]:
