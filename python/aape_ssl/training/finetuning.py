@@ -27,7 +27,7 @@ from ..saved.pretrained import AudioEncoder, load
 from ..sound.data import CropsData
 from ..sound.loader import ClipLoader
 from ..sound.sources import Clip, find
-from .optimisation import adamw, check_rates, decays
+from .optimisation import adamw, check_rates, grouped
 from .steps import SteppingModule
 
 __all__ = ["FinetuningModule", "LabelledClips", "mean_average_precision", "predict"]
@@ -289,19 +289,12 @@ class FinetuningModule(SteppingModule):
 
     def _groups(self) -> list[dict[str, Any]]:
         assert self.model is not None
-        exempt, last = self.model.no_weight_decay(), len(self.model.encoder.layers) + 1
-        groups: dict[tuple[int, bool], list[Tensor]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault((_depth(name, last), decays(name, parameter, exempt)), []).append(parameter)
-        return [
-            {
-                "params": groups[depth, decayed],
-                "lr": self.lr * self.layer_decay ** (last - depth),
-                "weight_decay": self.weight_decay if decayed else 0.0,
-            }
-            for depth, decayed in sorted(groups)
-        ]
+        last = len(self.model.encoder.layers) + 1
+
+        def rate(name: str) -> float:
+            return self.lr * self.layer_decay ** (last - _depth(name, last))
+
+        return grouped(self.model, rate, self.model.no_weight_decay(), self.weight_decay)
 
 
 OPTIONS = frozenset(inspect.signature(FinetuningModule).parameters) - {"checkpoint"}

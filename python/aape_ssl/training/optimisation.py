@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._messages import within
 
-__all__ = ["adamw", "check_rates", "decays", "warmup_cosine"]
+__all__ = ["adamw", "check_rates", "grouped", "warmup_cosine"]
 
 
 def check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> None:
@@ -41,6 +41,18 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float], warmup: int,
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def decays(name: str, parameter: Tensor, exempt: Collection[str]) -> bool:
-    """Whether weight decay applies: to matrices and kernels, except those that a model asks to leave alone."""
-    return parameter.dim() > 1 and name not in exempt
+def grouped(
+    module: nn.Module, rate: Callable[[str], float], exempt: Collection[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    """A module's parameters that learn, by learning rate, which follows from the name, the lowest first.
+
+    Weight decay applies to matrices and kernels, except those in `exempt`, which a model asks to leave alone.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((rate(name), parameter.dim() < 2 or name in exempt), []).append(parameter)
+    return [
+        {"params": groups[lr, spared], "lr": lr, "weight_decay": 0.0 if spared else weight_decay}
+        for lr, spared in sorted(groups)
+    ]

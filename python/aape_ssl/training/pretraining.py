@@ -14,7 +14,7 @@ from .._messages import at_least
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
 from ..method.objective import Pretraining, Terms
-from .optimisation import adamw, check_rates, decays
+from .optimisation import adamw, check_rates, grouped
 from .sharding import ShardedStrategy, check_strategy, shard
 from .steps import NonFiniteError, SteppingModule
 
@@ -171,13 +171,8 @@ class PretrainingModule(SteppingModule):
             raise ValueError(f"max_steps: expected at least 1, at whose end the learning rate is 0, got {steps}")
 
         exempt = {f"student.{name}" for name in self.objective.student.no_weight_decay()}
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, parameter in self.objective.named_parameters():
-            if parameter.requires_grad:
-                groups[decays(name, parameter, exempt)].append(parameter)
-        decay = {True: self.weight_decay, False: 0.0}
-        parts = [{"params": groups[part], "weight_decay": decay[part], "lr": self.lr} for part in groups]
-        return adamw(parts, self.betas, self.warmup_steps, steps)
+        groups = grouped(self.objective, lambda name: self.lr, exempt, self.weight_decay)
+        return adamw(groups, self.betas, self.warmup_steps, steps)
 
 
 OPTIONS = frozenset(inspect.signature(PretrainingModule).parameters) - {"compile"}
