@@ -209,7 +209,7 @@ def test_attention_is_the_softmax():
         (lambda: tiny("aape", stem_options={"embed_dim": 8}), "stem_options: aape has no option embed_dim"),
         (
             lambda: tiny("conv+mlp", stem_options={"features": "phase"}),
-            "features: expected one of complex, magnitude, both, got 'phase'",
+            "features: expected one of both, complex, magnitude, got 'phase'",
         ),
         (
             lambda: tiny()(torch.zeros(2, 16, 16)),

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from aape_kernels import AaPE, sblu
 from aape_kernels.plot import Heard
+from aape_kernels.reference import PLANES
 
 from .._messages import CheckpointError, one_line, why
-from ..method.model import PLANES
 from ..sound.audio import FrontEnd
 
 __all__ = [

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aape_kernels import AaPE
+from aape_kernels.reference import PLANES
 
 from .._messages import at_least, did_you_mean, one_of
 
 __all__ = [
-    "PLANES",
     "SIZES",
     "ConvMLPStem",
     "ConvStem",
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 StemName = Literal["aape", "aape-fixed", "conv", "conv+mlp"]
-PLANES = {"complex": 2, "magnitude": 1, "both": 3}  # that AaPE's fusion sees, by its `features`
 
 
 class Size(NamedTuple):
@@ -83,16 +82,8 @@ class FixedAaPE(AaPE):
     Source: ours; it shows what choosing the filters by the patch brings, beyond having filters.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._fix()
-
-    def reset_parameters(self) -> None:
-        """Initialise as the constructor does."""
-        super().reset_parameters()
-        self._fix()
-
-    def _fix(self) -> None:
+    def _reset_branch(self) -> None:
+        super()._reset_branch()
         nn.init.zeros_(self.encoder.w2)
         self.encoder.requires_grad_(False)
 
@@ -160,8 +151,7 @@ def make_stem(
     options = dict(options or {})
     kinds: dict[str, type[nn.Module]]
     kinds = {"aape": AaPE, "aape-fixed": FixedAaPE, "conv": ConvStem, "conv+mlp": ConvMLPStem}
-    known = set(inspect.signature(AaPE if name == "aape-fixed" else kinds[name]).parameters)
-    known -= {"patch_size", "in_chans", "embed_dim"}
+    known = inspect.signature(kinds[name]).parameters.keys() - {"patch_size", "in_chans", "embed_dim"}
     for option in options.keys() - known:
         raise ValueError(f"stem_options: {name} has no option {option}{did_you_mean(option, known)}")
     stem = kinds[name](patch_size=patch_size, in_chans=1, embed_dim=embed_dim, **options)
