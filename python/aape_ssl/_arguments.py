@@ -183,11 +183,10 @@ def as_lists(argv: Sequence[str], names: Collection[str]) -> list[str]:
     """
     arguments: list[str] = []
     for argument in argv:
-        before = arguments[-1] if arguments else ""
-        if before.lstrip("-") in names and before.startswith("--") and not argument.startswith("-"):
+        if arguments and arguments[-1] in names and not argument.startswith("-"):
             argument = f"{arguments.pop()}={argument}"
         name, given, value = argument.partition("=")
-        if given and name.lstrip("-") in names:
+        if given and name in names:
             items = [item.strip(" '\"") for item in value.removeprefix("[").removesuffix("]").split(",")]
             argument = f"{name}={json.dumps([item for item in items if item], ensure_ascii=False)}"
         arguments.append(argument)

@@ -57,11 +57,6 @@ class _Parser(argparse.ArgumentParser):
         """Say what is wrong, and end."""
         raise SystemExit(complain(message.removeprefix("argument "), f"`{self.prog} --help` lists the options"))
 
-    def unknown(self, argument: str) -> NoReturn:
-        """The same for an unknown option."""
-        name = argument.partition("=")[0]
-        self.error(f"{name}: no such option{did_you_mean(name, self._option_string_actions)}")
-
 
 def _parser() -> tuple[_Parser, _Parser]:
     """The parsers of all commands, and of the demo."""
@@ -166,7 +161,8 @@ def _run(argv: Sequence[str]) -> int:
     parser, of_the_demo = _parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        of_the_demo.unknown(unknown[0])
+        name = unknown[0].partition("=")[0]
+        of_the_demo.error(f"{name}: no such option{did_you_mean(name, of_the_demo._option_string_actions)}")
     if _lacks("the demo", DEMO_NEEDS, "demo"):
         return 2
     from .demo import command as demo

@@ -202,7 +202,7 @@ def main(command: str, argv: Sequence[str]) -> int:
     """Run a command with `argv` and return its exit status: its own, or 2 with one line on stderr."""
     from jsonargparse import ArgumentParser, auto_cli
 
-    arguments, parser = as_lists(argv, ("methods", "test")), short(ArgumentParser, command)
+    arguments, parser = as_lists(argv, ("--methods", "--test")), short(ArgumentParser, command)
     try:
         return auto_cli(COMMANDS[command], args=arguments, as_positional=False, parser_class=parser) or 0
     except BrokenPipeError:  # an OSError that is no complaint: `cli.main` answers it

@@ -121,14 +121,12 @@ class AudioEncoder(
         Errors: `TypeError` or `ValueError` naming the waveform: integers, another shape, less than a patch, or samples
         that are not finite or far beyond full scale.
         """
-        if isinstance(waveform, Tensor) and waveform.dim() not in (1, 2):
+        x = self.front_end.normalise(self.front_end.log_mel(waveform))  # which refuses what is no sound at all
+        if waveform.dim() > 2:
             raise ValueError(f"waveform: expected shape (samples) or (batch, samples), got {tuple(waveform.shape)}")
-        sound = isinstance(waveform, Tensor) and waveform.is_floating_point()
-        if sound and not bool((waveform.abs() <= LOUDEST).all()):
-            raise ValueError(
-                f"waveform: expected finite samples, full scale ±1, got up to {float(waveform.abs().max()):g}"
-            )
-        x = self.front_end.normalise(self.front_end.log_mel(waveform))
+        if not bool((waveform.abs() <= LOUDEST).all()):
+            loudest = float(waveform.abs().max())
+            raise ValueError(f"waveform: expected finite samples, full scale ±1, got up to {loudest:g}")
         x = x if x.dim() == 3 else x.unsqueeze(0)
         if x.shape[-1] < self.encoder.patch_size[1]:
             needed = round(self.front_end.seconds(self.encoder.patch_size[1]) * SAMPLE_RATE)

@@ -276,7 +276,7 @@ def main(run: type[Run], argv: Sequence[str]) -> int:
             trainer_defaults=dict(run.of_the_trainer),
             parser_class=short(LightningArgumentParser, run.command, run.names),
             parser_kwargs={"description": run.__doc__, "usage": f"aape-ssl {run.command} {run.usage}"},
-            args=_with_preset(run.presets, as_lists(named(argv, run.names), ("data.splits",))),
+            args=_with_preset(run.presets, as_lists(named(argv, run.names), ("--data.splits",))),
             run=False,
         )
         cli.fit()
