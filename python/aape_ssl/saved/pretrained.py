@@ -111,9 +111,7 @@ class AudioEncoder(
     @property
     def config(self) -> Mapping[str, Any]:
         """The arguments that it was made with."""
-        config = self._hub_mixin_config
-        assert isinstance(config, dict)
-        return config
+        return self._hub_mixin_config  # type: ignore[return-value]  # as it is a dict here
 
     def log_mel(self, waveform: Tensor) -> Tensor:
         """Waveforms at 16 kHz (samples) or (B, samples) -> normalised log-mel spectrograms (B, 1, F, T), float32.

@@ -59,16 +59,12 @@ class CropsData(LightningDataModule):
             self.loader.failed |= before.failed
         return self.loader
 
-    def report(self, most: int | None = 10) -> str:
-        """Which clips could not be decoded, one a line; "" if none."""
-        return self.loader.report(most=most) if self.loader else ""
-
     def teardown(self, stage: str | None = None) -> None:
         """End the workers, and list the clips that could not be decoded."""
         if self.loader:
             self.loader.close()
-        if report := self.report():
-            print(report, file=sys.stderr)
+            if report := self.loader.report():
+                print(report, file=sys.stderr)
 
 
 class ClipData(CropsData):

@@ -61,9 +61,8 @@ class Clip:
 
     def load(self, seconds: float | None = None, at: float = 0.0) -> Tensor:
         """Its waveform, as `audio.load` gives it. Errors: `AudioError`."""
-        if self.span is None:
-            return audio.load(self.path, seconds, at)
-        return audio.load(io.BytesIO(self._content(self.span[0])), seconds, at)
+        file = self.path if self.span is None else io.BytesIO(self._content(self.span[0]))
+        return audio.load(file, seconds, at)
 
     def _content(self, offset: int) -> bytes:
         """Of the member whose header is there, as tarfile reads it: of a sparse one, the archive lacks the zeros."""

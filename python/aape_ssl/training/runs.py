@@ -161,14 +161,12 @@ class Run(LightningCLI):
         """Refuse what lightning would accept, only to misread it or fail later."""
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out: expected a folder, {out} is a file")
-        every = {name: getattr(self.config, name, 1) for name in ("checkpoint_every", "monitor_every")}
-        at_least(1, **{f"--{name}": value for name, value in every.items()})
+        at_least(1, **{f"--{name}": getattr(self.config, name, 1) for name in ("checkpoint_every", "monitor_every")})
         if preset := getattr(self.config, "preset", None):  # `_with_preset` has taken those of the command line out
             raise ValueError(f"--preset: expected on the command line, got {preset!r} from a file of options")
         trainer = self.config_init.trainer
         at_least(1, **{"--trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"]})
-        if trainer["gradient_clip_val"] is not None:
-            at_least(0, **{"--trainer.gradient_clip_val": trainer["gradient_clip_val"]})
+        at_least(0, **{"--trainer.gradient_clip_val": trainer["gradient_clip_val"] or 0})
 
     @abstractmethod
     def own_callbacks(self) -> list[Callback]:
