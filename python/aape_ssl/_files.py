@@ -1,12 +1,18 @@
-"""Files and folders that exist as a whole or not at all."""
+"""Files: written as a whole or not at all, and read without trust in what they hold."""
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ._messages import CheckpointError, why
 
 
 @contextmanager
@@ -27,3 +33,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(part, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """What `torch.save` wrote, by `weights_only=True`.
+
+    Errors: `CheckpointError` naming the file, also for what is no dict.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: expected a checkpoint, got a folder") from error
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        # torch's own text tells how to load what should not be loaded
+        other = isinstance(error, pickle.UnpicklingError | KeyError)
+        cause = "it is none, or holds other things than tensors and plain values" if other else why(error)
+        raise CheckpointError(f"{path}: the checkpoint cannot be read ({cause}); it is left as is") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
+    return checkpoint

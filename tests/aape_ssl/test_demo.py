@@ -242,7 +242,7 @@ def test_bad_checkpoint_is_one_line(tmp_path, capsys):
     path.write_text("hello")
     assert main(["demo", "--checkpoint", str(path), "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"aape-ssl: --checkpoint {path}: expected a state dict")
+    assert captured.err.startswith(f"aape-ssl: --checkpoint {path}: the checkpoint cannot be read")
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not (tmp_path / "out").exists()

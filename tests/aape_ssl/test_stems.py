@@ -160,12 +160,12 @@ def _without(name: str) -> dict[str, torch.Tensor]:
 
 
 BAD_CHECKPOINTS = {
-    "missing": (None, "no such file"),
-    "text": (b"hello, world\n", "expected a state dict in a file .*, got one that starts with b'hello, w'"),
-    "empty": (b"", "got an empty one"),
-    "damaged": (b"PK\x03\x04" + bytes(60), "got one that cannot be read"),
-    "damaged, old": (b"\x80\x02no pickle", "got one that (cannot be read|torch.load.* refuses)"),
-    "a list": ([torch.zeros(2)], "got one that holds a list"),
+    "missing": (None, "no such checkpoint"),
+    "text": (b"hello, world\n", "the checkpoint cannot be read .it is none, or holds other things than tensors"),
+    "empty": (b"", r"the checkpoint cannot be read \(EOFError"),
+    "damaged": (b"PK\x03\x04" + bytes(60), "the checkpoint cannot be read"),
+    "damaged, old": (b"\x80\x02no pickle", "the checkpoint cannot be read"),
+    "a list": ([torch.zeros(2)], "expected a checkpoint, got a list"),
     "another model": ({"conv.weight": torch.zeros(3)}, "holds no AaPE stem"),
     "a part missing": (_without("encoder.w2"), "lacks encoder.w2"),
     "two channels": (AaPE(in_chans=2, embed_dim=8).state_dict(), "2 input channels"),
@@ -173,7 +173,7 @@ BAD_CHECKPOINTS = {
     "four planes": ({**AaPE(embed_dim=8).state_dict(), "fusion.weight": torch.zeros(8, 4, 16)}, "1 to 3 planes"),
     "wrong rank": ({**AaPE(embed_dim=8).state_dict(), "encoder.w1": torch.zeros(3)}, "do not fit"),
     "not finite": ({**_without("x"), "encoder.b2": torch.full((32,), math.nan)}, "not finite"),
-    "code": (AaPE(embed_dim=8), r"got one that torch\.load\(weights_only=True\) refuses"),
+    "code": (AaPE(embed_dim=8), "it is none, or holds other things than tensors and plain values"),
 }
 
 
@@ -193,12 +193,12 @@ def test_bad_checkpoint(tmp_path, case):
 def test_a_directory_is_no_checkpoint(tmp_path):
     for name in ("folder", "folder.safetensors"):
         (tmp_path / name).mkdir()
-        with pytest.raises(stems.CheckpointError, match=r"expected a state dict in a file.*got a directory"):
+        with pytest.raises(stems.CheckpointError, match=r"got a folder|cannot be read"):
             stems.load_stem(tmp_path / name)
 
 
 def test_damaged_safetensors(tmp_path):
     path = tmp_path / "stem.safetensors"
     path.write_bytes(bytes(100))
-    with pytest.raises(stems.CheckpointError, match="got one that cannot be read"):
+    with pytest.raises(stems.CheckpointError, match="the checkpoint cannot be read"):
         stems.load_stem(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from aape_kernels import AaPE, sblu
 from aape_kernels.plot import Heard
 from aape_kernels.reference import PLANES
 
+from .._files import read_checkpoint
 from .._messages import CheckpointError, one_line, why
 from ..sound.audio import FrontEnd
 
@@ -117,35 +117,16 @@ def _features(fusion: Tensor) -> str:
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    expected = "expected a state dict in a file written by torch.save or safetensors"
-    if not os.path.exists(path):
-        raise CheckpointError("no such file")
-    if os.path.isdir(path):
-        raise CheckpointError(f"{expected}, got a directory")
+    if not os.fspath(path).endswith(".safetensors"):
+        return read_checkpoint(path)
     try:
-        if os.fspath(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
+        from safetensors.torch import load_file
 
-            content = load_file(path)
-        else:
-            with open(path, "rb") as file:
-                start = file.read(8)
-            # a zip archive or, from before PyTorch 1.6, a bare pickle; of others torch.load only names the first letter
-            if not start.startswith((b"PK", b"\x80")):
-                got = f"one that starts with {start!r}" if start else "an empty one"
-                raise CheckpointError(f"{expected}, got {got}")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        return load_file(path)
     except ModuleNotFoundError as error:
         raise CheckpointError("reading .safetensors needs `pip install safetensors`") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{expected}, got one that torch.load(weights_only=True) refuses") from error
     except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise CheckpointError(f"{expected}, got one that cannot be read ({why(error)})") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{expected}, got one that holds a {type(content).__name__}")
-    return content
+        raise CheckpointError(f"the checkpoint cannot be read ({why(error)})") from error
 
 
 def _find_stem(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:

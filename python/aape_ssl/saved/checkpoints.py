@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._files import read_checkpoint
 from .._lightning import Checkpoint, CheckpointIO, LightningModule, ModelCheckpoint, Trainer
 from .._messages import CheckpointError, at_least, why
 from ..method.model import Encoder, make_stem
@@ -79,26 +79,10 @@ class AtomicCheckpointIO(CheckpointIO):
             raise CheckpointError(f"{path}: the checkpoint could not be written ({why(cause)}){kept}") from error
 
     def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: Any = "cpu",
-        weights_only: bool | None = None,
+        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """What `save_checkpoint` wrote."""
-        try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: no such checkpoint") from error
-        except IsADirectoryError as error:
-            raise CheckpointError(f"{path}: expected a checkpoint of pre-training, got a folder") from error
-        except Exception as error:  # readers of damaged files raise whatever they stumble over
-            # torch's own text tells how to load what should not be loaded
-            other = isinstance(error, pickle.UnpicklingError | KeyError)
-            cause = "it is none, or holds other things than tensors and plain values" if other else why(error)
-            raise CheckpointError(f"{path}: the checkpoint cannot be read ({cause}); it is left as is") from error
-        if not isinstance(checkpoint, dict):
-            raise CheckpointError(f"{path}: expected a checkpoint, got a {type(checkpoint).__name__}")
-        return checkpoint
+        return read_checkpoint(path, map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove it, if it exists."""
@@ -206,7 +190,7 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
     Errors: `CheckpointError`.
     """
     needed = ("pytorch-lightning_version", "state_dict", "optimizer_states", "lr_schedulers", "loops")
-    missing = [name for name in needed if name not in AtomicCheckpointIO().load_checkpoint(path)]
+    missing = [name for name in needed if name not in read_checkpoint(path)]
     if missing:
         raise CheckpointError(f"{path}: expected a checkpoint to resume from, it lacks {', '.join(missing)}")
 
@@ -244,7 +228,7 @@ def read_pretraining(
 
     Errors: `CheckpointError`, also for a checkpoint that is not of pre-training.
     """
-    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     options, weights = made_with(checkpoint), _below(f"objective.{part}.", checkpoint)
     needed = ("size", "stem", "patch_size", "stem_options")
     if not weights or any(name not in options for name in needed):

@@ -8,11 +8,12 @@ from types import MappingProxyType
 
 from aape_kernels import AaPE
 
+from .._files import read_checkpoint
 from .._lightning import Callback, LightningArgumentParser, LightningDataModule
 from ..evaluation.probe import interval
 from ..method.masks import MaskSampler
 from ..method.model import Predictor
-from ..saved.checkpoints import AtomicCheckpointIO, BestCheckpoint
+from ..saved.checkpoints import BestCheckpoint
 from ..saved.pretrained import AudioEncoder
 from ..sound.data import ClipData
 from .finetuning import FinetuningModule, LabelledClips, mean_average_precision, predict
@@ -91,7 +92,7 @@ class Finetune(Run):
         if best is None:
             steps = self.trainer.global_step
             raise ValueError(f"--trainer: expected limits that leave a validation, there was none in {steps} steps")
-        module.load_state_dict(AtomicCheckpointIO().load_checkpoint(self.best.best_model_path)["state_dict"])
+        module.load_state_dict(read_checkpoint(self.best.best_model_path)["state_dict"])
         folder = self.config.out / "model"
         module.model.save_pretrained(folder)
         # what is tested is what was written
