@@ -164,17 +164,18 @@ def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[R
         # one name per split: two might mean different things
         if names != ["test", "train", "valid"] or len({name.casefold() for name in given}) > len(names):
             raise ValueError(f"clips: expected splits train, valid and test, or folds, got {', '.join(given)}")
-        rounds = {"test": ("valid", ["train"])}
+        validation = {"test": "valid"}
     elif len(names) < 3:
         raise ValueError(f"clips: expected splits train, valid and test, or at least 3 folds, got {', '.join(names)}")
     else:
-        following = dict(zip(names, names[1:] + names[:1], strict=True))
-        rounds = {name: (following[name], [n for n in names if n not in (name, following[name])]) for name in names}
-    wanted = list(rounds if test is None else dict.fromkeys(map(split_name, test)))
-    if not set(wanted) <= set(rounds):
-        raise ValueError(f"test: expected folds among {', '.join(rounds)}, got {', '.join(wanted)}")
-    where = [(rounds[name][1], [rounds[name][0]], [name]) for name in wanted]
-    found: list[Round] = [(*(np.flatnonzero(np.isin(of, part)) for part in parts),) for parts in where]  # type: ignore[misc]
+        validation = dict(zip(names, names[1:] + names[:1], strict=True))
+    wanted = list(validation if test is None else dict.fromkeys(map(split_name, test)))
+    if not set(wanted) <= set(validation):
+        raise ValueError(f"test: expected folds among {', '.join(validation)}, got {', '.join(wanted)}")
+    found: list[Round] = []
+    for name in wanted:
+        valid, tested = of == validation[name], of == name
+        found.append((np.flatnonzero(~(valid | tested)), np.flatnonzero(valid), np.flatnonzero(tested)))
     _warn_of_leaks(clips, found)
     return found
 
