@@ -18,9 +18,10 @@ from matplotlib.lines import Line2D
 from aape_kernels import AaPE
 from aape_kernels.plot import INK, MARGINS, Heard, band_hz, width_inches
 from aape_kernels.plot import draw as draw_strongest
+from aape_kernels.reference import kernels
 
 from ..sound.audio import FrontEnd
-from .stems import kernels, strongest_frequency
+from .stems import strongest_frequency
 
 __all__ = ["DPI", "HEIGHT", "PATCHES", "distinct_states", "draw", "drawable", "shortened", "width_inches"]
 
@@ -142,7 +143,7 @@ def _kernels(
     flat = [plane.flatten(0, 1) for plane in (responses.energy, responses.hz, responses.decay)]
     where = flat[0][:, states].argmax(0)
     hz, decay = (plane[where, states] for plane in flat[1:])
-    h = kernels(decay * hop, 2 * math.pi * hz * hop, stem.window, stem.kernel).numpy()
+    h = torch.stack(kernels(decay * hop, 2 * math.pi * hz * hop, stem.window, stem.kernel == "quadrature"), 1).numpy()
     ms = (np.arange(stem.window) - (stem.window - 1) / 2) * hop * 1e3
     limit = 1.1 * float(np.abs(h).max())
     left, bottom, width, height = box

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aape_kernels import AaPE, sblu
+from aape_kernels import AaPE
 from aape_kernels.plot import Heard
 from aape_kernels.reference import PLANES
 
@@ -19,7 +19,6 @@ from ..sound.audio import FrontEnd
 
 __all__ = [
     "CheckpointError",
-    "kernels",
     "load_encoders_stem",
     "load_stem",
     "strongest_frequency",
@@ -154,16 +153,3 @@ def strongest_frequency(responses: Heard) -> float:
     state = int(responses.energy.sum((0, 1)).argmax())
     energy = responses.energy[..., state].double() + 1e-30  # the plain mean where nothing responds
     return float((energy * responses.hz[..., state]).sum() / energy.sum())
-
-
-@torch.no_grad()
-def kernels(decay: Tensor, frequency: Tensor, window: int, kernel: str) -> Tensor:
-    """h_s(d) as `sblu` applies it, from its responses to unit impulses, one at each frame of the window.
-
-    decay (1/frame), frequency (rad/frame), each (S) -> (S, 2, K): real plane, imaginary plane.
-    """
-    impulses = torch.eye(window).view(window, 1, 1, window)
-    every = (window, 1, 1, len(decay))
-    weight = torch.ones(len(decay), 1, 1)
-    y = sblu(impulses, decay.expand(every), frequency.expand(every), weight, (1, window), None, window, kernel)
-    return y[:, 0, 0].permute(2, 1, 0)  # [K, 2, S] -> [S, 2, K]
