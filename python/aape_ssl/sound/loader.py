@@ -76,11 +76,13 @@ def features(batch: Batch, front_end: FrontEnd, frames: int) -> Batch:
 def _one_thread() -> Iterator[None]:
     """One thread, as in a worker: sums that are split over several threads differ in their last bits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if threads > 1:  # builds without OpenMP warn of every other call
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        if threads > 1:
+            torch.set_num_threads(threads)
 
 
 class Crops(Dataset[Any]):
