@@ -303,8 +303,7 @@ class Predictor(nn.Module):
         queries, context = self._embed(tokens, visible, masked, grid)
         for layer in self.layers:
             queries, _ = layer(queries, context)
-        predictions: Tensor = self.head(self.norm(queries))
-        return predictions.unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
+        return self.head(self.norm(queries)).unflatten(0, masked.shape[:2])  # type: ignore[no-any-return]
 
     def attention(self, tokens: Tensor, visible: Tensor, masked: Tensor, grid: tuple[int, int]) -> Tensor:
         """The share of the queries' attention that each visible token gets, (B, M, N_v); 1 in all.
