@@ -147,7 +147,7 @@ def test_processes_share_the_work_and_the_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(type(worker), "missing", lambda self, job, done: [("frozen", "trill")])
     assert runner.execute(worker, [Job("statistics"), broken], 1) == 1
     text = capsys.readouterr().out
-    assert "broken, seed 0, untrained: failed: ValueError: stem_options: expected none" in text
+    assert "broken, seed 0, untrained: failed: ValueError: stem_options: conv has no option window" in text
     (record,) = Results(tmp_path / "evidence" / "results.jsonl").records()
     assert (record["row"], record["task"]) == ("log-mel statistics", "trill")
     late = runner.replace(worker, until=0.0)
