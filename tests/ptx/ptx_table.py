@@ -55,7 +55,7 @@ def unit(dtype: torch.dtype, states: int, patch: tuple[int, int] = (16, 16)) -> 
         x, tokens = torch.randn(batch, 1, 128, 1024).to(dtype).requires_grad_(), (batch, 128 // patch[0], 64, states)
         leaves = [torch.rand(tokens) + 0.1, torch.rand(tokens) + 1, torch.randn(states, 1, patch[0]).to(dtype)]
         y = sblu(x, *(leaf.requires_grad_() for leaf in leaves), patch_size=patch, stride=(patch[0], 16))
-        y.sum().backward()
+        y.backward(torch.ones_like(y))  # whose cotangent takes memory, as that of a sum would not
 
     return step
 
