@@ -218,6 +218,22 @@ AAPE_DEVICE T load(const Values& from, I at) {
   return T(static_cast<const float*>(from.data)[at]);
 }
 
+// Two neighbours, or one and a zero: one access where their address allows it.
+template <class IO>
+AAPE_DEVICE Pack<float, 2> load_two_as(const IO* from, bool two) {
+  if (two && aligned<Pack<IO, 2>>(from)) {
+    const auto pair = load_pack<Pack<IO, 2>>(from);
+    return {{widen<float>(pair.at[0]), widen<float>(pair.at[1])}};
+  }
+  return {{widen<float>(from[0]), two ? widen<float>(from[1]) : 0.0f}};
+}
+template <class I>
+AAPE_DEVICE Pack<float, 2> load_two(const Values& from, I at, bool two) {
+  if (from.type == DType::kBFloat16) return load_two_as(static_cast<const BFloat16*>(from.data) + at, two);
+  if (from.type == DType::kFloat16) return load_two_as(static_cast<const Float16*>(from.data) + at, two);
+  return load_two_as(static_cast<const float*>(from.data) + at, two);
+}
+
 template <class T, class I>
 AAPE_DEVICE void store(const Values& to, I at, T value) {
   if (sizeof(T) == 8) static_cast<double*>(to.data)[at] = double(value);

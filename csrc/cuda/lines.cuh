@@ -68,7 +68,7 @@ struct LineParams {
   bool time_major;
   const X* x;
   Offset x_stride[4];
-  Divisor<int32_t> by_inner, by_outer, by_patch_f, by_blocks;  // the faster axis of tokens, the slower one
+  Divisor<int32_t> by_inner, by_outer, by_patch_f;  // the faster axis of tokens, the slower one
 
   AAPE_DEVICE int rows() const { return S::kUsual ? kRows : grid.channels * grid.patch_f; }
   AAPE_DEVICE int length() const { return rows() * line.patch(); }
@@ -237,7 +237,6 @@ void set_lines(LineParams<S>& p, const Grid& g, const View& x, bool packed, bool
   p.by_inner = Divisor<int32_t>(time_major ? g.n_f : g.n_t);
   p.by_outer = Divisor<int32_t>(time_major ? g.n_t : g.n_f);
   p.by_patch_f = Divisor<int32_t>(g.patch_f);
-  p.by_blocks = Divisor<int32_t>(p.row_blocks);
   p.x = reinterpret_cast<const typename S::X*>(x.data);
   copy_strides(p.x_stride, x, 4);
 }

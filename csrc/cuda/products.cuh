@@ -196,12 +196,9 @@ struct Share {
 AAPE_DEVICE Share of_block() { return {int(threadIdx.x), int(blockDim.x)}; }
 AAPE_DEVICE Share of_launch() { return {int(blockIdx.x * blockDim.x + threadIdx.x), int(gridDim.x * blockDim.x)}; }
 
-// What a lane has of one: value(row, column).
-template <class W, class Value>
-AAPE_DEVICE W right_of_lane(int lane, Value value) {
-  const int column = lane / 4, row = lane % 4 * 2;
-  float of_lane[4];
-  for (int k = 0; k < 4; ++k) of_lane[k] = value(row + k % 2 + k / 2 * 8, column);
+// What a lane has of one, from its numbers.
+template <class W>
+AAPE_DEVICE W right_of(const float (&of_lane)[4]) {
   if constexpr (std::is_same_v<W, Weights<float>>) {
     return {{of_lane[0], of_lane[1], of_lane[2], of_lane[3]}};
   } else {
@@ -211,28 +208,62 @@ AAPE_DEVICE W right_of_lane(int lane, Value value) {
     return {{split.high.at[0], split.high.at[1], split.low.at[0], split.low.at[1]}};
   }
 }
+// The row of number k of a lane.
+AAPE_DEVICE int row_of(int lane, int k) { return lane % 4 * 2 + k % 2 + k / 2 * 8; }
 
-// Fill `tiles` of them: value(tile, row, column).
+// Fill `tiles` of them, whose columns are neighbours in memory: value(tile, row, column).
 template <class W, class Value>
-AAPE_DEVICE void fill_rights(W* to, int tiles, Value value, const Share& share = of_block()) {
-  for (int n = share.first; n < tiles * 32; n += share.apart) {
-    const int tile = n / 32;
-    to[n] = right_of_lane<W>(n % 32, [&](int row, int column) { return value(tile, row, column); });
+AAPE_DEVICE void fill_rights(W* to, int tiles, Value value) {
+  for (int n = int(threadIdx.x); n < tiles * 32; n += int(blockDim.x)) {
+    const int tile = n / 32, lane = n % 32;
+    float of_lane[4];
+    for (int k = 0; k < 4; ++k) of_lane[k] = value(tile, row_of(lane, k), lane / 4);
+    to[n] = right_of<W>(of_lane);
   }
 }
 
-// The same of `apart` for each of sixteen frames, value(frame, tile of it, row, column), where frames are neighbours in memory:
-// a warp has kFrames of them, so that it reads whole sectors. With more of them, what it fills in shared memory is in the same
-// banks.
-template <int kFrames, class W, class Value>
-AAPE_DEVICE void fill_rights_of_frames(W* to, int apart, Value value, const Share& share) {
-  constexpr int kLanesEach = 32 / kFrames, kHalves = 16 / kFrames;
-  for (int n = share.first; n < 16 * apart * 32; n += share.apart) {
-    const int own = n % 32, part = n / 32;
-    const int frame = part % kHalves * kFrames + own / kLanesEach;
-    const int lane = part / kHalves % kFrames * kLanesEach + own % kLanesEach, tile = part / (kHalves * kFrames);
-    to[(frame * apart + tile) * 32 + lane] =
-        right_of_lane<W>(lane, [&](int row, int column) { return value(frame, tile, row, column); });
+// Lanes n and n + 4 have two words each: the lower one gets both of their first words, the upper one both of the second.
+AAPE_DEVICE Pack<uint32_t, 2> of_lower_and_upper(bool upper, uint32_t first, uint32_t second) {
+  const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? first : second, 4);
+  return upper ? Pack<uint32_t, 2>{{other, second}} : Pack<uint32_t, 2>{{first, other}};
+}
+
+// The same where rows are, value(tile, row, column) of two of them: eight lanes read the sixteen of a column, and so whole
+// sectors. Lanes that have rows 2c and 2c + 8 fill one place.
+template <class W, class Value>
+AAPE_DEVICE void fill_rights_of_rows(W* to, int tiles, Value value, const Share& share) {
+  for (int n = share.first; n < tiles * 64; n += share.apart) {
+    const int pair = n % 8, half = pair / 4;
+    const Pack<float, 2> two = value(n / 64, 2 * pair, n / 8 % 8);
+    const auto place = [&](auto out) { store_pack(&to[n / 8 * 4 + pair % 4].at[2 * half], out); };
+    if constexpr (std::is_same_v<W, Weights<float>>) {
+      place(two);
+    } else {
+      Split<Right<BFloat16>> split;
+      split.set(0, two.at[0], two.at[1]);
+      place(of_lower_and_upper(half, split.high.at[0], split.low.at[0]));
+    }
+  }
+}
+
+// The same of `apart` for each of the frames where these are, value(frame, tile of it, row, column) of two of them: a warp has
+// sixteen, so that it reads whole sectors.
+template <class W, class Value>
+AAPE_DEVICE void fill_rights_of_frames(W* to, int frames, int apart, Value value, const Share& share) {
+  for (int first = 0; first < frames; first += 16) {
+    for (int n = share.first; n < apart * 256; n += share.apart) {
+      const int lane = n / 32 % 8 * 4 + n % 4, frame = first + n % 32 / 4 * 2, tile = n / 256;
+      if (frame >= frames) continue;
+      float of_lane[2][4];
+      for (int k = 0; k < 4; ++k) {
+        const Pack<float, 2> two = value(frame, tile, row_of(lane, k), lane / 4);
+        of_lane[0][k] = two.at[0];
+        of_lane[1][k] = two.at[1];
+      }
+      W* const at = to + (frame * apart + tile) * 32 + lane;
+      *at = right_of<W>(of_lane[0]);
+      if (frame + 1 < frames) at[apart * 32] = right_of<W>(of_lane[1]);
+    }
   }
 }
 

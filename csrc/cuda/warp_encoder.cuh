@@ -34,28 +34,21 @@ struct ForwardShared {
         lines(reinterpret_cast<typename S::X*>(more + more_bytes) + threadIdx.x / kLanes * kTokensOfWarp * p.pitch()) {}
 };
 
-template <class S, int kFrames = 8>
+template <class S>
 AAPE_DEVICE void fill(const WarpStemParams<S>& p, const ForwardShared<S>& m, const Share& share = of_block()) {
   const int rows = p.rows(), patch = p.line.patch(), units = p.hidden_units, states = p.grid.states;
   fill_projection(p, p.weight, m.projection, 0, share);
-  const auto first = [&](int frame, int row, int h) {
-    return h < units && row < rows ? load<float>(p.w1, (h * rows + row) * patch + frame) : 0.0f;
-  };
-  if constexpr (S::kUsual) {
-    fill_rights_of_frames<kFrames>(m.w1, S::kHiddenTiles, [&](int frame, int tile, int row, int column) {
-      return first(frame, row, tile * 8 + column);
-    }, share);
-  } else {
-    fill_rights(m.w1, p.group(patch, 0) * S::kHiddenTiles, [&](int tile, int of_block, int column) {
-      const auto [frame, block] = p.by_blocks(tile / S::kHiddenTiles);
-      return first(frame, block * kRows + of_block, tile % S::kHiddenTiles * 8 + column);
-    }, share);
-  }
+  fill_rights_of_frames(m.w1, patch, p.blocks() * S::kHiddenTiles, [&](int frame, int tile, int of_block, int column) {
+    const int row = tile / S::kHiddenTiles * kRows + of_block, h = tile % S::kHiddenTiles * 8 + column;
+    if (row >= rows || h >= units) return Pack<float, 2>{};
+    return load_two(p.w1, (h * rows + row) * patch + frame, frame + 1 < patch);
+  }, share);
   // logits of decays, then of frequencies
-  fill_rights(m.w2, m.kW2, [&](int tile, int row, int column) {
+  fill_rights_of_rows(m.w2, m.kW2, [&](int tile, int row, int column) {
     const int h = tile % S::kHiddenSteps * 16 + row, of = tile / S::kHiddenSteps;
     const int s = of % S::kStateTiles * 8 + column, part = of / S::kStateTiles;
-    return s < states && h < units ? load<float>(p.w2, (part * states + s) * units + h) : 0.0f;
+    if (s >= states || h >= units) return Pack<float, 2>{};
+    return load_two(p.w2, (part * states + s) * units + h, S::kFours || h + 1 < units);
   }, share);
   for (int k = share.first; k < S::kHidden; k += share.apart) m.b1[k] = k < units ? load<float>(p.b1, k) : 0.0f;
   for (int k = share.first; k < 2 * S::kStates; k += share.apart) {

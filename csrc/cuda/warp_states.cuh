@@ -187,9 +187,10 @@ template <class S>
 AAPE_DEVICE void fill_projection(const LineParams<S>& p, const Values& weight, Weights<typename S::X>* to, int first = 0,
                                  const Share& share = of_block()) {
   const int rows = p.rows();
-  fill_rights(to, p.blocks() * S::kStateTiles, [&](int tile, int of_block, int column) {
+  fill_rights_of_rows(to, p.blocks() * S::kStateTiles, [&](int tile, int of_block, int column) {
     const int row = tile / S::kStateTiles * kRows + of_block, s = first + tile % S::kStateTiles * 8 + column;
-    return row < rows && s < p.grid.states ? load<float>(weight, s * rows + row) : 0.0f;
+    if (row >= rows || s >= p.grid.states) return Pack<float, 2>{};
+    return load_two(weight, s * rows + row, row + 1 < rows);
   }, share);
 }
 

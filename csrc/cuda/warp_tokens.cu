@@ -47,48 +47,58 @@ struct TokenWeightsParams {
   Divisor<int32_t> by_steps;        // of a chunk, behind those of the patch
 };
 
-// Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros. Of the frames,
-// which are neighbours in memory, a warp has two lanes' words each, so that it reads and writes whole sectors.
+// Numbers as factors of O have them.
+template <class O>
+AAPE_DEVICE Two<O> two_of(float first, float second) {
+  if constexpr (std::is_same_v<O, BFloat16>) return pack(first, second);
+  else return {{first, second}};
+}
+
+// Steps are the frames of a patch, sixteen rows each, and sixteen states each of the planes, padded with zeros. So that a warp
+// reads and writes whole sectors, it has two lanes' words of each of the frames, which are neighbours in memory; of states,
+// which are, the eight pairs of each of four channels.
 template <class S>
 __global__ void __launch_bounds__(kThreads) token_weights_kernel(const TokenWeightsParams<S> p) {
   using O = typename S::O;
   using C = Chunk<O>;
   constexpr int kPlaneSteps = S::kStates / kRows;
+  constexpr int kPairs = int(sizeof(Word) / sizeof(Two<O>)), kTiles = kPairs / 2;  // of a word
   const Share share = of_launch();
-  fill<S, 16>(p.stem, ForwardShared<S>(p.stem, p.packed), share);
+  fill(p.stem, ForwardShared<S>(p.stem, p.packed), share);
   unsigned char* const chunks = p.packed + common_bytes<S>();
-  const int states = p.stem.grid.states;
-  // value(channel, row) of a step
-  const auto set = [&](int chunk, int step, int at, auto value) {
-    const int lane = at % kLanes, word = at / kLanes;
-    const auto of = [&](int tile, int of_step) {
-      const int channel = chunk * C::kChannels + C::channel(tile, lane / 4);
-      return value(channel, lane % 4 * 2 + of_step % 2 + of_step / 2 * 8);
-    };
-    Word out;
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (std::is_same_v<O, BFloat16>) {
-        out.at[k] = pack(of(2 * word + k / 2, k % 2 * 2), of(2 * word + k / 2, k % 2 * 2 + 1));
-      } else {
-        out.at[k] = bits_of(of(word, k));
-      }
-    }
-    store_pack(chunks + chunk * p.stem.chunk_bytes + C::kChannels * int(sizeof(float)) +
-                   (step * C::kWords + at) * int(sizeof(Word)), out);
+  const auto words = [&](int chunk, int step) {
+    return reinterpret_cast<Word*>(chunks + chunk * p.stem.chunk_bytes + C::kChannels * int(sizeof(float))) + step * C::kWords;
+  };
+  const auto channel_of = [](int chunk, int word, int tile, int column) {
+    return chunk * C::kChannels + C::channel(word * kTiles + tile, column);
   };
   for (int n = share.first; n < p.stem.chunks * kRows * C::kWords; n += share.apart) {
-    const int own = n % kLanes, part = n / kLanes, frame = own / 2;
-    set(part / (C::kWords / 2), frame, part % (C::kWords / 2) * 2 + own % 2, [&](int channel, int row) {
-      return load<float>(p.projection, (channel * kRows + row) * kRows + frame);
-    });
+    const int frame = n % kLanes / 2, lane = n / kLanes % 16 * 2 + n % 2, word = n / (16 * kLanes) % 2;
+    const int chunk = n / (kRows * C::kWords);
+    Pack<Two<O>, kPairs> out;
+    for (int k = 0; k < kPairs; ++k) {
+      const int first = channel_of(chunk, word, k / 2, lane / 4) * kRows + row_of(lane, k % 2 * 2);
+      const auto of = [&](int row) { return load<float>(p.projection, row * kRows + frame); };
+      out.at[k] = two_of<O>(of(first), of(first + 1));
+    }
+    store_pack(words(chunk, frame) + word * kLanes + lane, out);
   }
-  for (int n = share.first; n < p.stem.chunks * p.by_steps.divisor * C::kWords; n += share.apart) {
-    const Quotient<int32_t> of = p.by_steps(n / C::kWords);
-    const int plane = of.remainder / kPlaneSteps;
-    set(of.quotient, kRows + of.remainder, n % C::kWords, [&](int channel, int row) {
-      const int s = of.remainder % kPlaneSteps * kRows + row;
-      return s < states ? load<float>(p.fusion, (channel * p.stem.planes + plane) * states + s) : 0.0f;
-    });
+  const int states = p.stem.grid.states;
+  for (int n = share.first; n < p.stem.chunks * p.by_steps.divisor * 2 * C::kWords; n += share.apart) {
+    const auto [chunk, step] = p.by_steps(n / (2 * C::kWords));
+    const int pair = n % 8, column = n / 8 % 8, word = n / 64 % 2, half = pair / 4;
+    const int plane = step / kPlaneSteps, s = step % kPlaneSteps * kRows + 2 * pair;
+    const auto two = [&, chunk = chunk](int tile) {
+      if (s >= states) return Pack<float, 2>{};
+      return load_two(p.fusion, (channel_of(chunk, word, tile, column) * p.stem.planes + plane) * states + s, S::kFours);
+    };
+    auto& to = words(chunk, kRows + step)[word * kLanes + column * 4 + pair % 4].at[2 * half];
+    if constexpr (kTiles == 1) {
+      store_pack(&to, two(0));
+    } else {
+      const Pack<float, 2> first = two(0), second = two(1);
+      store_pack(&to, of_lower_and_upper(half, pack(first.at[0], first.at[1]), pack(second.at[0], second.at[1])));
+    }
   }
   for (int channel = share.first; channel < p.stem.dim; channel += share.apart) {
     const float bias = p.bias.data ? load<float>(p.bias, channel) : 0.0f;
@@ -129,13 +139,6 @@ struct Passage {
     copy_together(place(), p.chunk(chunk), p.chunk_bytes);
   }
 };
-
-// Numbers as factors of O have them.
-template <class O>
-AAPE_DEVICE Two<O> two_of(float first, float second) {
-  if constexpr (std::is_same_v<O, BFloat16>) return pack(first, second);
-  else return {{first, second}};
-}
 
 // A frame of the operand's patches, from pixels of X.
 template <class S>

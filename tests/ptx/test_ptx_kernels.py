@@ -171,6 +171,20 @@ def test_addresses_that_are_not_aligned(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"patch_size": (10, 4)}], ids=["usual", "general"])
+def test_weights_whose_pairs_are_not_aligned(interpreter, options, dtype):
+    """Contiguous ones, as of a flat buffer, which nobody copies."""
+    for width in (8, 32):  # by a product, and by one kernel
+        stem = AaPE(embed_dim=width, **options).to(dtype)
+        for parameter in stem.parameters():
+            flat = torch.empty(parameter.numel() + 1, dtype=dtype)
+            parameter.data = flat[1:].view(parameter.shape).copy_(parameter.detach())
+        check_stem(stem, torch.randn(2, 1, 32, 80).to(dtype), dtype)
+    assert any(launch.kernel.startswith("warp_") for launch in interpreter.launches)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SQUARE, AWKWARD], ids=["square", "awkward"])
 def test_strided_and_expanded(case):
     inputs, cotangent = case.inputs(torch.float32)
