@@ -95,7 +95,7 @@ struct StandardiseCall {
   View y, features, grad_features;
 };
 
-// Sum windows into pixels, on a GPU: windows (B, N_f, tiles, C·P_f, length), the last two axes contiguous, in the
+// Sum windows into pixels, on a GPU: windows (B, N_f, tiles, C·P_f, length or more), the last axis contiguous, in the
 // arithmetic's type; tile m of a subband begins at frame m · tile · S_t + offset. out (B, C, F, T), written or added to.
 struct OverlapAddCall {
   Grid grid;

@@ -194,7 +194,8 @@ class CudaKernels(Kernels):
                 return
         tile = kernels().tile_tokens(sizes(self.x, self.grid, self.states), DTYPE_CODES[self.x.dtype])
         length, tiles = (tile - 1) * self.grid.stride[1] + self.grid.window, -(-self.n_t // tile)
-        windows = self.x.new_empty(batch, self.n_f, tiles, self.projected, length, dtype=self.work)
+        padded = -(-length // 8) * 8
+        windows = self.x.new_empty(batch, self.n_f, tiles, self.projected, padded, dtype=self.work)
         states, wide = self._states(decay, frequency), weight.to(self.work)
         self._run(
             "sblu_backward", "sblu_backward_windows", self.quadrature, ranges, grad, self.x, *states, wide, windows,

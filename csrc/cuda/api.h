@@ -32,8 +32,8 @@ void sblu_backward_states(const SbluCall& call, void* stream);
 // partial (programs, S, C·P_f), contiguous, in the arithmetic's type: the sum over the programs is the weight's gradient.
 void sblu_backward_weight(const SbluCall& call, void* partial, int64_t programs, void* stream);
 
-// windows (B, N_f, tiles, C·P_f, (tile − 1) · S_t + K), contiguous, in the arithmetic's type, with `tile` tokens in each
-// of the ⌈N_t / tile⌉ tiles: what `overlap_add` sums into x's gradient.
+// windows (B, N_f, tiles, C·P_f, (tile − 1) · S_t + K, rounded up to a multiple of 8), contiguous, in the arithmetic's type,
+// with `tile` tokens in each of the ⌈N_t / tile⌉ tiles: what `overlap_add` sums into x's gradient.
 void sblu_backward_windows(const SbluCall& call, void* windows, void* stream);
 int64_t tile_tokens(const Grid& grid, DType x);
 

@@ -16,7 +16,7 @@ struct OverlapAddParams {
   Divisor<int32_t> by_step, by_stride_f, by_channels;  // frames from one tile to the next
   bool add;
   const T* windows;
-  I stride[3];  // of batch, subband and tile; rows and frames are contiguous
+  I stride[4];  // of batch, subband, tile and row; frames are contiguous
   O* out;
   I out_stride[4];
 };
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMostThreads) overlap_add_kernel(const Overlap
     for (int f = int(blockIdx.y); f < g.mel_bins; f += int(gridDim.y)) {
       Sum sum = {};
       for (I i = f < patch_f ? 0 : p.by_stride_f(f - patch_f).quotient + 1; i < g.n_f && i * g.stride_f <= f; ++i) {
-        const T* row = p.windows + b * p.stride[0] + i * p.stride[1] + (c * g.patch_f + f - i * g.stride_f) * p.length;
+        const T* row = p.windows + b * p.stride[0] + i * p.stride[1] + (c * g.patch_f + f - i * g.stride_f) * p.stride[3];
         for (I tile = first_tile; tile < p.tiles && tile * step <= at; ++tile) {
           const Sum value = load_pack<Sum>(row + tile * p.stride[2] + at - tile * step);
 #pragma unroll
@@ -69,8 +69,10 @@ void launch_overlap_add(const OverlapAddCall& call, void* stream) {
   p.add = call.add;
   p.windows = reinterpret_cast<const T*>(call.windows.data);
   p.out = reinterpret_cast<O*>(call.out.data);
-  for (int axis = 0; axis < 3; ++axis) p.stride[axis] = I(call.windows.stride[axis]);
-  for (int axis = 0; axis < 4; ++axis) p.out_stride[axis] = I(call.out.stride[axis]);
+  for (int axis = 0; axis < 4; ++axis) {
+    p.stride[axis] = I(call.windows.stride[axis]);
+    p.out_stride[axis] = I(call.out.stride[axis]);
+  }
   const auto most = [](int64_t count) { return unsigned(count < 65535 ? count : 65535); };
   const int64_t wanted = ((g.frames + kFrames - 1) / kFrames + kLanes - 1) / kLanes * kLanes;
   const int64_t threads = wanted < kMostThreads ? wanted : kMostThreads;
@@ -85,7 +87,7 @@ inline bool by_quads(const OverlapAddCall& call) {
   const int64_t size = call.out.type == DType::kFloat64 ? 8 : call.out.type == DType::kFloat32 ? 4 : 2;
   int64_t all = g.frames | call.length | call.offset | call.tile * g.stride_t;
   for (int axis = 0; axis < 3; ++axis) all |= call.windows.stride[axis] | call.out.stride[axis];
-  return all % 4 == 0 && call.out.stride[3] == 1 && aligned<Quad<float>>(call.windows.data) &&
+  return (all | call.windows.stride[3]) % 4 == 0 && call.out.stride[3] == 1 && aligned<Quad<float>>(call.windows.data) &&
          reinterpret_cast<uintptr_t>(call.out.data) % (size < 4 ? 4 * size : 16) == 0;
 }
 

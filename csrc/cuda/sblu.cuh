@@ -67,7 +67,7 @@ struct SbluParams {
   T* partial;  // (programs, S, C·P_f)
   int run;     // tiles of a program
   int rounds;  // windows over one frame, at the most
-  T* windows;  // (B · N_f · tiles, C·P_f, frames of a tile)
+  T* windows;  // (B · N_f · tiles, C·P_f, columns)
 
   // Between two rows of x in shared memory: four rows that are neighbours begin in different banks.
   AAPE_DEVICE int pitch() const { return columns + 4; }
@@ -211,9 +211,11 @@ AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, i
   const auto [channel, bin] = p.by_patch_f(row);
   const X* from = static_cast<const X*>(p.x) + t.b * p.x_stride[0] + channel * p.x_stride[1] +
                   (t.i * g.stride_f + bin) * p.x_stride[2] + t.frame * p.x_stride[3];
-  // of the tile's frames those inside the clip; all packs of a row are aligned or none is
+  // of the tile's frames those inside the clip; all packs of a row are aligned or none is, and the last one may reach behind the
+  // tile
   const int begin = t.frame < 0 ? int(-t.frame) : 0;
-  const int end = row >= rows ? 0 : g.frames - t.frame < t.frames ? int(g.frames - t.frame) : t.frames;
+  const I inside = row < rows ? g.frames - t.frame : 0;
+  const int end = inside < t.frames ? int(inside) : t.frames;
   const bool packed = p.x_stride[3] == 1 && aligned<Pack<X, kPack>>(from);
   for (int f = int(threadIdx.x % kOfRow) * kPack; f < p.columns; f += kOfRow * kPack) {
     const auto put = [&](auto value) {
@@ -225,9 +227,9 @@ AAPE_DEVICE void load_rows_as(const SbluParams<T, IO, I>& p, const Tile<I>& t, i
         store_shared(xs + line * p.pitch() + f + n, part);
       }
     };
-    if (packed && f >= begin && f + kPack <= end) {
+    if (packed && f >= begin && f + kPack <= inside) {
       const auto pack = load_pack<Pack<X, kPack>>(from + f);
-      put([&](int n) { return widen<T>(pack.at[n]); });
+      put([&](int n) { return f + n < end ? widen<T>(pack.at[n]) : T(0); });
     } else {
       put([&](int n) { return f + n >= begin && f + n < end ? widen<T>(from[(f + n) * p.x_stride[3]]) : T(0); });
     }

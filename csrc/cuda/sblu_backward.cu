@@ -157,9 +157,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
   const Cell cell;
   const int warp = threadIdx.x / kLanes, frame = cell.column, line = cell.row;
   const int rows = int(p.grid.channels * p.grid.patch_f), first = blockIdx.y * kRowBlock;
-  const int frames = int((p.tile - 1) * p.grid.stride_t + p.grid.window);
   const I count = (p.grid.states + kLanes - 1) / kLanes;
-  T* to = p.windows + int64_t(blockIdx.x) * rows * frames;
+  T* to = p.windows + int64_t(blockIdx.x) * rows * p.columns;
   for (I block = 0; block < count; ++block) {
     const Tile<I> t = tile_at(p, int(blockIdx.x), block);
     spread(p, t, gu);
@@ -190,16 +189,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) sblu_backward_windows_ke
         }
       }
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
+      for (int k = 0; k < 2; ++k) {
+        const int at = f + 8 * k;
+        if (at >= p.columns) continue;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          const int at = f + 8 * k, row = line + 4 * r;
-          if (block + 1 < count) {
-            if (at < p.columns) out[row * p.pitch() + at] = sum[k][r];
-          } else if (at < frames && first + row < rows) {
-            to[int64_t(first + row) * frames + at] = sum[k][r];
-          }
+          const int row = line + 4 * r;
+          if (block + 1 < count) out[row * p.pitch() + at] = sum[k][r];
+          else if (first + row < rows) to[int64_t(first + row) * p.columns + at] = sum[k][r];
         }
+      }
     }
     __syncthreads();  // before gu is written again
   }

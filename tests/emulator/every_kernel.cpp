@@ -37,12 +37,12 @@ View view(std::vector<T>& data, std::initializer_list<int64_t> shape) {
 void run(Grid g, bool time_major) {
   const int64_t rows = g.channels * g.patch_f, patch = rows * g.patch_t, tokens = g.batch * g.n_f * g.n_t;
   const int64_t units = 40, tile = cuda::tile_tokens(g, DType::kFloat32), tiles = (g.n_t + tile - 1) / tile;
-  const int64_t length = (tile - 1) * g.stride_t + g.window, programs = 1;
+  const int64_t length = (tile - 1) * g.stride_t + g.window, padded = (length + 7) / 8 * 8, programs = 1;
   auto x = numbers(g.batch * g.channels * g.mel_bins * g.frames), out = x;
   auto decay = numbers(tokens * g.states), frequency = decay, grad_decay = decay, grad_frequency = decay;
   auto weight = numbers(g.states * rows), partial = numbers(programs * g.states * rows);
   auto y = numbers(tokens * 2 * g.states), grad = y;
-  auto windows = numbers(g.batch * g.n_f * tiles * rows * length);
+  auto windows = numbers(g.batch * g.n_f * tiles * rows * padded);
 
   SbluCall call;
   call.grid = g;
@@ -82,7 +82,7 @@ void run(Grid g, bool time_major) {
   sum.tile = tile;
   sum.length = length;
   sum.offset = (g.patch_t - g.window) / 2;
-  sum.windows = view(windows, {g.batch, g.n_f, tiles, rows, length});
+  sum.windows = view(windows, {g.batch, g.n_f, tiles, rows, padded});
   sum.out = view(out, {g.batch, g.channels, g.mel_bins, g.frames});
   cuda::overlap_add(sum, nullptr);
 

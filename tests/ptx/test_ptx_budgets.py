@@ -82,18 +82,18 @@ BUDGETS = {
         "warp_sblu_backward_kernel": (77.1, 1.01, 0.99, 0.98),
     },
     "stem, 15 frames, float32, S = 32, H = 64": {
-        "stem_kernel": (113, 1.65, 0.52, 0.99),
-        "sblu_forward_kernel": (87, 1.51, 0.69, 0.99),
-        "sblu_backward_states_kernel": (81.8, 1.51, 0.68, 0.99),
-        "sblu_backward_weight_kernel": (73.7, 1.53, 0.47, 0.99),
+        "stem_kernel": (104, 1.63, 0.61, 0.99),
+        "sblu_forward_kernel": (77.8, 1.47, 0.99, 0.99),
+        "sblu_backward_states_kernel": (71.5, 1.47, 0.99, 0.99),
+        "sblu_backward_weight_kernel": (63.2, 1.49, 0.99, 0.99),
         "gather_kernel": (10.4, 1.01, 0.22, 0.99),
     },
     "`sblu`, 15 frames, float32, S = 32": {
-        "sblu_forward_kernel": (78.4, 1.51, 0.66, 0.99),
-        "sblu_backward_windows_kernel": (55.5, 1.44, 0.97, 0.51),
-        "overlap_add_kernel": (25.7, 1.01, 0.69, 0.99),
-        "sblu_backward_states_kernel": (80.7, 1.51, 0.65, 0.99),
-        "sblu_backward_weight_kernel": (72.8, 1.53, 0.42, 0.99),
+        "sblu_forward_kernel": (69.2, 1.47, 0.99, 0.99),
+        "sblu_backward_windows_kernel": (55.6, 1.44, 0.99, 0.99),
+        "overlap_add_kernel": (25.7, 1.01, 0.93, 0.99),
+        "sblu_backward_states_kernel": (70.4, 1.47, 0.99, 0.99),
+        "sblu_backward_weight_kernel": (62.3, 1.49, 0.99, 0.99),
     },
 }
 
