@@ -418,7 +418,11 @@ SANITIZED = {
     "a row too many": (
         BOUNDS,
         "heap-buffer-overflow",
-        ("warp_states.cuh", "if (at.there(h) && column < count)", "if (at.row(h) <= at.count && column < count)"),
+        (
+            "warp_states.cuh",
+            "if (at.there(h) && column < count) visit",
+            "if (at.row(h) <= at.count && column < count) visit",
+        ),
     ),
     "a token too many": (
         BOUNDS,
