@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "stem_adjoint.h"
 
 namespace aape {
@@ -24,7 +26,6 @@ struct Gradient {
   int64_t strips() const {
     return part[0].out || part[1].out || bias ? (rows + Block<T>::kStrip - 1) / Block<T>::kStrip : 0;
   }
-  int64_t jobs(int64_t strips_a_job) const { return (strips() + strips_a_job - 1) / strips_a_job; }
   int64_t panels() const {
     int64_t count = 0;
     for (const Part& p : part) count += p.out ? (p.right->columns + Block<T>::kPanel - 1) / Block<T>::kPanel : 0;
@@ -169,6 +170,32 @@ struct Gradients {
   static T* at(const View& view) { return reinterpret_cast<T*>(view.data); }
 };
 
+// What the second phase does with a part's tokens, piece by piece: `count` strips of a matrix from the `first` on, the pixels of
+// a line, or the sums for SBLU's projection. Costs are about those of a panel.
+struct Job {
+  enum Of : int64_t { kMatrices = 3, kPixels = kMatrices, kSblu };
+  int64_t of, first, count, cost;
+};
+
+template <class T>
+std::vector<Job> jobs_of(const Gradients<T>& gradients, int64_t lines, bool sblu, int64_t threads) {
+  int64_t strips = 0;
+  for (const auto& gradient : gradients.of) strips += gradient.strips();
+  // few enough that every thread has several
+  const int64_t at_once = larger(1, smaller(kStrips, strips / (6 * threads)));
+  std::vector<Job> jobs;
+  for (int64_t k = 0; k < Job::kMatrices; ++k) {
+    const auto& gradient = gradients.of[k];
+    for (int64_t first = 0; first < gradient.strips(); first += at_once) {
+      const int64_t count = smaller(at_once, gradient.strips() - first);
+      jobs.push_back({k, first, count, count * larger(1, gradient.panels())});
+    }
+  }
+  for (int64_t first = 0; first < lines; ++first) jobs.push_back({Job::kPixels, first, 1, 1});
+  if (sblu) jobs.push_back({Job::kSblu, 0, 1, 1});
+  return jobs;
+}
+
 template <class T, bool Quadrature>
 inline void stem_backward(const EmbedCall& call) {
   constexpr int64_t line = Block<T>::kTokens;
@@ -189,12 +216,25 @@ inline void stem_backward(const EmbedCall& call) {
   Buffer<T> others((parts - 1) * sums.total);
   sums.move_to(others.data);
   const Gradients<T> gradients[] = {{call, z, wave}, {second, z, wave}};
-  int64_t strips = 0, products = 0;
-  for (const auto& gradient : gradients[0].of) strips += gradient.strips();
-  // few enough that every thread has several jobs
-  const int64_t strips_a_job = larger(1, smaller(kStrips, together * strips / (6 * threads)));
-  for (const auto& gradient : gradients[0].of) products += gradient.jobs(strips_a_job);
-  const int64_t lines = need.x ? g.channels * g.mel_bins : 0, jobs = products + lines + (need.sblu ? 1 : 0);
+  const int64_t lines = need.x ? g.channels * g.mel_bins : 0;
+  const std::vector<Job> jobs = jobs_of(gradients[0], lines, need.sblu, (threads + together - 1) / together);
+  int64_t cost = 0;
+  for (const Job& job : jobs) cost += together * job.cost;
+  // tokens from `first` on, which are the wave's from `place` on; `add` to what earlier waves have left
+  const auto run = [&](const Job& job, const Gradients<T>& to, bool add, int64_t first, int64_t place, int64_t count, T* packed) {
+    if (job.of == Job::kSblu) {
+      const T* from = wave.sblu.data + place / line * wave.sblu_size;
+      return sum_groups(from, wave.sblu_size, (count + line - 1) / line, add, to.sblu);
+    }
+    if (job.of == Job::kPixels) return add_pixels(call, z, wave, first, count, job.first / g.mel_bins, job.first % g.mel_bins);
+    Gradient<T> gradient = to.of[job.of];
+    if (job.of == 0) gradient.left += (first - place) * z.dim;  // it lies in the caller's memory, the others in the wave's
+    for (int64_t from = 0; from < count; from += kChunk) {
+      const int64_t chunk = smaller(kChunk, count - from);
+      if (add || from) sum_strips<T, true>(gradient, job.first, job.count, place + from, chunk, packed);
+      else sum_strips<T, false>(gradient, job.first, job.count, place + from, chunk, packed);
+    }
+  };
 #pragma omp parallel num_threads(int(threads))
   {
     BackwardTiles<T> m(z, need, g);
@@ -211,29 +251,18 @@ inline void stem_backward(const EmbedCall& call) {
         const Group<T> group(g, call.x, call.time_major, first, count);
         group_backward<T, Quadrature>(call, w, z, need, group, n * line, m, wave);
       }
+      // neighbouring jobs for every thread, of the same cost in all
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < together * jobs; ++n) {
-        const int64_t part = base + n / jobs, first = part * part_rows + start, place = n / jobs * tokens;
-        int64_t job = n % jobs;
-        const int64_t count = smaller(tokens, smaller(z.rows, (part + 1) * part_rows) - first);
-        if (count <= 0) continue;
-        if (job >= products + lines) {
-          sum_groups(wave.sblu.data + place / line * wave.sblu_size, wave.sblu_size, (count + line - 1) / line, start > 0,
-                     gradients[part].sblu);
-        } else if (job >= products) {
-          add_pixels(call, z, wave, first, count, (job - products) / g.mel_bins, (job - products) % g.mel_bins);
-        } else {
-          const Gradient<T>* which = gradients[part].of;
-          while (job >= which->jobs(strips_a_job)) job -= which++->jobs(strips_a_job);
-          const int64_t strip = job * strips_a_job, some = smaller(strips_a_job, which->strips() - strip);
-          Gradient<T> gradient = *which;
-          // the cotangent lies in the caller's memory, the others in the wave's
-          if (which == gradients[part].of) gradient.left += (first - place) * z.dim;
-          for (int64_t from = 0; from < count; from += kChunk) {
-            const int64_t chunk = smaller(kChunk, count - from);
-            if (start || from) sum_strips<T, true>(gradient, strip, some, place + from, chunk, packed.data);
-            else sum_strips<T, false>(gradient, strip, some, place + from, chunk, packed.data);
-          }
+      for (int64_t share = 0; share < threads; ++share) {
+        int64_t before = 0;
+        for (int64_t n = 0; n < together * int64_t(jobs.size()); ++n) {
+          const Job& job = jobs[n % jobs.size()];
+          const bool own = (2 * before + job.cost) * threads / (2 * cost) == share;
+          before += job.cost;
+          const int64_t which = n / int64_t(jobs.size()), part = base + which;
+          const int64_t first = part * part_rows + start, place = which * tokens;
+          const int64_t count = smaller(tokens, smaller(z.rows, (part + 1) * part_rows) - first);
+          if (own && count > 0) run(job, gradients[part], start > 0, first, place, count, packed.data);
         }
       }
     }
