@@ -102,6 +102,21 @@ USUAL_SIZES = "SizesI13__nv_bfloat16S3_Li16ELi32ELi16ELb1E"
 SPILLS = {
     ("warp_stem_backward", 80, USUAL_SIZES): 16,
     ("warp_stem_backward", 120, USUAL_SIZES): 8,
+    # of architectures that none of this has run on: one to three words that a loop over tiles reads once a tile, and
+    # writes never
+    ("warp_sblu", 100, "SizesIfLi16ELb1E"): 8,
+    ("warp_sblu", 100, "SizesIfLi32ELb1E"): 16,
+    ("warp_sblu", 120, "SizesIfLi16ELb1E"): 8,
+    ("warp_sblu", 120, "SizesIfLi32ELb1E"): 16,
+    ("warp_stem", 100, "SizesIf6__halfLi16ELi32ELi12ELb1E"): 8,
+    ("warp_stem", 100, "SizesIf13__nv_bfloat16Li16ELi32ELi12ELb1E"): 8,
+    ("warp_stem", 120, "SizesIffLi16ELi32ELi12ELb1E"): 8,
+    ("warp_tokens", 120, "SizesIffLi32ELi64ELi8ELb1E"): 8,
+    # and 14 words where a geometry is not the usual one and a lane has all the registers that there are
+    ("warp_stem_backward", 100, "SizesIf6__halfLi32ELi64ELi8ELb0E"): 392,
+    ("warp_stem_backward", 100, "SizesIf13__nv_bfloat16Li32ELi64ELi8ELb0E"): 392,
+    ("warp_stem_backward", 120, "SizesIf6__halfLi32ELi64ELi8ELb0E"): 364,
+    ("warp_stem_backward", 120, "SizesIf13__nv_bfloat16Li32ELi64ELi8ELb0E"): 364,
 }
 
 
