@@ -167,6 +167,14 @@ def test_probe_of_several_labels_says_that_it_tells_one(exported, manifest, tmp_
         assert run("probe", checkpoint=exported, data=several, cache=tmp_path, methods="knn", baselines="false") == 0
 
 
+def test_probe_of_one_label_is_refused(exported, manifest, tmp_path, capsys):
+    alike = manifest.with_name("alike.csv")
+    alike.write_text(manifest.read_text().replace(",other,", ",drum,"))
+    assert run("probe", checkpoint=exported, data=alike, cache=tmp_path) == 2
+    said = f"data: expected clips with at least two labels, {alike} has 1"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(said)
+
+
 def test_probe_of_one_fold(exported, manifest, tmp_path, capsys):
     options = {"methods": "[knn]", "baselines": "false", "cache": tmp_path, "test": "[1]"}
     assert run("probe", checkpoint=exported, data=manifest, **options) == 0
@@ -245,6 +253,12 @@ def test_finetune_learns_the_clips_own_labels(exported, manifest, tmp_path):
     with open(tmp_path / "csv" / "version_0" / "metrics.csv", newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert np.mean(losses[-10:]) < 0.3  # ln 2 at chance
+
+
+def test_finetune_without_an_end_is_refused(exported, manifest, tmp_path, capsys):
+    assert finetuned(exported, manifest, tmp_path, trainer__max_epochs=-1) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "max_epochs: expected a number of epochs, at whose end the learning rate is 0" in said
 
 
 def test_finetune_of_several_labels(exported, manifest, tmp_path, capsys):
