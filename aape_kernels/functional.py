@@ -120,6 +120,7 @@ _FOUND_RIGHT: dict[tuple[object, ...], Any] = {}
 
 def _once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> Any:
     """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices and options."""
+    # `is_traced` without its two functions, as in `ops.is_seen`
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return check(tensors, *options)
     try:
