@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .geometry import PatchGrid
 from .reference import full_precision, working_dtype
@@ -104,7 +105,8 @@ def structured(name: str, arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def run(name: str, arguments: Sequence[Any]) -> Any:
-    """What op `name` computes, by the backend that its last argument names. Its arguments have a `PatchGrid`."""
+    """What op `name` computes, by the backend that its last argument names; None for a gradient that is not needed. Its
+    arguments have a `PatchGrid`."""
     if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
         # An exported program calls the op itself, on parameters that require grad; and autocast, which settled the
         # dtypes above, would reach into the backend's products.
@@ -119,9 +121,8 @@ def _run(name: str, arguments: Sequence[Any]) -> Any:
 
 PLAIN = (Tensor, torch.nn.Parameter)
 keys_of = torch._C._dispatch_keys
-# Who has to see an op, of those that need not be told by the tensors. By these names, as behind a large call every
-# module that is asked for an attribute costs a µs.
-is_compiling = torch.compiler.is_compiling
+# Who has to see an op, of those that need not be told by the tensors: an export that is not by dynamo has a mode. By
+# these names, as behind a large call every module that is asked for an attribute costs a µs.
 WATCHERS = (
     torch._C._is_tracing,
     torch._C._are_functorch_transforms_active,
@@ -152,7 +153,7 @@ def is_seen(tensors: Sequence[Tensor | None]) -> bool:
     Where nobody has, `run` gives the same, and for a small call saves a fifth of what the host does
     (benchmarks/NOTES.md).
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return True
     for asks in WATCHERS:
         if asks():
@@ -163,9 +164,19 @@ def is_seen(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _registered(name: str) -> Callable[..., Any]:
+    def op(*arguments: Any) -> Any:
+        return run(name, with_grid(name, arguments))
+
+    def backward(grad: Tensor, x: Tensor, *others: Any) -> Any:
+        return tuple(x.new_empty(0) if one is None else one for one in op(grad, x, *others))  # as a schema wants it
+
+    return backward if name.endswith("_backward") else op
+
+
 for _name in TENSORS:
     for _key in ("CPU", "CUDA"):
-        LIBRARY.impl(_name, lambda *arguments, _name=_name: run(_name, with_grid(_name, arguments)), _key)
+        LIBRARY.impl(_name, _registered(_name), _key)
 
 
 # The fakes are untyped as torch passes them what the schemas say.

@@ -5,24 +5,32 @@
 #include <pybind11/pybind11.h>
 
 #include <iterator>
+#include <stdexcept>
 #include <string>
 
 #include "calls.h"
+#include "dlpack.h"
 
 namespace aape {
 
 namespace py = pybind11;
 
-// (pointer, strides, dtype), or None for a tensor that is not there
+// A tensor, or None for one that is not there.
 inline View view(const py::object& given) {
   View out;
   if (given.is_none()) return out;
-  auto parts = given.cast<py::tuple>();
-  out.data = reinterpret_cast<char*>(parts[0].cast<uintptr_t>());
-  auto strides = parts[1].cast<py::tuple>();
-  if (strides.size() > 5) throw py::value_error("a view has at most five axes");
-  for (size_t axis = 0; axis < strides.size(); ++axis) out.stride[axis] = strides[axis].cast<int64_t>();
-  out.type = static_cast<DType>(parts[2].cast<int>());
+  const dlpack::Tensor tensor = dlpack::borrow(given);
+  if (tensor.axes > 5) throw py::value_error("a view has at most five axes");
+  int64_t count = 1;
+  for (int axis = 0; axis < tensor.axes; ++axis) {
+    out.stride[axis] = tensor.strides[axis];
+    count *= tensor.shape[axis];
+  }
+  if (count && !tensor.data)
+    throw std::runtime_error("expected tensors that have memory, got one of shape " + dlpack::text(tensor) +
+                             " whose memory was freed (by FSDP, whose own forward brings it back?)");
+  out.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  out.type = dlpack::dtype(tensor);
   return out;
 }
 
@@ -33,12 +41,18 @@ void views(const py::tuple& given, View* const (&to)[kCount]) {
   for (size_t k = 0; k < kCount; ++k) *to[k] = view(given[k]);
 }
 
-inline Grid grid(const py::tuple& sizes, bool quadrature) {
+// The grid of x (B, C, F, T), which holds at least one patch, and (P_f, P_t, S_f, S_t, window, states).
+inline Grid grid(const py::object& x, const py::tuple& sizes, bool quadrature) {
+  const dlpack::Tensor tensor = dlpack::borrow(x);
+  if (tensor.axes != 4) throw py::value_error("expected an x of four axes, got " + std::to_string(tensor.axes));
   Grid g;
-  int64_t* fields[] = {&g.batch,    &g.channels, &g.mel_bins, &g.frames, &g.patch_f, &g.patch_t,
-                       &g.stride_f, &g.stride_t, &g.window,   &g.n_f,    &g.n_t,     &g.states};
-  if (sizes.size() != std::size(fields)) throw py::value_error("a grid has twelve sizes");
-  for (size_t k = 0; k < sizes.size(); ++k) *fields[k] = sizes[k].cast<int64_t>();
+  int64_t* const own[] = {&g.batch, &g.channels, &g.mel_bins, &g.frames};
+  for (size_t axis = 0; axis < std::size(own); ++axis) *own[axis] = tensor.shape[axis];
+  int64_t* const given[] = {&g.patch_f, &g.patch_t, &g.stride_f, &g.stride_t, &g.window, &g.states};
+  if (sizes.size() != std::size(given)) throw py::value_error("a grid has six sizes");
+  for (size_t k = 0; k < sizes.size(); ++k) *given[k] = sizes[k].cast<int64_t>();
+  g.n_f = (g.mel_bins - g.patch_f) / g.stride_f + 1;
+  g.n_t = (g.frames - g.patch_t) / g.stride_t + 1;
   g.quadrature = quadrature;
   return g;
 }
@@ -57,11 +71,11 @@ inline Ranges ranges(const py::object& given) {
 }
 
 // What forward and backward are both given.
-inline SbluCall sblu_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& x,
+inline SbluCall sblu_call(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
                           const py::object& decay, const py::object& frequency, const py::object& weight,
                           const py::object& y) {
   SbluCall call;
-  call.grid = grid(sizes, quadrature);
+  call.grid = grid(x, sizes, quadrature);
   call.ranges = ranges(logit_ranges);
   call.x = view(x);
   call.decay = view(decay);

@@ -1,4 +1,4 @@
-// The native module. It links no libtorch: callers pass pointers, sizes and element strides.
+// The native module. It links no libtorch: tensors are read by DLPack.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -97,38 +97,33 @@ const Kernels& kernels() {
 
 const char* instruction_set() { return kernels().name; }
 
-void sblu(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-          const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
-          const py::object& y, int threads) {
+void sblu(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& decay,
+          const py::object& frequency, const py::object& weight, const py::object& y, int threads) {
   const Kernels& chosen = kernels();
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  SbluCall call = sblu_call(x, sizes, quadrature, py::none(), decay, frequency, weight, y);
   call.threads = threads;
   py::gil_scoped_release release;
   chosen.sblu(call);
 }
 
-void sblu_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-                   const py::object& grad_y, const py::object& x, const py::object& decay, const py::object& frequency,
-                   const py::object& weight, const py::object& y, const py::object& grad_x,
-                   const py::object& grad_decay, const py::object& grad_frequency, const py::object& grad_weight,
-                   int threads) {
+// gradients: of x, decay, frequency and weight
+void sblu_backward(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& decay,
+                   const py::object& frequency, const py::object& weight, const py::object& grad_y,
+                   const py::tuple& gradients, int threads) {
   const Kernels& chosen = kernels();
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  SbluCall call = sblu_call(x, sizes, quadrature, py::none(), decay, frequency, weight, py::none());
   call.threads = threads;
   call.grad_y = view(grad_y);
-  call.grad_x = view(grad_x);
-  call.grad_decay = view(grad_decay);
-  call.grad_frequency = view(grad_frequency);
-  call.grad_weight = view(grad_weight);
+  views(gradients, {&call.grad_x, &call.grad_decay, &call.grad_frequency, &call.grad_weight});
   py::gil_scoped_release release;
   chosen.sblu_backward(call);
 }
 
 // What both directions of the stem are given: (planes, D, hidden units, time-major), x, and the eight weights.
-EmbedCall embed_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::tuple& shape,
-                     const py::object& x, const py::tuple& weights, int threads) {
+EmbedCall embed_call(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                     const py::tuple& shape, const py::tuple& weights, int threads) {
   EmbedCall call;
-  call.grid = grid(sizes, quadrature);
+  call.grid = grid(x, sizes, quadrature);
   call.ranges = ranges(logit_ranges);
   call.planes = shape[0].cast<int64_t>();
   call.dim = shape[1].cast<int64_t>();
@@ -142,10 +137,10 @@ EmbedCall embed_call(const py::tuple& sizes, bool quadrature, const py::object& 
 }
 
 // outputs: tokens, the product's operand, hidden, r
-void embed(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-           const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& outputs, int threads) {
+void embed(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+           const py::tuple& shape, const py::tuple& weights, const py::tuple& outputs, int threads) {
   const Kernels& chosen = kernels();
-  EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
+  EmbedCall call = embed_call(x, sizes, quadrature, logit_ranges, shape, weights, threads);
   View* const to[] = {&call.tokens, &call.operand, &call.hidden, &call.r};
   views(outputs, to);
   py::gil_scoped_release release;
@@ -154,11 +149,11 @@ void embed(const py::tuple& sizes, bool quadrature, const py::object& logit_rang
 
 // given: hidden, r, the cotangent of the tokens or of the features, and the operand to be written;
 // gradients: of x and the eight weights
-void embed_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-                    const py::tuple& shape, const py::object& x, const py::tuple& weights, const py::tuple& given,
+void embed_backward(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                    const py::tuple& shape, const py::tuple& weights, const py::tuple& given,
                     const py::tuple& gradients, int threads) {
   const Kernels& chosen = kernels();
-  EmbedCall call = embed_call(sizes, quadrature, logit_ranges, shape, x, weights, threads);
+  EmbedCall call = embed_call(x, sizes, quadrature, logit_ranges, shape, weights, threads);
   View* const from[] = {&call.hidden, &call.r, &call.grad, &call.grad_features, &call.operand};
   views(given, from);
   View* const to[] = {&call.grad_x,  &call.grad_proj_w, &call.grad_proj_b, &call.grad_w1,     &call.grad_b1,
@@ -204,7 +199,7 @@ py::dict devices() {
 
 PYBIND11_MODULE(_native, m) {
   using namespace aape;
-  m.doc() = "Native kernels of aape_kernels. Pointers are trusted: call them through aape_kernels.";
+  m.doc() = "Native kernels of aape_kernels. Tensors are trusted to fit: call them through aape_kernels.";
   m.def("build_info", &build_info,
         "How this module was built: version, compiler, architecture, C++ standard, the kernels it holds, the "
         "instruction sets of them that this machine runs, fastest first, the 16-bit types that it has matrix products "

@@ -211,7 +211,27 @@ def test_an_illegal_instruction_set_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"AAPE_CPU_ISA: expected one of .*baseline on this machine, got 'sse9'"):
         sblu(*inputs, **SQUARE.options, backend="cpu")
     with pytest.raises(ValueError, match="AAPE_CPU_ISA: expected one of"):
-        native.load().sblu((0,) * 12, False, None, *[None] * 5, 1)
+        native.load().sblu(None, (), False, *[None] * 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(3, 1, 8, dtype=torch.int32), "expected a tensor of 16, 32 or 64 bits floating point"),
+        (torch.ones(3, 1, 8, dtype=torch.complex64), "expected a tensor of 16, 32 or 64 bits floating point"),
+        (torch.ones(1, 1, 1, 3, 1, 8), "a view has at most five axes"),
+        ([1.0], "Unable to cast"),  # in torch's words
+    ],
+)
+def test_the_native_module_refuses_what_is_no_view(weight, message):
+    x, states, y = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 1, 3), torch.ones(1, 1, 1, 2, 3)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        native.load().sblu(x, (8, 8, 8, 8, 8, 3), False, states, states, weight, y, 1)
+    with pytest.raises(ValueError, match="an x of four axes, got 3"):
+        native.load().sblu(x[0], (8, 8, 8, 8, 8, 3), False, states, states, torch.ones(3, 1, 8), y, 1)
+    with pytest.raises(ValueError, match="a grid has six sizes"):
+        native.load().sblu(x, (8, 8), False, states, states, torch.ones(3, 1, 8), y, 1)
+    assert (y == 1).all()
 
 
 def test_auto_takes_it_and_logs_one_line_when_it_cannot(monkeypatch, caplog):

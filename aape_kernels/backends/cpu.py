@@ -5,6 +5,7 @@ The functions take the arguments of the registered ops; `functional` has checked
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ def sblu(x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: Patc
     if y.numel():
         dtype = working_dtype(x.dtype)
         wide = (_cast(decay, dtype), _cast(frequency, dtype), _cast(weight, dtype))
-        native.sblu(x, *wide, y, grid, quadrature)
+        native.load().sblu(x, native.sizes(grid, weight.shape[0]), quadrature, *wide, y, torch.get_num_threads())
     return y
 
 
@@ -55,20 +56,20 @@ def sblu_backward(
     weight: Tensor,
     grid: PatchGrid,
     quadrature: bool,
-    need: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
+    need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, decay, frequency, weight in their dtypes, contiguous; None where not needed."""
     dtype = working_dtype(x.dtype)
     wide = (_cast(decay, dtype), _cast(frequency, dtype), _cast(weight, dtype))
     # the native call writes gradients but adds to x's, and nothing is written for an empty batch
     make = torch.empty_like if grad.numel() else torch.zeros_like
-    out = [x.new_zeros(x.shape, dtype=dtype) if need[0] else None]
+    out: list[Tensor | None] = [x.new_zeros(x.shape, dtype=dtype) if need[0] else None]
     for value, wanted in zip(wide, need[1:], strict=True):
         out.append(make(value, memory_format=torch.contiguous_format) if wanted else None)
     if grad.numel() and any(need):
-        native.sblu_backward(grad, x, *wide, out, grid, quadrature)
-    gradients = [
-        value.new_empty(0) if gradient is None else _cast(gradient, value.dtype)
-        for value, gradient in zip((x, decay, frequency, weight), out, strict=True)
-    ]
-    return gradients[0], gradients[1], gradients[2], gradients[3]
+        shape, threads = native.sizes(grid, weight.shape[0]), torch.get_num_threads()
+        native.load().sblu_backward(x, shape, quadrature, *wide, grad, tuple(out), threads)
+    if dtype != x.dtype:
+        inputs = (x, decay, frequency, weight)
+        out = [None if one is None else one.to(value.dtype) for one, value in zip(out, inputs, strict=True)]
+    return tuple(out)

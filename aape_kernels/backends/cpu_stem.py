@@ -8,6 +8,8 @@ tokens are computed in the arithmetic's dtype and rounded to 16 bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +33,18 @@ def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype == dtype and weight.is_contiguous() else weight.to(dtype).contiguous()
 
 
-def _run(
+def _given(
     x: Tensor,
     weights: Weights,
     grid: PatchGrid,
     quadrature: bool,
-    decay: list[float],
-    band: list[float],
+    decay: Sequence[float],
+    band: Sequence[float],
     time_major: bool,
-) -> native.Stem:
+) -> tuple[Any, ...]:
+    """What the native calls of both directions are given first."""
     shape = (weights.planes, weights.dim, weights.hidden, time_major)
-    return native.Stem(x, grid, quadrature, logit_ranges(decay, band), weights.states, shape)
+    return x, native.sizes(grid, weights.states), quadrature, logit_ranges(decay, band), shape
 
 
 def embed(
@@ -49,8 +52,8 @@ def embed(
     weights: Weights,
     grid: PatchGrid,
     quadrature: bool,
-    decay: list[float],
-    band: list[float],
+    decay: Sequence[float],
+    band: Sequence[float],
     time_major: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
@@ -61,17 +64,18 @@ def embed(
     r = x.new_empty(rows, 2 * weights.states, dtype=work)
     hidden = x.new_empty(rows, weights.hidden, dtype=work)
     encoder = [_rows(value, work) for value in encoder]
-    run = _run(x, weights, grid, quadrature, decay, band, time_major)
+    given = _given(x, weights, grid, quadrature, decay, band, time_major)
+    run, threads = native.load().embed, torch.get_num_threads()
     if out == work or not native.has_products(out):
         result = x.new_empty(batch, tokens, weights.dim, dtype=work)
         if rows:
             projection = [_rows(proj_w, work), None if proj_b is None else _rows(proj_b, work)]
-            run.forward((*projection, *encoder, _rows(fusion_w, work)), (result, None, hidden, r))
+            run(*given, (*projection, *encoder, _rows(fusion_w, work)), (result, None, hidden, r), threads)
         return result.to(out), r, hidden
 
     operand = x.new_empty(rows, proj_w[0].numel() + fusion_w[0].numel(), dtype=out)  # [patch | features]
     if rows:
-        run.forward((None, None, *encoder, None), (None, operand, hidden, r))
+        run(*given, (None, None, *encoder, None), (None, operand, hidden, r), threads)
     weight = torch.cat([proj_w.flatten(1), fusion_w.to(out).flatten(1)], dim=1)
     flat = F.linear(operand, weight, None if proj_b is None else proj_b.to(out))
     return flat.view(batch, tokens, weights.dim), r, hidden
@@ -79,9 +83,9 @@ def embed(
 
 def embed_backward(
     grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
-    decay: list[float], band: list[float], time_major: bool, need: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x and the weights in their dtypes, contiguous; empty where not needed."""
+    decay: Sequence[float], band: Sequence[float], time_major: bool, need: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x and the weights in their dtypes, contiguous; None where not needed."""
     inputs = {"x": x, **weights._asdict()}
     wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
     got: dict[str, Tensor] = {}
@@ -93,7 +97,7 @@ def embed_backward(
     return like_inputs(inputs, wanted, got)
 
 
-Options = tuple[PatchGrid, bool, list[float], list[float], bool]
+Options = tuple[PatchGrid, bool, Sequence[float], Sequence[float], bool]
 
 
 def _gradients(
@@ -104,10 +108,25 @@ def _gradients(
     # zeros: the native call adds to x's gradient, which is zero outside all patches
     got = {"x": x.new_zeros(x.shape, dtype=work)} if "x" in wanted else {}
     got |= _empty(weights, wanted, work)
-    given = [None if value is None else _rows(value, work) for value in weights]
+    rows = tuple(None if value is None else _rows(value, work) for value in weights)
     flat = grad.reshape(r.shape[0], -1).to(work).contiguous()
-    _run(x, weights, *options).backward(given, (hidden, r, flat, None, None), _in_order(got))
+    _backward(_given(x, weights, *options), rows, (hidden, r, flat, None, None), got)
     return got
+
+
+def _backward(
+    shared: tuple[Any, ...],
+    weights: tuple[Tensor | None, ...],
+    given: tuple[Tensor | None, ...],
+    gradients: dict[str, Tensor],
+) -> None:
+    """Write the gradients that there are, and add to that of x.
+
+    Args:
+        given: hidden, r, the cotangent of the tokens or of the features, and the operand, which is written.
+    """
+    to = tuple(map(gradients.get, ("x", *Weights._fields)))
+    native.load().embed_backward(*shared, weights, given, to, torch.get_num_threads())
 
 
 def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -119,10 +138,6 @@ def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, 
     }
 
 
-def _in_order(gradients: dict[str, Tensor]) -> list[Tensor | None]:
-    return [gradients.get(name) for name in ("x", *Weights._fields)]
-
-
 def _narrow_gradients(
     grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
@@ -130,7 +145,7 @@ def _narrow_gradients(
     work, out = working_dtype(x.dtype), weights.proj_w.dtype
     projection, fusion = weights.proj_w.flatten(1), weights.fusion_w.to(out).flatten(1)
     inner = {"proj_w", "proj_b", "fusion_w"}
-    given = [None if name in inner else _rows(value, work) for name, value in weights._asdict().items()]
+    by_row = tuple(None if name in inner else _rows(value, work) for name, value in weights._asdict().items())
     need_product = bool(wanted & {"proj_w", "fusion_w"})
     need_branch = bool(wanted - inner)
     tokens = grad.shape[1]
@@ -145,9 +160,8 @@ def _narrow_gradients(
         operand = flat.new_empty(len(part), projection.shape[1] + fusion.shape[1]) if need_product else None
         if need_branch or operand is not None:
             features = part @ fusion if need_branch else None
-            _run(some, weights, *options).backward(
-                given, (hidden[rows], r[rows], None, features, operand), _in_order(own)
-            )
+            given = (hidden[rows], r[rows], None, features, operand)
+            _backward(_given(some, weights, *options), by_row, given, own)
         if "x" in wanted:
             own["x"] += _scatter((part @ projection).to(work), some, options[0], options[4])
         if operand is not None:

@@ -16,7 +16,7 @@ from ..ranges import LogitRanges
 from ..weights import Weights
 from .cpu import NATIVE_BUILT
 from .fused import PARTIAL_SUMS, Adjoint, Kernels, operations
-from .native import DTYPE_CODES, load, sizes, view
+from .native import DTYPE_CODES, load, sizes
 
 if TYPE_CHECKING:
     from . import Call
@@ -104,12 +104,6 @@ def _place(device: torch.device) -> tuple[int, int]:
     return stream.device_index, stream.cuda_stream
 
 
-def _views(value: Any) -> Any:
-    if isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
-        return tuple(map(view, value))
-    return view(value) if isinstance(value, Tensor) else value
-
-
 def _listening(weights: Weights) -> tuple[Tensor, ...]:
     """The encoder's weights and the projection, as the module takes them."""
     return weights.w1, weights.b1, weights.w2, weights.b2, weights.sblu_w
@@ -121,12 +115,11 @@ class CudaKernels(Kernels):
     most_states = 32  # lanes of a warp
 
     def _run(self, op: str, name: str, *arguments: Any) -> Any:
-        """Call the module's `name` on the device's current stream, passing tensors and tuples of them as views."""
+        """Call the module's `name` for this grid, on the device's current stream."""
         native, device = kernels(), self.x.device
-        given = [_views(value) for value in arguments]
         with self.on_device():
             try:
-                return getattr(native, name)(sizes(self.x, self.grid, self.states), *given, _place(device))
+                return getattr(native, name)(self.x, sizes(self.grid, self.states), *arguments, _place(device))
             except RuntimeError as error:
                 call = f"x {tuple(self.x.shape)} {self.x.dtype} on {device}, {self.states} states, {self.grid}"
                 raise RuntimeError(f"aape::{op}, backend 'cuda': {error} ({call})") from error
@@ -148,7 +141,7 @@ class CudaKernels(Kernels):
         states, wide = self._states(decay, frequency), weight.to(self.work)
         (like, *_) = (rows for rows in (out, grad) if rows is not None)
         self._run(
-            "sblu", "sblu", self.quadrature, ranges, self.x, *states, wide, self._planes(out),
+            "sblu", "sblu", self.quadrature, ranges, *states, wide, self._planes(out),
             like.shape[1] // self.states, self._planes(grad), self._planes(grad_y),
         )  # fmt: skip
 
@@ -166,7 +159,7 @@ class CudaKernels(Kernels):
         states, wide = self._states(decay, frequency), weight.to(self.work)
         out = self.by_token(grad_decay), self.by_token(grad_frequency)
         self._run(
-            "sblu_backward", "sblu_backward_states", self.quadrature, ranges, grad, self.x, *states, wide,
+            "sblu_backward", "sblu_backward_states", self.quadrature, ranges, grad, *states, wide,
             self._planes(y), *out,
         )  # fmt: skip
 
@@ -176,7 +169,7 @@ class CudaKernels(Kernels):
         partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
         states = self._states(decay, frequency)
         self._run(
-            "sblu_backward", "sblu_backward_weight", self.quadrature, ranges, grad, self.x, *states, partial, programs,
+            "sblu_backward", "sblu_backward_weight", self.quadrature, ranges, grad, *states, partial, programs,
         )  # fmt: skip
         return partial.sum(0)
 
@@ -192,13 +185,13 @@ class CudaKernels(Kernels):
             if done is not None:
                 self._sum(windows, grad_x, 1, self.grid.window, self.grid.offset, add)
                 return
-        tile = kernels().tile_tokens(sizes(self.x, self.grid, self.states), DTYPE_CODES[self.x.dtype])
+        tile = kernels().tile_tokens(self.x, sizes(self.grid, self.states), DTYPE_CODES[self.x.dtype])
         length, tiles = (tile - 1) * self.grid.stride[1] + self.grid.window, -(-self.n_t // tile)
         padded = -(-length // 8) * 8
         windows = self.x.new_empty(batch, self.n_f, tiles, self.projected, padded, dtype=self.work)
         states, wide = self._states(decay, frequency), weight.to(self.work)
         self._run(
-            "sblu_backward", "sblu_backward_windows", self.quadrature, ranges, grad, self.x, *states, wide, windows,
+            "sblu_backward", "sblu_backward_windows", self.quadrature, ranges, grad, *states, wide, windows,
         )  # fmt: skip
         self._sum(windows, grad_x, tile, length, self.grid.offset, add)
 
@@ -236,13 +229,13 @@ class CudaKernels(Kernels):
     ) -> Tensor | None:  # fmt: skip
         """One pass over x on tensor cores, which writes `gradients` of decay and frequency, and those of all windows,
         where given; the parts of the weight's gradient, empty if not needed. None if there is no such kernel."""
-        programs = self._run("sblu_backward", "warp_sblu_programs", self.quadrature, grad, self.x, windows)
+        programs = self._run("sblu_backward", "warp_sblu_programs", self.quadrature, grad, windows)
         if not programs:
             return None
         shape, leaves = (programs, self.states, self.projected), (*self._states(decay, frequency), weight)
         partial = self.x.new_empty(shape if need_weight else 0, dtype=self.work)
         self._run(
-            "sblu_backward", "warp_sblu_backward", self.quadrature, ranges, grad, self.x, leaves,
+            "sblu_backward", "warp_sblu_backward", self.quadrature, ranges, grad, leaves,
             gradients or (None, None), partial if need_weight else None, windows,
         )  # fmt: skip
         return partial
@@ -276,12 +269,12 @@ class CudaKernels(Kernels):
 
     def gather(self, out: Tensor) -> None:
         """Write the patches into rows (tokens, C·P_f·P_t) of any row stride."""
-        self._run("gather", "gather", self.x, self.by_token(out))
+        self._run("gather", "gather", self.by_token(out))
 
     def prologue(self, weights: Weights, operand: Tensor, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> None:
         """Write rows of the operand [patch | features], of hidden (tokens, H) and of r (tokens, 2S)."""
         planes = (operand.shape[1] - self.patch) // self.states
-        before, after = (self.quadrature, self.time_major, ranges, self.x), (weights.hidden, planes)
+        before, after = (self.quadrature, self.time_major, ranges), (weights.hidden, planes)
         narrow, rows = _listening(weights), (operand, hidden, r)
         if self._run("embed", "warp_stem", *before, narrow, rows, *after):
             return
@@ -291,7 +284,7 @@ class CudaKernels(Kernels):
     def tokens(self, weights: Weights, hidden: Tensor, r: Tensor, ranges: LogitRanges) -> Tensor | None:
         """All of it in one kernel, of patches of 16 × 16 and in dtypes that tensor cores are used for; else None."""
         dtype, sizes = weights.proj_w.dtype, (weights.hidden, weights.planes)
-        size = self._run("embed", "warp_tokens_bytes", self.quadrature, self.x, DTYPE_CODES[dtype], *sizes, weights.dim)
+        size = self._run("embed", "warp_tokens_bytes", self.quadrature, DTYPE_CODES[dtype], *sizes, weights.dim)
         if not size:
             return None
         out = self.x.new_empty(self.rows, weights.dim, dtype=dtype)
@@ -299,7 +292,7 @@ class CudaKernels(Kernels):
         product = weights.proj_w.contiguous(), bias, weights.fusion_w.contiguous()
         packed = self.x.new_empty(size // 4, dtype=torch.float32)
         self._run(
-            "embed", "warp_tokens", self.quadrature, self.time_major, ranges, self.x, _listening(weights),
+            "embed", "warp_tokens", self.quadrature, self.time_major, ranges, _listening(weights),
             (out, hidden, r), *sizes, product, weights.dim, packed,
         )  # fmt: skip
         return out
@@ -313,14 +306,14 @@ class CudaKernels(Kernels):
         sector = 32 // grad.element_size()  # whole sectors of memory before and after
         active = -(-(end + 1) // sector) * sector
         operand = grad.new_empty(self.rows, -(-(active + units) // sector) * sector)
-        programs = self._run("embed_backward", "warp_stem_programs", self.quadrature, self.x, operand, units, planes)
+        programs = self._run("embed_backward", "warp_stem_programs", self.quadrature, operand, units, planes)
         if not programs:
             return None
         encoder = grad.new_empty(self.rows, 2 * self.states + units)
         grad_y = self.x.new_empty(self.rows, 2 * self.states, dtype=self.work) if need_y else None
         partial = self.x.new_empty(programs, self.states, self.projected, dtype=self.work)
         self._run(
-            "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges, self.x,
+            "embed_backward", "warp_stem_backward", self.quadrature, self.time_major, ranges,
             _listening(weights), (operand, hidden, r), units, planes, (grad, encoder, grad_y, partial), end, active,
         )  # fmt: skip
         return Adjoint(operand[:, : active + units], end, active, encoder, grad_y, partial)
@@ -332,7 +325,7 @@ class CudaKernels(Kernels):
         given = []
         for name, part in parts.items():
             part = part if part.dim() == 3 else part[None]
-            given.append((view(part), view(got[name]), tuple(part.shape)))
+            given.append((part, got[name], tuple(part.shape)))
         if given:
             self._run("embed_backward", "gradients", tuple(given))
         return got

@@ -6,7 +6,7 @@ products are PyTorch's; nothing here waits for the device. Rows are tokens (b, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -175,9 +175,9 @@ class Operations(NamedTuple):
     """A backend's functions, as the registered ops call them."""
 
     sblu: Callable[..., Tensor]
-    sblu_backward: Callable[..., tuple[Tensor, ...]]
+    sblu_backward: Callable[..., tuple[Tensor | None, ...]]
     embed: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    embed_backward: Callable[..., tuple[Tensor, ...]]
+    embed_backward: Callable[..., tuple[Tensor | None, ...]]
 
 
 def operations(kernels: type[Kernels]) -> Operations:
@@ -193,9 +193,9 @@ def operations(kernels: type[Kernels]) -> Operations:
 
     def sblu_backward(
         grad: Tensor, x: Tensor, decay: Tensor, frequency: Tensor, weight: Tensor, grid: PatchGrid, quadrature: bool,
-        need: list[bool],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Gradients of x, decay, frequency, weight in their dtypes, contiguous; empty where not needed."""
+        need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of x, decay, frequency, weight in their dtypes, contiguous; None where not needed."""
         inputs = {"x": x, "decay": decay, "frequency": frequency, "weight": weight}
         wanted = {name for name, wish in zip(inputs, need, strict=True) if wish}
         got: dict[str, Tensor] = {}
@@ -215,8 +215,8 @@ def operations(kernels: type[Kernels]) -> Operations:
         return like_inputs(inputs, wanted, got)
 
     def embed(
-        x: Tensor, weights: Weights, grid: PatchGrid, quadrature: bool, decay: list[float], band: list[float],
-        time_major: bool,
+        x: Tensor, weights: Weights, grid: PatchGrid, quadrature: bool, decay: Sequence[float],
+        band: Sequence[float], time_major: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Tokens (B, N, D) in proj_w's dtype; r (B·N, 2S) and hidden (B·N, H) for the backward."""
         proj_w, proj_b, states, planes = weights.proj_w, weights.proj_b, weights.states, weights.planes
@@ -242,9 +242,9 @@ def operations(kernels: type[Kernels]) -> Operations:
 
     def embed_backward(
         grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, grid: PatchGrid, quadrature: bool,
-        decay: list[float], band: list[float], time_major: bool, need: list[bool],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Gradients of x and the weights in their dtypes, contiguous; empty where not needed."""
+        decay: Sequence[float], band: Sequence[float], time_major: bool, need: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """Gradients of x and the weights in their dtypes, contiguous; None where not needed."""
         inputs = {"x": x, **weights._asdict()}
         wanted = {name for name, wish in zip(inputs, need, strict=True) if wish and inputs[name] is not None}
         got: dict[str, Tensor] = {}

@@ -10,16 +10,17 @@ from torch import Tensor
 __all__ = ["like_inputs"]
 
 
-def like_inputs(inputs: Mapping[str, Tensor | None], wanted: set[str], got: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """The gradient of every input, in order: contiguous, in the input's shape and dtype; empty if not wanted.
+def like_inputs(
+    inputs: Mapping[str, Tensor | None], wanted: set[str], got: Mapping[str, Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every input, in order: contiguous, in the input's shape and dtype; None if not wanted.
 
     A wanted gradient that is missing from `got` is zero, as for an empty batch.
     """
-    (like, *_) = (value for value in inputs.values() if value is not None)
-    gradients = []
+    gradients: list[Tensor | None] = []
     for name, value in inputs.items():
         if name not in wanted or value is None:
-            gradients.append(like.new_empty(0))
+            gradients.append(None)
         elif name in got:
             one = got[name]
             if one.shape != value.shape or one.dtype != value.dtype or not one.is_contiguous():

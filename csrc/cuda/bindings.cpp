@@ -25,19 +25,19 @@ void on(const Place& place, Launch launch) {
   launch(place.stream);
 }
 
-void py_sblu(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& x,
+void py_sblu(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
              const py::object& decay, const py::object& frequency, const py::object& weight, const py::object& features,
              int64_t planes, const py::object& grad_features, const py::object& grad_y, const py::tuple& place) {
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, features);
+  SbluCall call = sblu_call(x, sizes, quadrature, logit_ranges, decay, frequency, weight, features);
   call.planes = planes;
   call.grad_features = view(grad_features);
   call.grad_y = view(grad_y);
   on(Place(place), [&](void* stream) { sblu(call, stream); });
 }
 
-void py_standardise(const py::tuple& sizes, int64_t planes, const py::object& y, const py::object& features,
-                    const py::object& grad_features, const py::tuple& place) {
-  const Grid g = grid(sizes, false);
+void py_standardise(const py::object& x, const py::tuple& sizes, int64_t planes, const py::object& y,
+                    const py::object& features, const py::object& grad_features, const py::tuple& place) {
+  const Grid g = grid(x, sizes, false);
   StandardiseCall call;
   call.tokens = g.batch * g.n_f * g.n_t;
   call.states = g.states;
@@ -48,68 +48,67 @@ void py_standardise(const py::tuple& sizes, int64_t planes, const py::object& y,
   on(Place(place), [&](void* stream) { standardise(call, stream); });
 }
 
-void py_states(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
-               const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
+void py_states(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+               const py::object& grad_y, const py::object& decay, const py::object& frequency, const py::object& weight,
                const py::object& y, const py::object& grad_decay, const py::object& grad_frequency,
                const py::tuple& place) {
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, y);
+  SbluCall call = sblu_call(x, sizes, quadrature, logit_ranges, decay, frequency, weight, y);
   call.grad_y = view(grad_y);
   call.grad_decay = view(grad_decay);
   call.grad_frequency = view(grad_frequency);
   on(Place(place), [&](void* stream) { sblu_backward_states(call, stream); });
 }
 
-void py_weight(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
-               const py::object& x, const py::object& decay, const py::object& frequency, const py::object& partial,
-               int64_t programs, const py::tuple& place) {
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, py::none(), py::none());
+void py_weight(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+               const py::object& grad_y, const py::object& decay, const py::object& frequency,
+               const py::object& partial, int64_t programs, const py::tuple& place) {
+  SbluCall call = sblu_call(x, sizes, quadrature, logit_ranges, decay, frequency, py::none(), py::none());
   call.grad_y = view(grad_y);
   void* sums = view(partial).data;
   on(Place(place), [&](void* stream) { sblu_backward_weight(call, sums, programs, stream); });
 }
 
-void py_windows(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
-                const py::object& x, const py::object& decay, const py::object& frequency, const py::object& weight,
-                const py::object& windows, const py::tuple& place) {
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, decay, frequency, weight, py::none());
+void py_windows(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                const py::object& grad_y, const py::object& decay, const py::object& frequency,
+                const py::object& weight, const py::object& windows, const py::tuple& place) {
+  SbluCall call = sblu_call(x, sizes, quadrature, logit_ranges, decay, frequency, weight, py::none());
   call.grad_y = view(grad_y);
   void* to = view(windows).data;
   on(Place(place), [&](void* stream) { sblu_backward_windows(call, to, stream); });
 }
 
 // The gradient of x's windows has five axes.
-SbluCall backward_call(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges, const py::object& grad_y,
-                       const py::object& x, const py::object& windows) {
+SbluCall backward_call(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                       const py::object& grad_y, const py::object& windows) {
   const py::none none;
-  SbluCall call = sblu_call(sizes, quadrature, logit_ranges, x, none, none, none, none);
+  SbluCall call = sblu_call(x, sizes, quadrature, logit_ranges, none, none, none, none);
   call.grad_y = view(grad_y);
   call.grad_x = view(windows);
   return call;
 }
 
-int64_t py_warp_sblu_programs(const py::tuple& sizes, bool quadrature, const py::object& grad_y, const py::object& x,
+int64_t py_warp_sblu_programs(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& grad_y,
                               const py::object& windows, const py::tuple& place) {
-  const SbluCall call = backward_call(sizes, quadrature, py::none(), grad_y, x, windows);
+  const SbluCall call = backward_call(x, sizes, quadrature, py::none(), grad_y, windows);
   int64_t programs = 0;
   on(Place(place), [&](void*) { programs = warp_sblu_programs(call); });
   return programs;
 }
 
-void py_warp_sblu_backward(const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
-                           const py::object& grad_y, const py::object& x, const py::tuple& leaves,
-                           const py::tuple& gradients, const py::object& partial, const py::object& windows,
-                           const py::tuple& place) {
-  SbluCall call = backward_call(sizes, quadrature, logit_ranges, grad_y, x, windows);
+void py_warp_sblu_backward(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& logit_ranges,
+                           const py::object& grad_y, const py::tuple& leaves, const py::tuple& gradients,
+                           const py::object& partial, const py::object& windows, const py::tuple& place) {
+  SbluCall call = backward_call(x, sizes, quadrature, logit_ranges, grad_y, windows);
   views(leaves, {&call.decay, &call.frequency, &call.weight});
   views(gradients, {&call.grad_decay, &call.grad_frequency});
   void* sums = view(partial).data;
   on(Place(place), [&](void* stream) { warp_sblu_backward(call, sums, stream); });
 }
 
-void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py::object& out, int64_t tile,
-                    int64_t length, int64_t offset, bool add, const py::tuple& place) {
+void py_overlap_add(const py::object& x, const py::tuple& sizes, const py::object& windows, const py::object& out,
+                    int64_t tile, int64_t length, int64_t offset, bool add, const py::tuple& place) {
   OverlapAddCall call;
-  call.grid = grid(sizes, false);
+  call.grid = grid(x, sizes, false);
   call.windows = view(windows);
   call.out = view(out);
   call.tile = tile;
@@ -120,10 +119,10 @@ void py_overlap_add(const py::tuple& sizes, const py::object& windows, const py:
 }
 
 // What the stem's calls share: x, then w1, b1, w2, b2 and the SBLU's weight, then operand, hidden and r.
-void set_stem(StemCall& call, const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-              const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+void set_stem(StemCall& call, const py::object& x, const py::tuple& sizes, bool quadrature, bool time_major,
+              const py::object& logit_ranges, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
               int64_t planes) {
-  call.grid = grid(sizes, quadrature);
+  call.grid = grid(x, sizes, quadrature);
   call.time_major = time_major;
   call.ranges = ranges(logit_ranges);
   call.x = view(x);
@@ -133,28 +132,28 @@ void set_stem(StemCall& call, const py::tuple& sizes, bool quadrature, bool time
   call.planes = planes;
 }
 
-void py_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-             const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units, int64_t planes,
-             const py::tuple& place) {
+void py_stem(const py::object& x, const py::tuple& sizes, bool quadrature, bool time_major,
+             const py::object& logit_ranges, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+             int64_t planes, const py::tuple& place) {
   StemCall call;
-  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
+  set_stem(call, x, sizes, quadrature, time_major, logit_ranges, weights, rows, hidden_units, planes);
   on(Place(place), [&](void* stream) { stem(call, stream); });
 }
 
-bool py_warp_stem(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-                  const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
+bool py_warp_stem(const py::object& x, const py::tuple& sizes, bool quadrature, bool time_major,
+                  const py::object& logit_ranges, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
                   int64_t planes, const py::tuple& place) {
   StemCall call;
-  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
+  set_stem(call, x, sizes, quadrature, time_major, logit_ranges, weights, rows, hidden_units, planes);
   bool done = false;
   on(Place(place), [&](void* stream) { done = warp_stem(call, stream); });
   return done;
 }
 
-int64_t py_warp_tokens_bytes(const py::tuple& sizes, bool quadrature, const py::object& x, int type, int64_t hidden_units,
-                             int64_t planes, int64_t dim, const py::tuple& place) {
+int64_t py_warp_tokens_bytes(const py::object& x, const py::tuple& sizes, bool quadrature, int type,
+                             int64_t hidden_units, int64_t planes, int64_t dim, const py::tuple& place) {
   TokensCall call;
-  call.grid = grid(sizes, quadrature);
+  call.grid = grid(x, sizes, quadrature);
   call.x = view(x);
   call.operand.type = static_cast<DType>(type);
   call.hidden_units = hidden_units;
@@ -166,12 +165,12 @@ int64_t py_warp_tokens_bytes(const py::tuple& sizes, bool quadrature, const py::
 }
 
 // rows: tokens, hidden and r; product: projection, bias and fusion.
-void py_warp_tokens(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-                    const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
-                    int64_t planes, const py::tuple& product, int64_t dim, const py::object& packed,
-                    const py::tuple& place) {
+void py_warp_tokens(const py::object& x, const py::tuple& sizes, bool quadrature, bool time_major,
+                    const py::object& logit_ranges, const py::tuple& weights, const py::tuple& rows,
+                    int64_t hidden_units, int64_t planes, const py::tuple& product, int64_t dim,
+                    const py::object& packed, const py::tuple& place) {
   TokensCall call;
-  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, py::make_tuple(py::none(), rows[1], rows[2]),
+  set_stem(call, x, sizes, quadrature, time_major, logit_ranges, weights, py::make_tuple(py::none(), rows[1], rows[2]),
            hidden_units, planes);
   call.tokens = view(rows[0]);
   call.operand.type = call.tokens.type;
@@ -181,10 +180,10 @@ void py_warp_tokens(const py::tuple& sizes, bool quadrature, bool time_major, co
   on(Place(place), [&](void* stream) { warp_tokens(call, stream); });
 }
 
-int64_t py_warp_stem_programs(const py::tuple& sizes, bool quadrature, const py::object& x, const py::object& operand,
+int64_t py_warp_stem_programs(const py::object& x, const py::tuple& sizes, bool quadrature, const py::object& operand,
                               int64_t hidden_units, int64_t planes, const py::tuple& place) {
   StemCall call;
-  call.grid = grid(sizes, quadrature);
+  call.grid = grid(x, sizes, quadrature);
   call.x = view(x);
   call.operand = view(operand);
   call.hidden_units = hidden_units;
@@ -194,20 +193,20 @@ int64_t py_warp_stem_programs(const py::tuple& sizes, bool quadrature, const py:
   return programs;
 }
 
-void py_warp_stem_backward(const py::tuple& sizes, bool quadrature, bool time_major, const py::object& logit_ranges,
-                           const py::object& x, const py::tuple& weights, const py::tuple& rows, int64_t hidden_units,
-                           int64_t planes, const py::tuple& gradients, int64_t one, int64_t active,
-                           const py::tuple& place) {
+void py_warp_stem_backward(const py::object& x, const py::tuple& sizes, bool quadrature, bool time_major,
+                           const py::object& logit_ranges, const py::tuple& weights, const py::tuple& rows,
+                           int64_t hidden_units, int64_t planes, const py::tuple& gradients, int64_t one,
+                           int64_t active, const py::tuple& place) {
   StemGradientCall call;
-  set_stem(call, sizes, quadrature, time_major, logit_ranges, x, weights, rows, hidden_units, planes);
+  set_stem(call, x, sizes, quadrature, time_major, logit_ranges, weights, rows, hidden_units, planes);
   views(gradients, {&call.grad, &call.grad_encoder, &call.grad_y, &call.partial});
   call.one = one;
   call.active = active;
   on(Place(place), [&](void* stream) { warp_stem_backward(call, stream); });
 }
 
-// Pairs of views and sizes: (from, to, (programs, rows, columns)).
-void py_gradients(const py::tuple&, const py::tuple& given, const py::tuple& place) {
+// Pairs of tensors and sizes: (from, to, (programs, rows, columns)).
+void py_gradients(const py::object&, const py::tuple&, const py::tuple& given, const py::tuple& place) {
   std::vector<GradientCall> calls;
   for (const auto& one : given) {
     const auto parts = one.cast<py::tuple>();
@@ -223,16 +222,16 @@ void py_gradients(const py::tuple&, const py::tuple& given, const py::tuple& pla
   on(Place(place), [&](void* stream) { gradients(calls, stream); });
 }
 
-void py_gather(const py::tuple& sizes, const py::object& x, const py::object& patches, const py::tuple& place) {
+void py_gather(const py::object& x, const py::tuple& sizes, const py::object& patches, const py::tuple& place) {
   GatherCall call;
-  call.grid = grid(sizes, false);
+  call.grid = grid(x, sizes, false);
   call.x = view(x);
   call.patches = view(patches);
   on(Place(place), [&](void* stream) { gather(call, stream); });
 }
 
-int64_t py_tile_tokens(const py::tuple& sizes, int type) {
-  return tile_tokens(grid(sizes, false), static_cast<DType>(type));
+int64_t py_tile_tokens(const py::object& x, const py::tuple& sizes, int type) {
+  return tile_tokens(grid(x, sizes, false), static_cast<DType>(type));
 }
 
 }  // namespace

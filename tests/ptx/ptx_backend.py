@@ -23,8 +23,6 @@ from ptx_memory import Global
 from ptx_text import ENTRY, kernel_of
 from torch import Tensor
 
-from aape_kernels.backends import cuda
-
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
 # as CMakeLists.txt has them
@@ -123,6 +121,21 @@ class Launch:
     size: int | None  # bytes of the tensors that it may touch; None for all but the last of a call
 
 
+# Functions that take x for its sizes alone: their kernels may not touch it.
+SIZES_ALONE = ("gradients", "overlap_add", "standardise")
+
+
+def hand_out(value: Any, memory: Global) -> None:
+    """Let kernels touch the elements of a tensor, or of those in a tuple."""
+    if isinstance(value, tuple):
+        for one in value:
+            hand_out(one, memory)
+    elif isinstance(value, Tensor) and value.numel():
+        last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+        start = value.data_ptr()
+        memory.add(start, start + (last + 1) * value.element_size())
+
+
 class Interpreter:
     """The module of the backend: every call's launches are run from PTX, and kept in `launches`.
 
@@ -135,25 +148,17 @@ class Interpreter:
 
     def __init__(self, recorder: ModuleType) -> None:
         self.recorder = recorder
-        self.memory = Global()
         self.launches: list[Launch] = []
         self.changed: dict[str, str] = {}
         self.observer: Callable[[Launch], Observer | None] = lambda launch: None
         self.chosen: Callable[[Launch], Sequence[int] | None] = lambda launch: None
 
-    def hand_out(self, tensor: Tensor | None) -> Any:
-        """What `view` of backends/native.py makes of a tensor, whose elements the next call's kernels may touch."""
-        if tensor is not None and tensor.numel():
-            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            self.memory.add(start, start + (last + 1) * tensor.element_size())
-        return VIEW(tensor)
-
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.recorder, name)
 
         def call(*arguments: Any) -> Any:
-            memory, self.memory = self.memory, Global()
+            memory = Global()
+            hand_out(arguments[1:] if name in SIZES_ALONE else arguments, memory)
             result = function(*arguments)
             taken = self.recorder.take()
             for k, (kernel, launcher, grid, block, shared, parameters) in enumerate(taken, 1):
@@ -163,7 +168,6 @@ class Interpreter:
                 self.run(launch, memory)
             return result
 
-        # neither launches, and a tensor may be handed out before it is asked
         return function if name in ("tile_tokens", "set_multiprocessors") else call
 
     def run(self, launch: Launch, memory: Global) -> None:
@@ -174,10 +178,6 @@ class Interpreter:
         )  # fmt: skip
 
 
-VIEW = cuda.view
-
-
 def use(monkeypatch: pytest.MonkeyPatch, interpreter: Interpreter) -> None:
     """Let backend "cuda", when named, run on CPU tensors from PTX."""
-    monkeypatch.setattr(cuda, "view", interpreter.hand_out)
     emulated.use(monkeypatch, interpreter)  # type: ignore[arg-type]
