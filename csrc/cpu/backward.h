@@ -8,80 +8,56 @@
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
-// Cotangents of the folded frames, Re(conj(ḡ±) γ z^m), added to those of the window's frames, or stored there.
-template <class T, bool Quadrature, bool kStore = false>
-AAPE_FN void spread(T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
-                    Complex<Vec<T>> conj_minus) {
-  using M = Math<Vec<T>>;
-  auto add = [&](int64_t frame, Vec<T> value) {
-    T* at = u + frame * states;
+// What `spread` makes: cotangents of the window's frames alone, or D beside them; kFrames has the bits of kFramesAndSlope,
+// kFramesAlone takes fewer operations.
+enum class Spread { kFramesAlone, kFrames, kFramesAndSlope };
+
+// Cotangents of the folded frames, Re(conj(ḡ±) γ z^m), added to those of the window's frames `to`, or stored there; and D, of
+// the window's frames u: γ′ Σ a_m − γ Σ m a_m with a_m = Σ± conj(ḡ±) u±_m z^m. The powers of z are at hand here, and no term
+// waits for another, as those of P and dP/dz by Horner's rule do.
+template <class T, bool Quadrature, bool kStore, Spread kMade>
+AAPE_FN Complex<Vec<T>> spread(T* to, int64_t states, const Fold& w, const Gain<Vec<T>>& g, Complex<Vec<T>> plus,
+                               Complex<Vec<T>> minus, const T* u = nullptr) {
+  using V = Vec<T>;
+  using M = Math<V>;
+  constexpr bool kSlope = kMade == Spread::kFramesAndSlope, kGainFirst = kMade == Spread::kFramesAlone;
+  auto add = [&](int64_t frame, V value) {
+    T* at = to + frame * states;
     M::store(at, kStore ? value : M::load(at) + value);
   };
-  auto plus = conj_plus * g.gamma, minus = conj_minus * g.gamma;
+  auto cotangent = [&](Complex<V> power) {
+    return kGainFirst ? power.re : fma<V>(power.re, g.gamma.re, -(power.im * g.gamma.im));
+  };
+  if (kGainFirst) plus = plus * g.gamma, minus = minus * g.gamma;
+  const V zero = {}, one = M::splat(T(1));
+  Complex<V> sum = {zero, zero}, moment = {zero, zero};
+  V order = w.even ? zero : one;
   if (!w.even) {
-    add(w.upper, plus.re);
+    if (kSlope) {
+      const V centre = M::load(u + w.upper * states);
+      sum = {centre * plus.re, centre * plus.im};
+    }
+    add(w.upper, cotangent(plus));
     plus = plus * g.z;
     if (Quadrature) minus = minus * g.z;
   }
   for (int64_t m = w.even ? 0 : 1; m <= w.last; ++m) {
-    if (Quadrature) {
-      add(w.upper + m, plus.re + minus.re);
-      add(w.lower - m, plus.re - minus.re);
-      minus = minus * g.z;
-    } else {
-      add(w.upper + m, plus.re);
-      add(w.lower - m, plus.re);
+    if (kSlope) {
+      const V upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
+      const V even = upper + lower, odd = upper - lower;
+      Complex<V> term = {even * plus.re, even * plus.im};
+      if (Quadrature) term = {fma<V>(odd, minus.re, term.re), fma<V>(odd, minus.im, term.im)};
+      sum = sum + term;
+      moment = {fma<V>(order, term.re, moment.re), fma<V>(order, term.im, moment.im)};
+      order = order + one;
     }
+    const V outer = cotangent(plus), inner = Quadrature ? cotangent(minus) : zero;
+    add(w.upper + m, Quadrature ? outer + inner : outer);
+    add(w.lower - m, Quadrature ? outer - inner : outer);
     plus = plus * g.z;
+    if (Quadrature) minus = minus * g.z;
   }
-}
-
-// P± and dP±/dz, from one Horner run that carries both.
-template <class T>
-struct Jets {
-  Complex<Vec<T>> plus, minus, plus_slope, minus_slope;
-};
-
-template <class T, bool Quadrature>
-AAPE_FN Jets<T> jets(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g) {
-  using M = Math<Vec<T>>;
-  using C = Complex<Vec<T>>;
-  Vec<T> zero = {};
-  C plus = {zero, zero}, minus = plus, plus_slope = plus, minus_slope = plus;
-  for (int64_t m = w.last; m >= (w.even ? 0 : 1); --m) {
-    Vec<T> upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
-    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
-    plus = step<Vec<T>>(plus, g.z, upper + lower);
-    if (Quadrature) {
-      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
-      minus = step<Vec<T>>(minus, g.z, upper - lower);
-    }
-  }
-  if (!w.even) {
-    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
-    plus = step<Vec<T>>(plus, g.z, M::load(u + w.upper * states));
-    if (Quadrature) {
-      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
-      minus = minus * g.z;
-    }
-  }
-  return {plus, minus, plus_slope, minus_slope};
-}
-
-template <class T, bool Quadrature>
-AAPE_FN Complex<Vec<T>> response(const Jets<T>& p, const Gain<Vec<T>>& g) {
-  Complex<Vec<T>> y = g.gamma * p.plus;
-  if (Quadrature) y.im = (g.gamma * p.minus).im;
-  return y;
-}
-
-// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz)
-template <class T, bool Quadrature>
-AAPE_FN Complex<Vec<T>> slope(const Jets<T>& p, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
-                              Complex<Vec<T>> conj_minus) {
-  auto sum = adjoint<Vec<T>>(conj_plus, g, p.plus, p.plus_slope);
-  if (Quadrature) sum = sum + adjoint<Vec<T>>(conj_minus, g, p.minus, p.minus_slope);
-  return sum;
+  return g.derivative * sum - g.gamma * moment;
 }
 
 // grad_weight[r][s] += Σ_t x[r][t] · grad_u[t][s]
@@ -188,12 +164,13 @@ struct Worker {
     const Grid& g = call.grid;
     const Unit unit = unit_at(g, t, k);
     Ahead ahead(call.x, g, t, unit_at(g, t, smaller(k + 1, t.units - 1)));
-    const bool frames = passes & (kWeight | kInput), apart = g.stride_t >= g.window;  // no frame is in two windows
+    const bool slopes = passes & kParameters, frames = passes & (kWeight | kInput);
+    const bool store = !frames || g.stride_t >= g.window;  // no frame is in two windows, or nobody reads the sums
     Rows<T> pixels = rows_of<T>(x.data, g, t);
-    const bool reads = passes & (kParameters | kWeight);
+    const bool reads = slopes || passes & kWeight;
     if (reads && !rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
-    if (passes & kParameters) project(u.data, pixels, weight, g, t, unit.frames);
-    if (frames && !apart) fill_zero(grad_u.data, unit.frames * t.states);
+    if (slopes) project(u.data, pixels, weight, g, t, unit.frames);
+    if (!store) fill_zero(grad_u.data, unit.frames * t.states);
     find_filters<T, true>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
     const Filter<T>* filter = filters.data;
     for (int64_t n = 0; n < unit.count; ++n) {
@@ -206,18 +183,23 @@ struct Worker {
         Vec<T> zero = {}, gr = M::load(re + s), gi = M::load(im + s);
         // conj ḡ: split by polynomial for the quadrature kernel
         Complex<Vec<T>> plus = {gr, Quadrature ? zero : -gi}, minus = {zero, -gi};
-        if (passes & kParameters) {
-          auto d = slope<T, Quadrature>(jets<T, Quadrature>(u.data + at + s, t.states, w, gains), gains, plus, minus);
+        T* window = grad_u.data + at + s;
+        if (!slopes) {
+          constexpr Spread made = Spread::kFrames;
+          if (store) spread<T, Quadrature, true, made>(window, t.states, w, gains, plus, minus);
+          else spread<T, Quadrature, false, made>(window, t.states, w, gains, plus, minus);
+        } else {
+          constexpr Spread made = Spread::kFramesAndSlope;
+          const T* heard = u.data + at + s;
+          auto d = store ? spread<T, Quadrature, true, made>(window, t.states, w, gains, plus, minus, heard)
+                         : spread<T, Quadrature, false, made>(window, t.states, w, gains, plus, minus, heard);
           d.im = -d.im;
           if (call.ranges.logits) d = {d.re * p.decay_slope, d.im * p.frequency_slope};
           M::store(grad_decay + s, d.re);
           M::store(grad_frequency + s, d.im);
         }
-        T* window = grad_u.data + at + s;
-        if (frames && apart) spread<T, Quadrature, true>(window, t.states, w, gains, plus, minus);
-        else if (frames) spread<T, Quadrature>(window, t.states, w, gains, plus, minus);
       }
-      if (passes & kParameters) {
+      if (slopes) {
         grad_decays.store(unit, j);
         grad_frequencies.store(unit, j);
       }

@@ -8,6 +8,54 @@
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
+// P± and dP±/dz, from one Horner run that carries both.
+template <class T>
+struct Jets {
+  Complex<Vec<T>> plus, minus, plus_slope, minus_slope;
+};
+
+template <class T, bool Quadrature>
+AAPE_FN Jets<T> jets(const T* u, int64_t states, const Fold& w, const Gain<Vec<T>>& g) {
+  using M = Math<Vec<T>>;
+  using C = Complex<Vec<T>>;
+  Vec<T> zero = {};
+  C plus = {zero, zero}, minus = plus, plus_slope = plus, minus_slope = plus;
+  for (int64_t m = w.last; m >= (w.even ? 0 : 1); --m) {
+    Vec<T> upper = M::load(u + (w.upper + m) * states), lower = M::load(u + (w.lower - m) * states);
+    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
+    plus = step<Vec<T>>(plus, g.z, upper + lower);
+    if (Quadrature) {
+      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
+      minus = step<Vec<T>>(minus, g.z, upper - lower);
+    }
+  }
+  if (!w.even) {
+    plus_slope = step<Vec<T>>(plus_slope, g.z, plus);
+    plus = step<Vec<T>>(plus, g.z, M::load(u + w.upper * states));
+    if (Quadrature) {
+      minus_slope = step<Vec<T>>(minus_slope, g.z, minus);
+      minus = minus * g.z;
+    }
+  }
+  return {plus, minus, plus_slope, minus_slope};
+}
+
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> response(const Jets<T>& p, const Gain<Vec<T>>& g) {
+  Complex<Vec<T>> y = g.gamma * p.plus;
+  if (Quadrature) y.im = (g.gamma * p.minus).im;
+  return y;
+}
+
+// D = Σ± conj(ḡ±)(γ′P± − γ z dP±/dz)
+template <class T, bool Quadrature>
+AAPE_FN Complex<Vec<T>> slope(const Jets<T>& p, const Gain<Vec<T>>& g, Complex<Vec<T>> conj_plus,
+                              Complex<Vec<T>> conj_minus) {
+  auto sum = adjoint<Vec<T>>(conj_plus, g, p.plus, p.plus_slope);
+  if (Quadrature) sum = sum + adjoint<Vec<T>>(conj_minus, g, p.minus, p.minus_slope);
+  return sum;
+}
+
 // What a state leaves for its adjoint, between the two times that it is visited.
 template <class T>
 struct Kept : Filter<T> {
@@ -242,7 +290,7 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
         if (states < block) fill_zero(m.u.data, g.window * block * line);
         each_state(group, first, first + states, [&](int64_t s, int64_t v) {
           const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
-          spread<T, Quadrature, true>(m.u.data + (s - first) * line + v, block * line, fold_, kept(s, v).gain,
+          spread<T, Quadrature, true, Spread::kFramesAlone>(m.u.data + (s - first) * line + v, block * line, fold_, kept(s, v).gain,
                                       {re, Quadrature ? zero : -im}, {zero, -im});
         });
         if (sblu) sblu_gradient(z, group, g.window, x, m.u.data, states, sblu + first * z.projected * Simd<T>::kLanes);
