@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import marshal
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import reference
 from .backends import Call, choose
@@ -114,27 +114,31 @@ def _mel_first(stride: int | Sequence[int] | None, layout: str) -> int | Sequenc
     return tuple(stride)[::-1] if layout == "TF" and isinstance(stride, Sequence) else stride
 
 
-# What checks gave, by all that they look at: of a small call they take a third of its time.
+# What checks gave, by all that they look at: of a small call they take a third of its time. Options are of types whose
+# values stay what they are.
+FIXED = frozenset({type(None), bool, int, float, str, tuple})
 _FOUND_RIGHT: dict[tuple[object, ...], Any] = {}
 
 
 def _once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> Any:
     """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices and options."""
     # `is_traced` without its two functions, as in `ops.is_seen`
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_dynamo_compiling() or torch._C._is_tracing():
         return check(tensors, *options)
     try:
         looked_at = [None if value is None else (value.shape, value.dtype, value.device) for value in tensors]
-        # the options as bytes: 1, 1.0 and True are equal, and not equally right
-        signature = (check, *looked_at, marshal.dumps(options, 2))
+        # with types: 1, 1.0 and True are equal, and not equally right
+        types = [*map(type, options), *[type(one) for option in options if type(option) is tuple for one in option]]
+        signature = (check, *looked_at, options, *types)
         found = _FOUND_RIGHT.get(signature)
-    except (AttributeError, TypeError, ValueError):  # no tensors; sizes that are symbols; options of other types
+    except (AttributeError, TypeError):  # no tensors; sizes that are symbols, options that are lists
         return check(tensors, *options)
     if found is None:
         found = check(tensors, *options)
-        if len(_FOUND_RIGHT) >= 256:
-            _FOUND_RIGHT.clear()
-        _FOUND_RIGHT[signature] = found
+        if FIXED.issuperset(types):
+            if len(_FOUND_RIGHT) >= 256:
+                _FOUND_RIGHT.clear()
+            _FOUND_RIGHT[signature] = found
     return found
 
 

@@ -1,6 +1,7 @@
 """One table: every wrong call raises, and names the argument, what was expected and what came."""
 
 import math
+from collections import UserList
 
 import pytest
 import torch
@@ -307,6 +308,20 @@ def test_a_right_call_before_it_makes_no_call_right(changes):
     call_embed(**right)()
     with pytest.raises((TypeError, ValueError), match="expected"):
         call_embed(**right | changes)()
+
+
+class Sizes(UserList[float]):
+    """A sequence that hashes by what it is, not by what it holds."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("sizes", [[16, 16], Sizes([16, 16])])
+def test_an_option_that_changes_is_looked_at_again(sizes):
+    call_embed(stride=sizes)()
+    sizes[0] = 16.5
+    with pytest.raises(TypeError, match=r"stride: expected an int or two of them, got \[16\.5, 16\]"):
+        call_embed(stride=sizes)()
 
 
 def test_right_under_autocast_only():
