@@ -37,15 +37,15 @@ struct Exchange {
 };
 
 inline const Exchange& exchange() {
-  static const Exchange* const found = [] {
-    const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    while (api && api->major != 1) api = api->previous;
-    if (!api || !api->borrow) throw std::runtime_error("expected a torch whose tensors can be read by DLPack 1.3");
-    return api;
-  }();
-  return *found;
+  // not by a static's initialisation, whose lock a thread could wait for that holds the GIL
+  static const Exchange* found = nullptr;
+  if (found) return *found;
+  const py::object capsule = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->major != 1) api = api->previous;
+  if (!api || !api->borrow) throw std::runtime_error("expected a torch whose tensors DLPack 1.3 can read");
+  return *(found = api);
 }
 
 inline Tensor borrow(const py::object& tensor) {
