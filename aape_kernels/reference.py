@@ -21,6 +21,7 @@ from .weights import Weights
 
 __all__ = [
     "autocasting",
+    "device_type",
     "embed",
     "features",
     "full_precision",
@@ -32,6 +33,8 @@ __all__ = [
     "squash",
     "working_dtype",
 ]
+
+CPU = torch.device("cpu")
 
 # Below this |Λ| the gain and its derivative cancel, so they are summed as series (docs/maths.md §2.4). The
 # terms kept leave a remainder under 1e-19 at |Λ| = 0.2, for the second derivative too.
@@ -55,6 +58,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def device_type(device: torch.device) -> str:
+    """`device.type`, which torch spells out each time: 14 µs behind a large call, where a comparison takes one."""
+    return "cpu" if device == CPU else device.type
+
+
 def _can_autocast(kind: str) -> bool:
     return kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
 
@@ -66,7 +74,8 @@ _can_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for `device`, of whatever kind."""
-    return _can_autocast(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device_type(device)
+    return _can_autocast(kind) and torch.is_autocast_enabled(kind)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
