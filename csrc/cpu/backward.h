@@ -163,19 +163,18 @@ struct Worker {
     constexpr int lanes = Simd<T>::kLanes;
     const Grid& g = call.grid;
     const Unit unit = unit_at(g, t, k);
-    Ahead ahead(call.x, g, t, unit_at(g, t, smaller(k + 1, t.units - 1)));
+    const Ahead ahead(call.x, g, unit_at(g, t, smaller(k + 1, t.units - 1)));
     const bool slopes = passes & kParameters, frames = passes & (kWeight | kInput);
     const bool store = !frames || g.stride_t >= g.window;  // no frame is in two windows, or nobody reads the sums
     Rows<T> pixels = rows_of<T>(x.data, g, t);
     const bool reads = slopes || passes & kWeight;
     if (reads && !rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
-    if (slopes) project(u.data, pixels, weight, g, t, unit.frames);
+    if (slopes) project(u.data, pixels, weight, g, t, unit.frames, ahead);
     if (!store) fill_zero(grad_u.data, unit.frames * t.states);
     find_filters<T, true>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
     const Filter<T>* filter = filters.data;
     for (int64_t n = 0; n < unit.count; ++n) {
       int64_t j = unit.first + n, at = n * g.stride_t * t.states;
-      if (reads) ahead.fetch_rows(t.ahead);
       const T *re = real.load(unit, j, T(0)), *im = imaginary.load(unit, j, T(0));
       T *grad_decay = grad_decays.place(unit, j), *grad_frequency = grad_frequencies.place(unit, j);
       for (int64_t s = 0; s < t.states; s += lanes, ++filter) {

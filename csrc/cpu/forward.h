@@ -136,15 +136,14 @@ inline void forward(const SbluCall& call) {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
       const Unit unit = unit_at(g, t, k);
-      Ahead ahead(call.x, g, t, unit_at(g, t, smaller(k + 1, t.units - 1)));
+      const Ahead ahead(call.x, g, unit_at(g, t, smaller(k + 1, t.units - 1)));
       Rows<T> pixels = rows_of(x.data, g, t);
       if (!rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
-      project(u.data, pixels, weight.data, g, t, unit.frames);
+      project(u.data, pixels, weight.data, g, t, unit.frames, ahead);
       find_filters<T, false>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
       const Filter<T>* filter = filters.data;
       for (int64_t n = 0; n < unit.count; ++n) {
         const int64_t j = unit.first + n;
-        ahead.fetch_rows(t.ahead);
         T *re = real.place(unit, j), *im = imaginary.place(unit, j);
         const T* window = u.data + n * g.stride_t * t.states;
         for (int64_t s = 0; s < t.states; s += lanes, ++filter) {

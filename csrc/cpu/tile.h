@@ -26,7 +26,6 @@ struct Tiling {
   int64_t tiles;       // along a row of tokens
   int64_t units;       // tiles in all
   int64_t rows;        // C·P_f
-  int64_t ahead;       // rows to be asked for a token, so that a tile's tokens have asked for all
   int64_t states;      // S, padded to whole blocks of vectors
   int64_t columns;     // frames, padded to whole blocks
 };
@@ -41,7 +40,6 @@ AAPE_FN Tiling tiling(const Grid& g) {
   t.frames = (t.tokens - 1) * g.stride_t + g.window;
   t.tiles = (g.n_t + t.tokens - 1) / t.tokens;
   t.units = g.batch * g.n_f * t.tiles;
-  t.ahead = (t.rows + t.tokens - 1) / t.tokens;
   t.states = round_up(g.states, Simd<T>::kLanes);
   t.columns = round_up(t.frames, kSums);
   return t;
@@ -116,27 +114,19 @@ AAPE_FN void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
-// Pixels under a tile's windows, asked for some rows at a time before anyone comes to them: rows are pages apart, and no
-// processor looks ahead from one page to the next. It goes from row to row, as divisions would cost more than they save.
+// Where the next tile's pixels are in x, in bytes, to be asked for while this one's are projected, a line of the cache a row
+// and block of frames: rows are pages apart, and no processor looks ahead from one page to the next.
 struct Ahead {
-  const char* at;
-  int64_t bytes, rows, mel_step, channel_step, patch, mel = 0;
+  const char* data = nullptr;
+  int64_t channel = 0, mel = 0, frame = 0;
 
-  Ahead(const View& x, const Grid& g, const Tiling& t, const Unit& unit) {
-    const int64_t size = size_of(x.type), begin = larger(0, unit.frame), end = smaller(g.frames, unit.frame + unit.frames);
-    at = x.data + (unit.b * x.stride[0] + unit.i * g.stride_f * x.stride[2] + begin) * size;
-    bytes = (end - begin) * size;
-    rows = x.stride[3] == 1 ? t.rows : 0;
-    mel_step = x.stride[2] * size;
-    channel_step = (x.stride[1] - g.patch_f * x.stride[2]) * size;
-    patch = g.patch_f;
-  }
-  AAPE_FN void fetch_rows(int64_t count) {
-    for (count = smaller(count, rows), rows -= count; count > 0; --count) {
-      fetch(at, bytes);
-      at += mel_step;
-      if (++mel == patch) mel = 0, at += channel_step;
-    }
+  Ahead() = default;
+  Ahead(const View& x, const Grid& g, const Unit& next) {
+    const int64_t size = size_of(x.type);
+    channel = x.stride[1] * size;
+    mel = x.stride[2] * size;
+    frame = x.stride[3] * size;
+    data = x.data + next.b * x.stride[0] * size + next.i * g.stride_f * mel + next.frame * frame;
   }
 };
 
@@ -172,7 +162,7 @@ AAPE_FN bool rows_in_place(Rows<T>& rows, const View& x, const Grid& g, const Un
 // u[t][s] = Σ_r x[r][t] · weight[r][s]
 template <class T, int kVectors>
 AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames,
-                            int64_t s) {
+                            int64_t s, const Ahead& ahead) {
   using M = Math<typename Simd<T>::Vector>;
   constexpr int lanes = Simd<T>::kLanes, block = kSums / kVectors;
   for (int64_t f = 0; f < frames; f += block) {
@@ -180,7 +170,9 @@ AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid&
     const T* states = weight + s;
     for (int64_t c = 0; c < g.channels; ++c) {
       const T* from = x.data + c * x.channel + f;
-      for (int64_t p = 0; p < g.patch_f; ++p, from += x.mel, states += t.states) {
+      const char* next = ahead.data + c * ahead.channel + f * ahead.frame;
+      for (int64_t p = 0; p < g.patch_f; ++p, from += x.mel, next += ahead.mel, states += t.states) {
+        __builtin_prefetch(next);
         for (int v = 0; v < kVectors; ++v) {
           auto w = M::load(states + v * lanes);
           for (int k = 0; k < block; ++k) sum[k][v] += from[k] * w;
@@ -193,12 +185,13 @@ AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid&
 }
 
 template <class T>
-inline void project(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames) {
+inline void project(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames,
+                    const Ahead& ahead) {
   constexpr int lanes = Simd<T>::kLanes;
   int64_t s = 0;
   for (; s + kVectorBlock * lanes <= t.states; s += kVectorBlock * lanes)
-    project_states<T, kVectorBlock>(u, x, weight, g, t, frames, s);
-  for (; s < t.states; s += lanes) project_states<T, 1>(u, x, weight, g, t, frames, s);
+    project_states<T, kVectorBlock>(u, x, weight, g, t, frames, s, s ? Ahead() : ahead);
+  for (; s < t.states; s += lanes) project_states<T, 1>(u, x, weight, g, t, frames, s, s ? Ahead() : ahead);
 }
 
 }  // namespace AAPE_NAMESPACE
