@@ -86,7 +86,7 @@ def _native_module() -> Rows:
     except Exception as error:
         return [("cannot be loaded", _in_one_line(error))]
     rows = [
-        (name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+        (name, ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value))
         for name, value in facts.items()
     ]
     return [*rows, ("CUDA kernels", cuda.unusable() or "a driver is there")]

@@ -59,16 +59,17 @@ bool runs_here(const Kernels* kernels) {
   return kernels == &kBaseline;
 }
 
-// Of 16 bits, those types whose matrix products this processor has instructions for; all of them where that is not known.
-py::list narrow_products() {
+// Of 16 bits, those types whose matrix products this processor has instructions for, or with `tiles` units for whole tiles
+// (AMX); all of them where that is not known.
+py::list narrow_products(bool tiles) {
   bool bfloat16 = true, float16 = true;
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0, more = 0;
   __get_cpuid_count(7, 1, &more, &ebx, &ecx, &edx);
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   const auto has = [&](unsigned bits, int bit) { return runs_here(&kAvx512) && (bits >> bit & 1); };
-  bfloat16 = has(more, 5) || has(edx, 22);  // AVX512-BF16, AMX-BF16
-  float16 = has(edx, 23) || has(more, 21);  // AVX512-FP16, AMX-FP16
+  bfloat16 = has(edx, 22) || (!tiles && has(more, 5));  // AMX-BF16, AVX512-BF16
+  float16 = has(more, 21) || (!tiles && has(edx, 23));  // AMX-FP16, AVX512-FP16
 #endif
   py::list names;
   if (bfloat16) names.append("bfloat16");
@@ -171,7 +172,8 @@ py::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["openmp"] = AAPE_OPENMP;
   info["instruction_sets"] = instruction_sets();
-  info["narrow_products"] = narrow_products();
+  info["narrow_products"] = narrow_products(false);
+  info["tile_products"] = narrow_products(true);
 #if AAPE_CUDA
   info["kernels"] = py::make_tuple("cpu", "cuda");
   info["cuda"] = AAPE_CUDA_VERSION;
@@ -203,7 +205,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info,
         "How this module was built: version, compiler, architecture, C++ standard, the kernels it holds, the "
         "instruction sets of them that this machine runs, fastest first, the 16-bit types that it has matrix products "
-        "of, and the GPU architectures.");
+        "of, those that it has units for tiles of, and the GPU architectures.");
   m.def("instruction_set", &instruction_set,
         "The fastest instruction set that this module has and this machine runs, or the one that AAPE_CPU_ISA names.");
   m.def("sblu", &sblu);

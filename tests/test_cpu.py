@@ -14,7 +14,7 @@ from test_stem import check_16_bit_forward_and_gradients
 from torch.nn import functional
 
 from aape_kernels import AaPE, ops, sblu
-from aape_kernels.backends import BACKENDS, Call, _log_fallback, choose, cpu, native
+from aape_kernels.backends import BACKENDS, Call, _log_fallback, choose, cpu, cpu_stem, native
 from aape_kernels.geometry import PatchGrid
 from aape_kernels.reference import PLANES
 
@@ -166,12 +166,19 @@ def test_many_tokens_and_few_have_the_same_bits(isa, dim, bias, dtype):
         assert relative_error(many, wide(x.double())) <= bound(dtype, whole_stem=True)
 
 
+# Processors by what `native.has_products` says of them.
+PRODUCTS = {
+    "tiles": lambda dtype, tiles=False: True,
+    "products": lambda dtype, tiles=False: not tiles,
+    "neither": lambda dtype, tiles=False: False,
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("features", PLANES)
-@pytest.mark.parametrize("narrow", [True, False], ids=["torch's products", "native"])
-def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, narrow):
-    """On a processor with instructions for them or without."""
-    monkeypatch.setattr(native, "has_products", lambda out: narrow)
+@pytest.mark.parametrize("processor", PRODUCTS.values(), ids=PRODUCTS)
+def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, processor):
+    monkeypatch.setattr(native, "has_products", processor)
     for whole in (True, False):
         stem = AaPE(embed_dim=64, num_states=8, features=features)
         (stem if whole else stem.proj).to(dtype)
@@ -180,12 +187,27 @@ def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, narro
 
 def test_products_of_16_bits_are_torchs_where_the_processor_has_them(monkeypatch):
     seen, linear = [], functional.linear
-    monkeypatch.setattr(native, "has_products", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(native, "has_products", lambda dtype, tiles=False: dtype == torch.bfloat16)
     monkeypatch.setattr(functional, "linear", lambda *given: seen.append(given[0].dtype) or linear(*given))
     for dtype in (torch.bfloat16, torch.float16):
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
             assert AaPE(embed_dim=64)(torch.randn(2, 1, 64, 64)).dtype == dtype
     assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("processor", "dims"),
+    [("tiles", {64, 384}), ("products", {384}), ("neither", set())],
+)
+def test_gradients_of_16_bits_are_by_torchs_products_where_they_pay(monkeypatch, processor, dims):
+    narrow, seen = cpu_stem._narrow_gradients, set()
+    monkeypatch.setattr(native, "has_products", PRODUCTS[processor])
+    monkeypatch.setattr(cpu_stem, "_narrow_gradients", lambda *given: seen.add(given[2].dim) or narrow(*given))
+    for dim in (64, 384):
+        stem = AaPE(embed_dim=dim, num_states=3)
+        with torch.autocast("cpu"):
+            stem(torch.randn(1, 1, 32, 32)).float().sum().backward()
+    assert seen == dims
 
 
 def test_every_output_is_written(isa):

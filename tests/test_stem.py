@@ -123,6 +123,7 @@ def check_geometry(case: Case, planes: int, dtype: torch.dtype) -> None:
         (hidden,), (2 * states, hidden), (2 * states,), (states, channels, case.patch[0]), (dim, planes, states),
     ]  # fmt: skip
     inputs = {name: torch.randn(shape).to(dtype) for name, shape in zip(STEM_NAMES, shapes, strict=True)}
+    inputs["w1"] /= inputs["w1"][0].numel() ** 0.5  # logits of a few units: 1 − σ of 20 has half of σ's digits left
     leaves = [value.requires_grad_() for value in inputs.values()]
     decay, band = (0.1, 2.1), (0.2, 3.0)
     options = {"stride": case.stride, "window": case.window, "kernel": case.kernel, "decay": decay, "band": band}

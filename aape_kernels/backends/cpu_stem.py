@@ -1,8 +1,10 @@
 """The whole stem on the CPU: one native call forward and one backward.
 
 If tokens have 16 bits and the processor has instructions for such products, torch computes these: the native call then
-ends at their operand, [patch | features], and the backward begins at the features' cotangent. On other processors,
-tokens are computed in the arithmetic's dtype and rounded to 16 bits.
+ends at their operand, [patch | features]. On other processors, tokens are computed in the arithmetic's dtype and
+rounded to 16 bits. The backward's products are torch's as well, and it begins at the features' cotangent, if the
+processor has units for whole tiles (AMX) or tokens are wide; narrow ones it computes as elsewhere
+(benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from . import native
 from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
+
+# Embedding dimensions from which the backward's products of 16 bits pay for their way through memory without AMX.
+LEAST_DIM = 384
 
 # How many tokens' operand and cotangent the 16-bit backward works on at once.
 BLOCK = 1024
@@ -91,7 +96,7 @@ def embed_backward(
     got: dict[str, Tensor] = {}
     if grad.numel() and wanted:
         out = weights.proj_w.dtype
-        narrow = out != working_dtype(x.dtype) and native.has_products(out)
+        narrow = out != working_dtype(x.dtype) and native.has_products(out, tiles=weights.dim < LEAST_DIM)
         options = (grid, quadrature, decay, band, time_major)
         got = (_narrow_gradients if narrow else _gradients)(grad, x, weights, r, hidden, options, wanted)
     return like_inputs(inputs, wanted, got)
@@ -109,7 +114,7 @@ def _gradients(
     got = {"x": x.new_zeros(x.shape, dtype=work)} if "x" in wanted else {}
     got |= _empty(weights, wanted, work)
     rows = tuple(None if value is None else _rows(value, work) for value in weights)
-    flat = grad.reshape(r.shape[0], -1).to(work).contiguous()
+    flat = grad.reshape(r.shape[0], -1).contiguous()
     _backward(_given(x, weights, *options), rows, (hidden, r, flat, None, None), got)
     return got
 

@@ -7,8 +7,9 @@
 namespace aape {
 
 // The whole stem (docs/maths.md §3, §4), tokens = rows (B·N) in the order of the layout. Everything but x, `operand` and
-// `grad_features` is contiguous and in the arithmetic's type: proj_w (D, C·P_f·P_t), w1 (H, C·P_f·P_t), w2 (2S, H),
-// sblu_w (S, C·P_f), fusion_w (D, planes·S). data is null for what is not there, or not wanted.
+// `grad_features` is contiguous, and all but these and `grad` in the arithmetic's type: proj_w (D, C·P_f·P_t),
+// w1 (H, C·P_f·P_t), w2 (2S, H), sblu_w (S, C·P_f), fusion_w (D, planes·S). data is null for what is not there, or not
+// wanted.
 struct EmbedCall {
   Grid grid;
   Ranges ranges;

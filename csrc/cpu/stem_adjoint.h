@@ -112,11 +112,12 @@ struct Wave {
 template <class T>
 struct BackwardTiles : GroupTiles<T> {
   using GroupTiles<T>::kLine;
-  Buffer<T> columns, grad, grad_features, grad_logits, grad_hidden, pixels;
+  Buffer<T> columns, converted, grad, grad_features, grad_logits, grad_hidden, pixels;
   Buffer<Kept<T>> kept;
 
   BackwardTiles(const StemSizes& z, const StemNeeds& need, const Grid& g)
-      : GroupTiles<T>(z, g), columns((z.patch + z.features) * kLine), grad(z.dim * kLine), grad_features(z.features * kLine),
+      : GroupTiles<T>(z, g), columns((z.patch + z.features) * kLine), converted(larger(z.dim, z.features) * kLine),
+        grad(z.dim * kLine), grad_features(z.features * kLine),
         grad_logits(2 * z.states * kLine), grad_hidden(z.hidden * kLine),
         pixels(need.x ? (z.within ? z.patch : z.patch + z.projected * g.window) * kLine : 0),
         kept(z.states * Block<T>::kVectors) {}
@@ -127,18 +128,22 @@ template <class T>
 AAPE_APART void load_cotangent(const EmbedCall& call, const StemWeights<T>& w, const StemSizes& z, const Group<T>& group,
                            BackwardTiles<T>& m) {
   constexpr int64_t line = Block<T>::kTokens;
+  // columns [number][token] from rows of any type
+  const auto load = [&](T* to, const View& from, int64_t numbers) {
+    const char* rows = from.data + group.first * from.stride[0] * size_of(from.type);
+    if (from.type == kTypeOf<T>)
+      return load_columns(to, line, reinterpret_cast<const T*>(rows), from.stride[0], numbers, group.count);
+    for (int64_t k = 0; k < group.count; ++k)
+      load_row(m.converted.data + k * numbers, rows + k * from.stride[0] * size_of(from.type), from.type, 1, numbers);
+    load_columns(to, line, m.converted.data, numbers, numbers, group.count);
+  };
   if (call.grad.data) {
-    load_columns(m.grad.data, line, reinterpret_cast<const T*>(call.grad.data) + group.first * z.dim, z.dim, z.dim, group.count);
+    load(m.grad.data, call.grad, z.dim);
     const Term<T> terms[] = {{{w.fusion, z.features}, m.grad.data, line, z.dim}};
     product<T, false, false>(z.features, group.vectors, m.grad_features.data, line, terms, nullptr);
     return;
   }
-  const View& from = call.grad_features;
-  Buffer<T> rows(group.count * z.features);
-  for (int64_t k = 0; k < group.count; ++k)
-    load_row(rows.data + k * z.features, from.data + (group.first + k) * from.stride[0] * size_of(from.type), from.type, 1,
-             z.features);
-  load_columns(m.grad_features.data, line, rows.data, z.features, z.features, group.count);
+  load(m.grad_features.data, call.grad_features, z.features);
 }
 
 // From the features' cotangent to that of y, [Re y, Im y][state][token] in m.y's place or that of the features themselves.

@@ -16,8 +16,8 @@ constexpr int64_t kChunk = 288;  // tokens: whole groups for every instruction s
 // A matrix of gradients, [rows][columns] = Σ_tokens left[token][row] · right[token][column], and Σ_tokens left.
 template <class T>
 struct Gradient {
-  const T* left;
-  int64_t left_line, rows;
+  View left;  // of any type, its rows next to each other
+  int64_t rows;
   struct Part {
     T* out = nullptr;
     const Panels<T>* right = nullptr;
@@ -55,16 +55,23 @@ template <class T, bool kAdd>
 inline void sum_strips(const Gradient<T>& g, int64_t strip, int64_t strips, int64_t from, int64_t tokens, T* packed) {
   constexpr int64_t rows = Block<T>::kStrip, panel = Block<T>::kPanel;
   const int64_t first = strip * rows, count = smaller(strips * rows, g.rows - first);
-  const T* left = g.left + from * g.left_line + first;
-  for (int64_t m = 0; m < tokens; ++m)
-    for (int64_t n = 0; n < strips; ++n) {
+  const int64_t size = size_of(g.left.type), line = g.rows * size;
+  const char* left = g.left.data + (from * g.rows + first) * size;
+  T converted[kStrips * rows];
+  for (int64_t m = 0; m < tokens; ++m) {
+    const T* row = reinterpret_cast<const T*>(left + m * line);
+    if (g.left.type != kTypeOf<T>) {
+      load_row(converted, left + m * line, g.left.type, 1, count);
+      row = converted;
+    }
+    for (int64_t n = 0; n < strips; ++n, row += rows) {
       T* to = packed + (n * tokens + m) * rows;
-      const T* row = left + m * g.left_line + n * rows;
       if (n * rows + rows <= count) std::memcpy(to, row, rows * sizeof(T));
       else for (int64_t k = 0; k < rows; ++k) to[k] = n * rows + k < count ? row[k] : T(0);
     }
-  const T* next = left + strips * rows;
-  const int64_t ahead = smaller(strips * rows, g.rows - first - strips * rows) * int64_t(sizeof(T));
+  }
+  const char* next = left + strips * rows * size;
+  const int64_t ahead = smaller(strips * rows, g.rows - first - strips * rows) * size;
   const int64_t panels = larger(1, strips * g.panels()), share = (tokens + panels - 1) / panels;
   int64_t fetched = 0;  // tokens
   for (int64_t n = 0; n < strips; ++n, packed += tokens * rows) {
@@ -80,7 +87,7 @@ inline void sum_strips(const Gradient<T>& g, int64_t strip, int64_t strips, int6
       const T* right = part.right->numbers.data + from * panel;
       for (int64_t c = 0; c < columns; c += panel, right += part.right->step) {
         for (const int64_t end = smaller(tokens, fetched + share); fetched < end; ++fetched)
-          fetch(next + fetched * g.left_line, ahead);
+          fetch(next + fetched * line, ahead);
         const Term<T> term[] = {{{packed, rows}, right, panel, tokens}};
         product_panel<T, kAdd>(some, columns - c, part.out + row * columns + c, columns, term);
       }
@@ -163,10 +170,11 @@ struct Gradients {
   T* sblu;
 
   Gradients(const EmbedCall& c, const StemSizes& z, const Wave<T>& wave)
-      : of{{at(c.grad), z.dim, z.dim, {{at(c.grad_proj_w), &wave.patches}, {at(c.grad_fusion_w), &wave.features}}, at(c.grad_proj_b)},
-           {wave.hidden.data, z.hidden, z.hidden, {{at(c.grad_w1), &wave.patches}, {}}, at(c.grad_b1)},
-           {wave.logits.data, 2 * z.states, 2 * z.states, {{at(c.grad_w2), &wave.active}, {}}, at(c.grad_b2)}},
+      : of{{c.grad, z.dim, {{at(c.grad_proj_w), &wave.patches}, {at(c.grad_fusion_w), &wave.features}}, at(c.grad_proj_b)},
+           {own(wave.hidden), z.hidden, {{at(c.grad_w1), &wave.patches}, {}}, at(c.grad_b1)},
+           {own(wave.logits), 2 * z.states, {{at(c.grad_w2), &wave.active}, {}}, at(c.grad_b2)}},
         sblu(at(c.grad_sblu_w)) {}
+  static View own(const Buffer<T>& numbers) { return {reinterpret_cast<char*>(numbers.data), {}, kTypeOf<T>}; }
   static T* at(const View& view) { return reinterpret_cast<T*>(view.data); }
 };
 
@@ -228,7 +236,8 @@ inline void stem_backward(const EmbedCall& call) {
     }
     if (job.of == Job::kPixels) return add_pixels(call, z, wave, first, count, job.first / g.mel_bins, job.first % g.mel_bins);
     Gradient<T> gradient = to.of[job.of];
-    if (job.of == 0) gradient.left += (first - place) * z.dim;  // it lies in the caller's memory, the others in the wave's
+    // the first lies in the caller's memory, the others in the wave's
+    if (job.of == 0) gradient.left.data += (first - place) * z.dim * size_of(gradient.left.type);
     for (int64_t from = 0; from < count; from += kChunk) {
       const int64_t chunk = smaller(kChunk, count - from);
       if (add || from) sum_strips<T, true>(gradient, job.first, job.count, place + from, chunk, packed);
