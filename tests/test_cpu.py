@@ -210,6 +210,24 @@ def test_gradients_of_16_bits_are_by_torchs_products_where_they_pay(monkeypatch,
     assert seen == dims
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("need_x", [True, False])
+def test_a_cotangent_of_16_bits_is_read_as_its_numbers(isa, monkeypatch, dtype, need_x):
+    """Of more tokens than are worked on at once: the same bits as of the numbers in float32."""
+    monkeypatch.setattr(native, "has_products", PRODUCTS["neither"])
+    stem = AaPE(patch_size=4, embed_dim=29, num_states=5, encoder_dim=6)
+    weights = (stem.proj.weight, stem.proj.bias, *stem.encoder.parameters(), stem.sblu.weight, stem.fusion.weight)
+    x, options = torch.randn(1, 1, 16, 2000), ((4, 4), (4, 4), 4, True, stem.decay, stem.band, False)
+    with torch.no_grad():
+        tokens, r, hidden = torch.ops.aape.embed(x, *weights, *options, "cpu")
+        narrow = torch.randn_like(tokens).to(dtype)
+        got, want = (
+            torch.ops.aape.embed_backward(grad, x, *weights, r, hidden, *options, (need_x, *[True] * 8), "cpu")
+            for grad in (narrow, narrow.float())
+        )
+    assert same_bits(got, want)
+
+
 def test_every_output_is_written(isa):
     case = AWKWARD
     inputs, cotangent = case.inputs()

@@ -38,5 +38,5 @@ def instruction_set() -> str:
 
 
 def sizes(grid: PatchGrid, states: int) -> tuple[int, ...]:
-    """What the native module makes a `struct Grid` of, beside x."""
+    """What the native module makes a `struct Grid` of, beside x: (P_f, P_t, S_f, S_t, window, states)."""
     return (*grid.patch, *grid.stride, grid.window, states)

@@ -295,8 +295,8 @@ inline void group_backward(const EmbedCall& call, const StemWeights<T>& w, const
         if (states < block) fill_zero(m.u.data, g.window * block * line);
         each_state(group, first, first + states, [&](int64_t s, int64_t v) {
           const Vec<T> zero = {}, re = M::load(grad.re + s * line + v), im = M::load(grad.im + s * line + v);
-          spread<T, Quadrature, true, Spread::kFramesAlone>(m.u.data + (s - first) * line + v, block * line, fold_, kept(s, v).gain,
-                                      {re, Quadrature ? zero : -im}, {zero, -im});
+          spread<T, Quadrature, true, Spread::kFramesAlone>(m.u.data + (s - first) * line + v, block * line, fold_,
+                                                            kept(s, v).gain, {re, Quadrature ? zero : -im}, {zero, -im});
         });
         if (sblu) sblu_gradient(z, group, g.window, x, m.u.data, states, sblu + first * z.projected * Simd<T>::kLanes);
         for (int64_t k = 0; need.x && k < g.window; ++k) {
