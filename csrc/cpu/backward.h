@@ -163,13 +163,13 @@ struct Worker {
     constexpr int lanes = Simd<T>::kLanes;
     const Grid& g = call.grid;
     const Unit unit = unit_at(g, t, k);
-    const Ahead ahead(call.x, g, unit_at(g, t, smaller(k + 1, t.units - 1)));
     const bool slopes = passes & kParameters, frames = passes & (kWeight | kInput);
     const bool store = !frames || g.stride_t >= g.window;  // no frame is in two windows, or nobody reads the sums
     Rows<T> pixels = rows_of<T>(x.data, g, t);
     const bool reads = slopes || passes & kWeight;
-    if (reads && !rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
-    if (slopes) project(u.data, pixels, weight, g, t, unit.frames, ahead);
+    const bool in_place = reads && rows_in_place(pixels, call.x, g, unit);
+    if (reads && !in_place) load_tile(x.data, call.x, g, t, unit);
+    if (slopes) project(u.data, pixels, weight, g, t, unit.frames, ahead_of<T>(call.x, g, t, k, in_place));
     if (!store) fill_zero(grad_u.data, unit.frames * t.states);
     find_filters<T, true>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
     const Filter<T>* filter = filters.data;

@@ -136,10 +136,10 @@ inline void forward(const SbluCall& call) {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < t.units; ++k) {
       const Unit unit = unit_at(g, t, k);
-      const Ahead ahead(call.x, g, unit_at(g, t, smaller(k + 1, t.units - 1)));
       Rows<T> pixels = rows_of(x.data, g, t);
-      if (!rows_in_place(pixels, call.x, g, unit)) load_tile(x.data, call.x, g, t, unit);
-      project(u.data, pixels, weight.data, g, t, unit.frames, ahead);
+      const bool in_place = rows_in_place(pixels, call.x, g, unit);
+      if (!in_place) load_tile(x.data, call.x, g, t, unit);
+      project(u.data, pixels, weight.data, g, t, unit.frames, ahead_of<T>(call.x, g, t, k, in_place));
       find_filters<T, false>(filters.data, decays, frequencies, call.ranges, t, unit, w.even);
       const Filter<T>* filter = filters.data;
       for (int64_t n = 0; n < unit.count; ++n) {

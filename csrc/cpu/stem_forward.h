@@ -3,14 +3,16 @@
 
 #pragma once
 
+#include "processor.h"
 #include "stem.h"
 
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
-// Groups that take their turn at a block of the output's weights, which then is read from the second-level cache once for
-// all of them.
-constexpr int kGroupsATurn = 6;
+// Groups that take their turn at a block of the output's weights, which then is read once for all of them. The fewer, the
+// fewer rows of tokens are written at a time, and the processor asks for their next lines by itself: that is worth more
+// where a large cache holds the weights.
+inline int64_t groups_a_turn() { return has_large_second_cache() ? 2 : 6; }
 
 // The output's bias and weights as panels [1 + patch + features][kPanel columns], for tokens whose operand begins with a
 // one: tokens then come out as rows. Either the weights or the tokens have to be transposed: the weights where tokens are
@@ -78,7 +80,7 @@ inline void stem_forward(const EmbedCall& call) {
   const int64_t depth = 1 + z.patch + z.features;  // of the operand [1 | patch | features]
   const int64_t vectors = (z.rows + lanes - 1) / lanes;  // of tokens
   const int64_t work = z.rows * (depth * z.dim + z.patch * (z.hidden + z.states));
-  const int64_t threads = threads_for(work, vectors, call.threads);
+  const int64_t threads = threads_for(work, vectors, call.threads), most = groups_a_turn();
   OutputPanels<T> panels(z, call.tokens.data);
 #pragma omp parallel num_threads(int(threads))
   {
@@ -87,12 +89,12 @@ inline void stem_forward(const EmbedCall& call) {
 #pragma omp for schedule(static)
     for (int64_t share = 0; share < threads; ++share) {
       GroupTiles<T> m(z, g);
-      Buffer<T> columns(kGroupsATurn * depth * line);
-      for (int64_t n = 0; n < kGroupsATurn; ++n)
+      Buffer<T> columns(most * depth * line);
+      for (int64_t n = 0; n < most; ++n)
         for (int64_t k = 0; k < line; ++k) columns[n * depth * line + k] = T(1);
       const int64_t end = smaller(z.rows, (share + 1) * vectors / threads * lanes);
-      for (int64_t first = share * vectors / threads * lanes; first < end; first += kGroupsATurn * line) {
-        const int64_t turn = smaller(kGroupsATurn, (end - first + line - 1) / line);
+      for (int64_t first = share * vectors / threads * lanes; first < end; first += most * line) {
+        const int64_t turn = smaller(most, (end - first + line - 1) / line);
         for (int64_t n = 0; n < turn; ++n) {
           const int64_t row = first + n * line;
           const Group<T> group(g, call.x, call.time_major, row, smaller(line, end - row));

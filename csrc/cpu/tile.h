@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "convert.h"
+#include "processor.h"
 #include "simd.h"
 
 namespace aape {
@@ -114,19 +115,20 @@ AAPE_FN void fetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += line) __builtin_prefetch(static_cast<const char*>(from) + at);
 }
 
-// Where the next tile's pixels are in x, in bytes, to be asked for while this one's are projected, a line of the cache a row
-// and block of frames: rows are pages apart, and no processor looks ahead from one page to the next.
+// Where in x, in bytes, the pixels are that are asked for while others are projected, a line of the cache a row and block of
+// frames: rows are pages apart, and no processor looks ahead from one page to the next.
 struct Ahead {
   const char* data = nullptr;
   int64_t channel = 0, mel = 0, frame = 0;
+  int64_t turn = -1;  // from which row on they are those of the next block of frames, if from any
 
   Ahead() = default;
-  Ahead(const View& x, const Grid& g, const Unit& next) {
+  Ahead(const View& x, const Grid& g, const Unit& unit) {
     const int64_t size = size_of(x.type);
     channel = x.stride[1] * size;
     mel = x.stride[2] * size;
     frame = x.stride[3] * size;
-    data = x.data + next.b * x.stride[0] * size + next.i * g.stride_f * mel + next.frame * frame;
+    data = x.data + unit.b * x.stride[0] * size + unit.i * g.stride_f * mel + unit.frame * frame;
   }
 };
 
@@ -159,6 +161,18 @@ AAPE_FN bool rows_in_place(Rows<T>& rows, const View& x, const Grid& g, const Un
   return true;
 }
 
+// What to ask for while unit k is projected: the next unit's pixels; or on Intel's cores its own, a few rows before they are
+// read, if that is where they lie and done once. There the sixteen reads of a line that is not in the first cache all wait.
+template <class T>
+AAPE_FN Ahead ahead_of(const View& x, const Grid& g, const Tiling& t, int64_t k, bool in_place) {
+  if (!in_place || t.states != Simd<T>::kLanes || !is_intel()) return {x, g, unit_at(g, t, smaller(k + 1, t.units - 1))};
+  const int64_t few = smaller(4, g.patch_f);  // as long as the second cache takes to answer
+  Ahead own(x, g, unit_at(g, t, k));
+  own.data += few * own.mel;
+  own.turn = g.patch_f - few;
+  return own;
+}
+
 // u[t][s] = Σ_r x[r][t] · weight[r][s]
 template <class T, int kVectors>
 AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid& g, const Tiling& t, int64_t frames,
@@ -172,6 +186,7 @@ AAPE_FN void project_states(T* u, const Rows<T>& x, const T* weight, const Grid&
       const T* from = x.data + c * x.channel + f;
       const char* next = ahead.data + c * ahead.channel + f * ahead.frame;
       for (int64_t p = 0; p < g.patch_f; ++p, from += x.mel, next += ahead.mel, states += t.states) {
+        if (p == ahead.turn) next += block * ahead.frame - g.patch_f * ahead.mel;
         __builtin_prefetch(next);
         for (int v = 0; v < kVectors; ++v) {
           auto w = M::load(states + v * lanes);
