@@ -59,17 +59,16 @@ bool runs_here(const Kernels* kernels) {
   return kernels == &kBaseline;
 }
 
-// Of 16 bits, those types whose matrix products this processor has instructions for, or with `tiles` units for whole tiles
-// (AMX); all of them where that is not known.
-py::list narrow_products(bool tiles) {
+// Of 16 bits, those types whose matrix products this processor has instructions for; all of them where that is not known.
+py::list narrow_products() {
   bool bfloat16 = true, float16 = true;
 #if defined(__x86_64__)
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0, more = 0;
   __get_cpuid_count(7, 1, &more, &ebx, &ecx, &edx);
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   const auto has = [&](unsigned bits, int bit) { return runs_here(&kAvx512) && (bits >> bit & 1); };
-  bfloat16 = has(edx, 22) || (!tiles && has(more, 5));  // AMX-BF16, AVX512-BF16
-  float16 = has(more, 21) || (!tiles && has(edx, 23));  // AMX-FP16, AVX512-FP16
+  bfloat16 = has(edx, 22) || has(more, 5);   // AMX-BF16, AVX512-BF16
+  float16 = has(more, 21) || has(edx, 23);  // AMX-FP16, AVX512-FP16
 #endif
   py::list names;
   if (bfloat16) names.append("bfloat16");
@@ -172,8 +171,7 @@ py::dict build_info() {
   info["cplusplus"] = static_cast<long>(__cplusplus);
   info["openmp"] = AAPE_OPENMP;
   info["instruction_sets"] = instruction_sets();
-  info["narrow_products"] = narrow_products(false);
-  info["tile_products"] = narrow_products(true);
+  info["narrow_products"] = narrow_products();
 #if AAPE_CUDA
   info["kernels"] = py::make_tuple("cpu", "cuda");
   info["cuda"] = AAPE_CUDA_VERSION;

@@ -166,19 +166,12 @@ def test_many_tokens_and_few_have_the_same_bits(isa, dim, bias, dtype):
         assert relative_error(many, wide(x.double())) <= bound(dtype, whole_stem=True)
 
 
-# Processors by what `native.has_products` says of them.
-PRODUCTS = {
-    "tiles": lambda dtype, tiles=False: True,
-    "products": lambda dtype, tiles=False: not tiles,
-    "neither": lambda dtype, tiles=False: False,
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("features", PLANES)
-@pytest.mark.parametrize("processor", PRODUCTS.values(), ids=PRODUCTS)
-def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, processor):
-    monkeypatch.setattr(native, "has_products", processor)
+@pytest.mark.parametrize(("has", "least"), [(True, 0), (True, 384), (False, 384)], ids=["both", "forward", "neither"])
+def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, has, least):
+    monkeypatch.setattr(native, "has_products", lambda dtype: has)
+    monkeypatch.setattr(cpu_stem, "LEAST_DIM", least)
     for whole in (True, False):
         stem = AaPE(embed_dim=64, num_states=8, features=features)
         (stem if whole else stem.proj).to(dtype)
@@ -187,7 +180,7 @@ def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, proce
 
 def test_products_of_16_bits_are_torchs_where_the_processor_has_them(monkeypatch):
     seen, linear = [], functional.linear
-    monkeypatch.setattr(native, "has_products", lambda dtype, tiles=False: dtype == torch.bfloat16)
+    monkeypatch.setattr(native, "has_products", lambda dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(functional, "linear", lambda *given: seen.append(given[0].dtype) or linear(*given))
     for dtype in (torch.bfloat16, torch.float16):
         with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
@@ -195,13 +188,10 @@ def test_products_of_16_bits_are_torchs_where_the_processor_has_them(monkeypatch
     assert seen == [torch.bfloat16]
 
 
-@pytest.mark.parametrize(
-    ("processor", "dims"),
-    [("tiles", {64, 384}), ("products", {384}), ("neither", set())],
-)
-def test_gradients_of_16_bits_are_by_torchs_products_where_they_pay(monkeypatch, processor, dims):
+@pytest.mark.parametrize(("has", "dims"), [(True, {384}), (False, set())])
+def test_gradients_of_16_bits_are_by_torchs_products_where_they_pay(monkeypatch, has, dims):
     narrow, seen = cpu_stem._narrow_gradients, set()
-    monkeypatch.setattr(native, "has_products", PRODUCTS[processor])
+    monkeypatch.setattr(native, "has_products", lambda dtype: has)
     monkeypatch.setattr(cpu_stem, "_narrow_gradients", lambda *given: seen.add(given[2].dim) or narrow(*given))
     for dim in (64, 384):
         stem = AaPE(embed_dim=dim, num_states=3)
@@ -214,7 +204,7 @@ def test_gradients_of_16_bits_are_by_torchs_products_where_they_pay(monkeypatch,
 @pytest.mark.parametrize("need_x", [True, False])
 def test_a_cotangent_of_16_bits_is_read_as_its_numbers(isa, monkeypatch, dtype, need_x):
     """Of more tokens than are worked on at once: the same bits as of the numbers in float32."""
-    monkeypatch.setattr(native, "has_products", PRODUCTS["neither"])
+    monkeypatch.setattr(native, "has_products", lambda dtype: False)
     stem = AaPE(patch_size=4, embed_dim=29, num_states=5, encoder_dim=6)
     weights = (stem.proj.weight, stem.proj.bias, *stem.encoder.parameters(), stem.sblu.weight, stem.fusion.weight)
     x, options = torch.randn(1, 1, 16, 2000), ((4, 4), (4, 4), 4, True, stem.decay, stem.band, False)

@@ -2,9 +2,8 @@
 
 If tokens have 16 bits and the processor has instructions for such products, torch computes these: the native call then
 ends at their operand, [patch | features]. On other processors, tokens are computed in the arithmetic's dtype and
-rounded to 16 bits. The backward's products are torch's as well, and it begins at the features' cotangent, if the
-processor has units for whole tiles (AMX) or tokens are wide; narrow ones it computes as elsewhere
-(benchmarks/NOTES.md).
+rounded to 16 bits. The backward's products are torch's as well, and it begins at the features' cotangent, if tokens
+are wide; of narrow ones it computes all as elsewhere (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .gradients import like_inputs
 
 __all__ = ["embed", "embed_backward"]
 
-# Embedding dimensions from which the backward's products of 16 bits pay for their way through memory without AMX.
+# Embedding dimensions from which the backward's products of 16 bits pay for their way through memory.
 LEAST_DIM = 384
 
 # How many tokens' operand and cotangent the 16-bit backward works on at once.
@@ -96,7 +95,7 @@ def embed_backward(
     got: dict[str, Tensor] = {}
     if grad.numel() and wanted:
         out = weights.proj_w.dtype
-        narrow = out != working_dtype(x.dtype) and native.has_products(out, tiles=weights.dim < LEAST_DIM)
+        narrow = weights.dim >= LEAST_DIM and out != working_dtype(x.dtype) and native.has_products(out)
         options = (grid, quadrature, decay, band, time_major)
         got = (_narrow_gradients if narrow else _gradients)(grad, x, weights, r, hidden, options, wanted)
     return like_inputs(inputs, wanted, got)

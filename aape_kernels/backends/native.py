@@ -22,10 +22,9 @@ def load() -> ModuleType:
 
 
 @functools.cache
-def has_products(dtype: torch.dtype, tiles: bool = False) -> bool:
-    """Whether this processor has instructions for matrix products of a 16-bit dtype, or with `tiles` units for whole
-    tiles of them (AMX); torch emulates them elsewhere."""
-    return str(dtype).removeprefix("torch.") in load().build_info()["tile_products" if tiles else "narrow_products"]
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor has instructions for matrix products of a 16-bit dtype; torch emulates them elsewhere."""
+    return str(dtype).removeprefix("torch.") in load().build_info()["narrow_products"]
 
 
 def instruction_set() -> str:
