@@ -477,6 +477,13 @@ def test_labels_that_are_tested_and_never_trained_on(exported, manifest, tmp_pat
         assert finetune(exported, manifest, tmp_path, rows) == 0
 
 
+def test_a_label_of_several_that_is_empty(exported, manifest, tmp_path, capsys):
+    rows = split_rows(manifest)
+    rows[6] = rows[6].replace(",a,test", ",a;,test")
+    assert finetune(exported, manifest, tmp_path, rows, data__multi_label="true") == 2
+    assert "--data: expected labels separated by ;, bass_dnb_f-0.wav has 'a;'" in capsys.readouterr().err
+
+
 ERRORS = {
     "no such checkpoint": ("probe", {"checkpoint": "nowhere"}, "nowhere: expected a checkpoint or an exported folder"),
     "no model": ("probe", {"checkpoint": "."}, ".: expected a folder with config.json and model.safetensors"),

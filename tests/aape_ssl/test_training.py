@@ -183,6 +183,8 @@ def test_the_encoder_of_a_checkpoint(tmp_path, part):
     torch.save({"state_dict": encoder.state_dict()}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=f"other.pt: expected a checkpoint of pre-training with a {part}"):
         load_encoder(tmp_path / "other.pt", part)
+    with pytest.raises(CheckpointError, match=r"last.ckpt: expected to find which front end it was made with"):
+        AudioEncoder.from_checkpoint(tmp_path / "last.ckpt", part)  # its data were not ClipData's
 
 
 def as_before_features(path: Path) -> None:
