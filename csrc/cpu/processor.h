@@ -12,7 +12,7 @@
 namespace aape {
 inline namespace AAPE_NAMESPACE {
 
-// Sixteen numbers read one by one from a line that is not in the first cache: on Intel's cores each read waits for itself.
+// The vendor is Intel, whatever the core.
 inline bool is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");
