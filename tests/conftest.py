@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import triton_interpreter
 from filelock import FileLock
 from hypothesis import settings
 
@@ -22,6 +23,7 @@ from aape_kernels.backends import cpu, native, triton
 if triton.TRITON_INSTALLED and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("aape_kernels.backends.triton.launch")
+    triton_interpreter.remember_builtins()
 
 # what they assert is said in full, as in a test
 pytest.register_assert_rewrite("checks", "on_gpu")

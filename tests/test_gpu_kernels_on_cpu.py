@@ -1,19 +1,17 @@
 """The GPU backends on CPU tensors: Triton's kernels in its interpreter, the CUDA kernels in tests/emulator.
 
-Triton's interpreter truncates to bfloat16 where GPUs round, which is mended here, and its products of 16 bits go wrong:
-the kernels take float32 there.
+The interpreter's products of 16 bits go wrong: Triton's kernels take float32 there.
 """
 
 import functools
-import importlib
 import math
 from dataclasses import replace
 
 import emulated
-import numpy as np
 import pytest
 import test_stem as stem_tests
 import torch
+import triton_interpreter
 from cases import AWKWARD, GOLDEN, GOLDEN_STEMS, SQUARE, Case, cases
 from checks import check_gain_and_z, check_strides, far_apart, poisoned_memory, same_bits
 from hypothesis import given, settings
@@ -29,29 +27,14 @@ from aape_kernels import AaPE, ops, sblu
 from aape_kernels.reference import PLANES
 
 
-def interpret(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    if torch.cuda.is_available():
-        pytest.skip("Triton's kernels are compiled in this process: there is a GPU")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    bits = interpreter._convert_float
-
-    def rounded(value, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return bits(value, source, target, mode)
-        wide = np.frombuffer(value.tobytes(), dtype=np.float32).copy()
-        return torch.from_numpy(wide).bfloat16().view(torch.uint16).numpy().reshape(value.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("AAPE_BACKEND", "triton")
-
-
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
 def simulated(request, monkeypatch):
     """The backend that AAPE_BACKEND names for the test."""
     if request.param == "triton":
-        interpret(monkeypatch)
+        pytest.importorskip("triton", reason="Triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("Triton's kernels are compiled in this process: there is a GPU")
+        triton_interpreter.use(monkeypatch)
     else:
         emulated.use(monkeypatch, request.getfixturevalue("emulated_module"))
     return request.param
