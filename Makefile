@@ -88,7 +88,7 @@ clean:  ## remove environments, builds and outputs
 
 .PHONY: test-venv
 test-venv:
-	$(PYTHON) -m venv --clear $(TEST_VENV)
+	$(PYTHON) -m venv --clear --upgrade-deps $(TEST_VENV)
 	$(TEST_VENV)/bin/python $(PIP_INSTALL) ".[dev]"
 
 .venv/demo .venv/dev .venv/ssl: .venv/%: $(INSTALLED_FROM)

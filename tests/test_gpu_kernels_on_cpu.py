@@ -49,7 +49,7 @@ def test_any_geometry():
     """In float32, at the bounds for float32: of enough numbers, as one alone may be a sum that cancels."""
     seen = []
 
-    @settings(max_examples=20)
+    @settings(max_examples=12)
     @given(case=cases())
     def every(case):
         grid = (max(2, case.grid[0]), max(2, case.grid[1]))
@@ -57,7 +57,7 @@ def test_any_geometry():
         check_sblu(replace(case, batch=2, grid=grid, states=case.states + 4), torch.float32)
 
     every()
-    assert len(seen) >= 20
+    assert len(seen) >= 12
 
 
 @pytest.mark.parametrize("kernel", ["bilateral", "quadrature"])

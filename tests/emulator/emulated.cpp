@@ -19,4 +19,5 @@ PYBIND11_MODULE(AAPE_MODULE, module) {
   module.def("set_order", [](int order, unsigned seed) {
     aape::emulator::turns() = {static_cast<aape::emulator::Order>(order), seed};
   }, "How the threads of a block take turns: 0 forward, 1 reverse, 2 shuffled by `seed`.");
+  module.def("set_multiprocessors", [](int count) { aape::emulator::chip() = count; }, "How many the chip has.");
 }

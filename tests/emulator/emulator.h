@@ -120,8 +120,14 @@ inline void __syncwarp() {
 
 // Those of an H100, and fewer multiprocessors than most tests have tiles.
 namespace aape {
+namespace emulator {
+inline int& chip() {
+  static int multiprocessors = 2;
+  return multiprocessors;
+}
+}  // namespace emulator
 inline size_t shared_limit() { return 227 * 1024; }
-inline int multiprocessors() { return 2; }
+inline int multiprocessors() { return emulator::chip(); }
 inline void prefetch(const void*) {}
 
 // Nothing is there until the thread waits.

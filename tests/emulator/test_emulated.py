@@ -46,8 +46,9 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no host compiler was
 @pytest.fixture(autouse=True)
 def emulated(emulated_module, monkeypatch):
     use(monkeypatch, emulated_module)
+    yield emulated_module
     emulated_module.set_order(0, 0)
-    return emulated_module
+    emulated_module.set_multiprocessors(2)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -162,7 +163,8 @@ def test_tokens_of_several_rounds(emulated, monkeypatch, types):
     """More tiles than all warps have at once; the last round is not whole."""
     ran = calls_of(monkeypatch, emulated, "warp_tokens", "warp_stem")
     emulated.set_order(2, 0)
-    on_tensor_cores.check(on_tensor_cores.TYPES[types], (1, 32, 16 * 290), embed_dim=32)
+    emulated.set_multiprocessors(1)
+    on_tensor_cores.check(on_tensor_cores.TYPES[types], (1, 32, 16 * 145), embed_dim=32)
     assert ran == ["warp_tokens"]
 
 
