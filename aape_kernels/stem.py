@@ -11,19 +11,8 @@ from torch import Tensor, nn
 
 from .backends import check_backend
 from .branch import Filters, Fusion, LambdaEncoder, as_made, convolves, hooked
-from .functional import (
-    DTYPES,
-    KERNELS,
-    LAYOUTS,
-    Responses,
-    analyse,
-    check_name,
-    check_states,
-    embed,
-    embed_by_parts,
-    listen_by_parts,
-    responses,
-)
+from .checks import DTYPES, KERNELS, LAYOUTS, check_name, check_states
+from .functional import Responses, analyse, embed, embed_by_parts, listen_by_parts, responses
 from .geometry import PatchGrid, pair, sizes_of
 from .ranges import check_band, check_decay
 from .reference import PLANES, magnitudes

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .checks import LAYOUTS, check_name
 from .finder import KNOWN, Known, find, get, is_conv, layout_of, listed, size_of
-from .functional import LAYOUTS, check_name
 from .stem import AaPE, computes_conv
 
 __all__ = ["KNOWN", "AaPEConv2d", "Known", "replace_stem", "revert_stem"]

@@ -6,7 +6,7 @@ from cases import SQUARE
 
 from aape_kernels import AaPE, reference, sblu
 from aape_kernels.backends import BACKENDS, ORDER, Call, choose, cpu, cuda, reasons, triton
-from aape_kernels.functional import DTYPES
+from aape_kernels.checks import DTYPES
 
 CALL = Call("sblu", torch.device("cpu"), torch.float32)
 META = Call("sblu", torch.device("meta"), torch.float32)
