@@ -10,6 +10,7 @@ AAPE_CUDA_ARCHS names the GPU architectures to build for, "90" or "80-real;90", 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,19 @@ def mode(variable):
     return value
 
 
-MODE, CUDA = mode("AAPE_NATIVE"), mode("AAPE_CUDA")
+def architectures():
+    """AAPE_CUDA_ARCHS as an option of CMake's.
+
+    Numbers only: the module has to know which GPUs it was built for, which CMake's native or all do not say.
+    """
+    named = re.split(r"[;, ]+", os.environ.get("AAPE_CUDA_ARCHS", "").strip(";, "))
+    for name in filter(None, named):
+        if not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", name):
+            raise SetupError(f"AAPE_CUDA_ARCHS: expected architectures such as 90 or 80-real;90, got {name!r}")
+    return [f"-DAAPE_CUDA_ARCHS={';'.join(named)}"] if any(named) else []
+
+
+MODE, CUDA, ARCHITECTURES = mode("AAPE_NATIVE"), mode("AAPE_CUDA"), architectures()
 
 
 def skip(why):
@@ -70,12 +83,6 @@ def missing_tool():
     return None
 
 
-def architectures():
-    """AAPE_CUDA_ARCHS as an option of CMake's."""
-    named = os.environ.get("AAPE_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-    return [f"-DAAPE_CUDA_ARCHS={named}"] if named else []
-
-
 class CMakeBuild(build_ext):
     """Hands the one extension to CMake; without a working compiler it is left out or an error, as AAPE_NATIVE says."""
 
@@ -87,7 +94,7 @@ class CMakeBuild(build_ext):
                 skip_cuda('no nvcc was found (set CUDACXX, or `pip install "cuda-toolkit[nvcc,cudart,cccl]"`)')
             else:
                 try:
-                    return self.run_cmake(ext, "-DAAPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", *architectures())
+                    return self.run_cmake(ext, "-DAAPE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", *ARCHITECTURES)
                 except subprocess.CalledProcessError as error:
                     skip_cuda(f"{error.cmd[0]} failed with {nvcc}, see its output above")
         try:

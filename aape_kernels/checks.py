@@ -137,12 +137,12 @@ _FOUND_RIGHT: dict[tuple[object, ...], Any] = {}
 
 
 def once(check: Callable[..., Any], tensors: Sequence[Any], *options: Any) -> Any:
-    """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices and options."""
+    """`check(tensors, *options)`, once for every combination of sizes, dtypes, devices, layouts and options."""
     # `is_traced` without its two functions, as in `ops.is_seen`
     if is_dynamo_compiling() or torch._C._is_tracing():
         return check(tensors, *options)
     try:
-        looked_at = [None if value is None else (value.shape, value.dtype, value.device) for value in tensors]
+        looked_at = [v if v is None else (v.shape, v.dtype, v.device, v.layout) for v in tensors]
         # with types: 1, 1.0 and True are equal, and not equally right
         types = [*map(type, options), *[type(one) for option in options if type(option) is tuple for one in option]]
         signature = (check, *looked_at, options, *types)
@@ -215,6 +215,8 @@ def check_embed(
     states = sizes_of(weights.sblu_w)[0]
     check_tensor(weights.w2, SHOWN["w2"], (2 * states, "hidden"), ": (2 * states, hidden)", x)
     hidden = sizes_of(weights.w2)[1]
+    if hidden < 1:
+        raise ValueError(f"{SHOWN['w2']}: expected at least one hidden unit, got shape {tuple(weights.w2.shape)}")
     check_tensor(weights.w1, SHOWN["w1"], (hidden, *patch_shape), ": (hidden, channels, P_f, P_t)", x)
     check_tensor(weights.b1, SHOWN["b1"], (hidden,), ": (hidden)", x)
     check_tensor(weights.b2, SHOWN["b2"], (2 * states,), ": (2 * states)", x)

@@ -203,7 +203,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info,
         "How this module was built: version, compiler, architecture, C++ standard, the kernels it holds, the "
         "instruction sets of them that this machine runs, fastest first, the 16-bit types that it has matrix products "
-        "of, those that it has units for tiles of, and the GPU architectures.");
+        "of, and the GPU architectures.");
   m.def("instruction_set", &instruction_set,
         "The fastest instruction set that this module has and this machine runs, or the one that AAPE_CPU_ISA names.");
   m.def("sblu", &sblu);

@@ -95,6 +95,10 @@ def test_cuda_on_a_gpu(driver, monkeypatch):
         ("90", [90, 100, 120], [80, 89]),
         ("90-virtual", [90, 100], [89]),
         ("86-real", [86, 89], [80, 90]),
+        ("90a", [90], [80, 100, 120]),
+        ("100a-real,90", [90, 100, 110], [80]),
+        ("103a-real", [103], [100, 120]),
+        ("100f", [100, 103], [90, 110, 120]),
     ],
 )
 def test_which_gpus_an_architecture_runs_on(architectures, runs, not_on):

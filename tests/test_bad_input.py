@@ -156,6 +156,11 @@ TABLE = {
         ValueError,
         r"w2 .*: expected shape \(64, hidden\).*got \(63, 64\)",
     ),
+    "no-hidden-units": (
+        call_embed(w1=torch.randn(0, 1, 16, 16), b1=torch.zeros(0), w2=torch.randn(64, 0)),
+        ValueError,
+        r"w2 .*: expected at least one hidden unit, got shape \(64, 0\)",
+    ),
     "b2-shape": (
         call_embed(b2=torch.zeros(32)),
         ValueError,
@@ -267,6 +272,12 @@ TABLE = {
         "patch_size: expected to be left out, as conv settles it",
     ),
 }
+
+
+def test_what_was_right_with_strides_is_checked_without_them():
+    STEM(X)
+    with pytest.raises(TypeError, match=r"x: expected a tensor with strides"):
+        STEM(X.to_sparse())
 
 
 @pytest.mark.parametrize(("call", "error", "words"), TABLE.values(), ids=TABLE.keys())

@@ -1,5 +1,6 @@
 """What is the CPU backend's own: threads, addressing, instruction sets, the ops it is registered under."""
 
+import copy
 import logging
 import os
 import subprocess
@@ -66,6 +67,20 @@ def test_embed_gives_the_same_bits_on_any_number_of_threads(isa, threads, layout
         threads(count)
         tokens = stem(x)
         results.append([tokens, *torch.autograd.grad(tokens, list(stem.parameters()), cotangent)])
+    assert all(same_bits(other, results[0]) for other in results[1:])
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+def test_a_stem_of_many_tokens_gives_the_same_bits_on_any_number_of_threads(isa, threads, need_x):
+    """The more threads, the more tokens they work on before their sums are added."""
+    stem = AaPE(patch_size=4, embed_dim=16, num_states=5, encoder_dim=6)
+    x = torch.randn(2, 1, 64, 600, requires_grad=need_x)
+    cotangent = torch.randn(2, 16 * 150, 16)
+    inputs = [*([x] if need_x else []), *stem.parameters()]
+    results = []
+    for count in (1, 2, 3, 8, 16):
+        threads(count)
+        results.append(torch.autograd.grad(stem(x), inputs, cotangent))
     assert all(same_bits(other, results[0]) for other in results[1:])
 
 
@@ -176,6 +191,22 @@ def test_tokens_of_16_bits_by_either_product(monkeypatch, dtype, features, has, 
         stem = AaPE(embed_dim=64, num_states=8, features=features)
         (stem if whole else stem.proj).to(dtype)
         check_16_bit_forward_and_gradients(stem, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_many_blocks_are_as_good_as_of_one(monkeypatch, dtype):
+    """Of numbers that do not cancel: in 16 bits each addition would lose a half of their last one."""
+    monkeypatch.setattr(native, "has_products", lambda dtype: True)
+    monkeypatch.setattr(cpu_stem, "LEAST_DIM", 0)
+    monkeypatch.setattr(cpu_stem, "BLOCK", 8)
+    stem, x = AaPE(patch_size=4, embed_dim=8, num_states=3).to(dtype), torch.rand(200, 1, 8, 16, dtype=dtype)
+    wide = copy.deepcopy(stem).double()
+    wide.backend = "reference"
+    got, want = (
+        torch.autograd.grad(each(x.to(each.proj.weight.dtype)).sum(), [*each.proj.parameters(), each.fusion.weight])
+        for each in (stem, wide)
+    )
+    assert all(relative_error(a, b) <= bound(dtype) for a, b in zip(got, want, strict=True))
 
 
 def test_products_of_16_bits_are_torchs_where_the_processor_has_them(monkeypatch):

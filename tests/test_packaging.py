@@ -220,6 +220,14 @@ def test_a_broken_compiler_leaves_it_out_or_is_an_error(tree, tmp_path):
     assert "the native module cannot be built: cmake failed" in done.stdout + done.stderr
 
 
+def test_architectures_are_numbers(tree, tmp_path):
+    """CMake's native and all would build a module that cannot say what it runs on."""
+    done = build("wheel", tree, tmp_path, AAPE_CUDA="auto", AAPE_CUDA_ARCHS="90;native")
+    assert done.returncode != 0
+    said = "AAPE_CUDA_ARCHS: expected architectures such as 90 or 80-real;90, got 'native'"
+    assert said in done.stdout + done.stderr
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc was found")
 def test_cuda_kernels_for_the_architectures_named(tree, quick, tmp_path):
     done = build("wheel", tree, tmp_path, AAPE_CUDA="require", AAPE_CUDA_ARCHS="86,90-real", **quick)

@@ -145,7 +145,7 @@ def _empty(weights: Weights, wanted: set[str], dtype: torch.dtype) -> dict[str, 
 def _narrow_gradients(
     grad: Tensor, x: Tensor, weights: Weights, r: Tensor, hidden: Tensor, options: Options, wanted: set[str]
 ) -> dict[str, Tensor]:
-    """With torch's 16-bit products, in blocks of clips; sums over blocks run in order."""
+    """With torch's 16-bit products, in blocks of clips, whose sums run in order and in `work`'s precision."""
     work, out = working_dtype(x.dtype), weights.proj_w.dtype
     projection, fusion = weights.proj_w.flatten(1), weights.fusion_w.to(out).flatten(1)
     inner = {"proj_w", "proj_b", "fusion_w"}
@@ -174,7 +174,7 @@ def _narrow_gradients(
         if "proj_b" in wanted:
             block["proj_b"] = part.sum(0)
         for name, value in block.items():
-            got[name] = got[name] + value if name in got else value
+            got[name] = got[name].add_(value) if name in got else value.to(work)
     return got
 
 

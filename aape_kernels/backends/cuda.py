@@ -84,14 +84,19 @@ def _version(number: int) -> str:
 def runs_on(architectures: str, major: int, minor: int) -> bool:
     """Whether code for any of the `architectures`, "80-real,90" in CMake's notation, runs on a GPU of that capability.
 
-    Machine code runs on its own generation from its minor version on, PTX on everything at least as new.
+    Machine code runs on its own generation from its minor version on, PTX on everything at least as new; either with
+    an "a" on its own architecture only, with an "f" on its generation.
     """
     for entry in architectures.split(","):
         number, _, kind = entry.partition("-")
         own = divmod(int(number.rstrip("af")), 10)
-        if kind != "virtual" and own[0] == major and own[1] <= minor:
-            return True
-        if kind != "real" and own <= (major, minor):
+        if number.endswith("a"):
+            fits = own == (major, minor)
+        elif number.endswith("f") or kind == "real":
+            fits = own[0] == major and own[1] <= minor
+        else:  # PTX, too: it runs wherever the machine code does
+            fits = own <= (major, minor)
+        if fits:
             return True
     return False
 

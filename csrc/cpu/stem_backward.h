@@ -231,8 +231,13 @@ inline void stem_backward(const EmbedCall& call) {
   // tokens from `first` on, which are the wave's from `place` on; `add` to what earlier waves have left
   const auto run = [&](const Job& job, const Gradients<T>& to, bool add, int64_t first, int64_t place, int64_t count, T* packed) {
     if (job.of == Job::kSblu) {
-      const T* from = wave.sblu.data + place / line * wave.sblu_size;
-      return sum_groups(from, wave.sblu_size, (count + line - 1) / line, add, to.sblu);
+      // chunk by chunk, as a wave's tokens depend on the number of threads
+      for (int64_t from = 0; from < count; from += kChunk) {
+        const int64_t chunk = smaller(kChunk, count - from);
+        const T* numbers = wave.sblu.data + (place + from) / line * wave.sblu_size;
+        sum_groups(numbers, wave.sblu_size, (chunk + line - 1) / line, add || from, to.sblu);
+      }
+      return;
     }
     if (job.of == Job::kPixels) return add_pixels(call, z, wave, first, count, job.first / g.mel_bins, job.first % g.mel_bins);
     Gradient<T> gradient = to.of[job.of];

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 
 #include "convert.h"
@@ -68,7 +69,10 @@ template <class T>
 struct Buffer {
   T* data;
   explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T) + 64, 64)))) {
-    if (!data) std::abort();  // a few kilobytes: the machine is past saving
+    if (data) return;
+    // threads cannot throw into who called them
+    std::fprintf(stderr, "aape_kernels: no memory for %lld bytes of scratch\n", static_cast<long long>(count * sizeof(T)));
+    std::abort();
   }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;

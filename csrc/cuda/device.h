@@ -41,7 +41,8 @@ inline int attribute(cudaDeviceAttr which) {
 inline size_t shared_limit() { return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 
-// More than 48 KB of shared memory is only had by asking.
+// More than 48 KB of shared memory is only had by asking: for all that there is, as this belongs to the kernel, which others may
+// launch meanwhile with more or less.
 template <class Kernel>
 void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
   if (bytes <= 48 * 1024) return;
@@ -50,7 +51,7 @@ void allow_shared(Kernel kernel, size_t bytes, const char* operation) {
     throw std::runtime_error(std::string(operation) + ": window: expected one whose frames fit into " +
                              std::to_string(most) + " bytes of shared memory, got " + std::to_string(bytes));
   }
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), operation);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)), operation);
 }
 }  // namespace aape
 

@@ -89,6 +89,9 @@ inline int64_t tiles_of(const Grid& g, int64_t tile) { return (g.n_t + tile - 1)
 
 inline int columns_of(const Grid& g, int64_t tile) {
   const int64_t frames = (tile - 1) * g.stride_t + g.window;
+  if (frames > INT32_MAX - kFramePad) {
+    throw std::runtime_error("window: expected fewer than 2^31 frames, got " + std::to_string(g.window));
+  }
   return int((frames + kFramePad - 1) / kFramePad * kFramePad);
 }
 

@@ -158,6 +158,12 @@ def test_tokens_by_one_kernel(emulated, monkeypatch, types, options, features):
     assert ran == ["warp_tokens", "warp_stem_backward"]
 
 
+def test_a_window_that_cannot_be_counted_is_refused():
+    x, rest = torch.randn(1, 1, 16, 16), torch.ones(1, 1, 1, 2)
+    with pytest.raises(RuntimeError, match=r"window: expected fewer than 2\^31 frames, got 4294967312"):
+        sblu(x, rest, rest, torch.randn(2, 1, 16), window=2**32 + 16)
+
+
 @pytest.mark.parametrize("types", ["bfloat16", "float32", "float32-to-bfloat16"])
 def test_tokens_of_several_rounds(emulated, monkeypatch, types):
     """More tiles than all warps have at once; the last round is not whole."""

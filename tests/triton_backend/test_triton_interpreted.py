@@ -33,6 +33,26 @@ def test_when_it_can_run(monkeypatch):
         choose("triton", call)
 
 
+def test_tf32_is_what_the_caller_allows_either_way():
+    launch, matmul = importlib.import_module("aape_kernels.backends.triton.launch"), torch.backends.cuda.matmul
+
+    def precision() -> str:
+        return launch._precision(torch.device("cuda"))
+
+    assert precision() == "ieee"
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision() == "tf32"
+        matmul.fp32_precision = "ieee"  # torch.get_float32_matmul_precision() still says "high"
+        assert precision() == "ieee"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"  # and now raises
+        assert precision() == "tf32"
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_what_can_be_loaded_at_once():
     """What kernels are told of x's rows must hold: on a GPU an access that is not aligned ends the process."""
     launch = importlib.import_module("aape_kernels.backends.triton.launch")

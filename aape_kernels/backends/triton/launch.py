@@ -34,8 +34,8 @@ STANDARDISE_BLOCK = 1024
 
 
 def _precision(device: torch.device) -> str:
-    """TF32 only where the caller has allowed it."""
-    return "tf32" if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """TF32 only where the caller has allowed it, by either of torch's ways: this one knows of both."""
+    return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _narrow(a: Tensor, b: Tensor) -> bool:
@@ -197,7 +197,7 @@ class TritonKernels(Kernels):
         lines = grad_x.shape[:3].numel()
         block_lines, block_frames = OVERLAP_BLOCK
         with self.on_device():
-            overlap_add_kernel[(triton.cdiv(lines, block_lines), triton.cdiv(frames, block_frames))](
+            overlap_add_kernel[(triton.cdiv(lines, block_lines) * triton.cdiv(frames, block_frames),)](
                 windows, grad_x, self.n_f, self.n_t, lines, mel_bins, frames,
                 C=channels, P_F=self.grid.patch[0], S_F=self.grid.stride[0], K=length, S_T=self.grid.stride[1],
                 OFFSET=(self.grid.patch[1] - length) // 2, TIME_MAJOR=self.time_major, ADD=add,

@@ -15,8 +15,10 @@ def overlap_add_kernel(
     windows (tokens, C, P_F, K) -> x (B, C, F, T) contiguous, B · C · F lines; a program has BL lines by BT frames.
     ADD adds to x.
     """
-    line = tl.program_id(0) * BL + tl.arange(0, BL)[:, None]
-    t = tl.program_id(1) * BT + tl.arange(0, BT)[None, :]
+    # one axis for both, as the others have 65,535 programs at the most, which 23 hours of frames would exceed
+    line_blocks = tl.cdiv(lines, BL)
+    line = tl.program_id(0) % line_blocks * BL + tl.arange(0, BL)[:, None]
+    t = tl.program_id(0) // line_blocks * BT + tl.arange(0, BT)[None, :]
     f, c, b = line % mel_bins, line // mel_bins % C, (line // mel_bins // C).to(tl.int64)
     inside = (line < lines) & (t < frames)
     total = tl.zeros([BL, BT], tl.float32)
