@@ -35,6 +35,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def check_new_file(**arguments: Path) -> None:
+    """Errors: `ValueError` naming the first argument, a file to be written, that is there or cannot be."""
+    for name, path in arguments.items():
+        if path.exists():
+            raise ValueError(f"{name}: {path} exists already")
+        if not path.parent.is_dir():
+            raise ValueError(f"{name}: {path} lies in a folder that is not there")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{name}: {path} lies in a folder that cannot be written to")
+
+
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
     """What `torch.save` wrote, by `weights_only=True`.
 

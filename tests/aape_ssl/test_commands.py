@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +97,27 @@ def test_export_loads_in_one_line_and_gives_the_teachers_tokens(checkpoint, expo
     assert encoder.no_weight_decay() <= dict(encoder.named_parameters()).keys()
     assert sorted(path.name for path in exported.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert load(exported).config == json.loads(json.dumps(load(checkpoint).config))
+
+
+def test_an_encoder_of_numpys_numbers_is_loaded_as_it_was(tmp_path):
+    given = {"statistics": torch.tensor([-5.5, 3.0]), "frames": np.int64(64), "patch_size": np.int64(16)}
+    encoder = AudioEncoder((np.int64(16), 1, 2), labels=dict.fromkeys("ab").keys(), **given).eval()
+    encoder.save_pretrained(tmp_path / "model")
+    again = AudioEncoder.from_pretrained(tmp_path / "model")
+    assert again.front_end == encoder.front_end
+    assert (again.frames, again.labels, again.config) == (64, ("a", "b"), encoder.config)
+    waveform = torch.randn(16000)
+    with torch.no_grad():
+        assert torch.equal(again(again.log_mel(waveform)), encoder(encoder.log_mel(waveform)))
+
+
+def test_an_exported_encoder_needs_nothing_of_what_trained_it(exported):
+    code = (
+        "import sys; sys.modules['lightning'] = sys.modules['jsonargparse'] = None;"
+        "from aape_ssl.saved.pretrained import load; print(load(sys.argv[1]).embed_dim)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, exported], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "16\n"), done.stderr
 
 
 def test_export_of_the_student(checkpoint, tmp_path, exported):
@@ -273,6 +297,24 @@ def test_finetune_of_several_labels(exported, manifest, tmp_path, capsys):
     assert "test/map" in capsys.readouterr().out
     labels = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["labels"]
     assert labels == ["ambi", "bass", "drum", "loop", "misc", "other", "perc"]
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples found")  # torchmetrics', of the third class
+def test_classes_of_clips_that_were_not_validated_on_do_not_count(exported, tmp_path):
+    """One batch of two classes, all right, of three that the validation clips have."""
+    folder = tmp_path / "clips"
+    clips = [Clip(f"{k}.wav", folder / f"{k}.wav", "abc"[k % 3], str(k // 6), f"g{k}") for k in range(18)]
+    folder.mkdir()
+    for clip in clips:
+        soundfile.write(clip.path, np.random.default_rng(0).normal(size=16000) / 9, 16000)
+    write_manifest(folder / "three.csv", clips)
+    data = LabelledClips(str(folder / "three.csv"), str(exported), "0", batch_size=2, workers=0, multi_label=True)
+    module = FinetuningModule(str(exported), lr=0.0)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_epochs=1, limit_val_batches=1, num_sanity_val_steps=0, enable_checkpointing=False, **options)
+    module.forward = lambda x: torch.tensor([[9.0, -9.0, 0.0], [-9.0, 9.0, 0.0]]).requires_grad_()
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["valid/map"] == 1
 
 
 def test_finetune_resumed_is_as_if_never_interrupted(exported, manifest, tmp_path):
@@ -499,6 +541,22 @@ ERRORS = {
     "one label": ("finetune", {"data.data": "one label"}, "--data: expected at least two labels, got drum"),
     "no head": ("finetune", {"model.layer_decay": 0}, "--model.layer_decay: expected a number in (0, 1], got 0.0"),
     "no test": ("finetune", {}, "--data.test: expected folds among 0, 1, 2, got test"),
+    "16 bits": (
+        "finetune",
+        {"data.test": 0, "trainer.max_epochs": 1, "trainer.precision": "bf16-true"},
+        "--trainer.precision: expected weights in float32",
+    ),
+    "smoothing": (
+        "finetune",
+        {"data.test": 0, "trainer.max_epochs": 1, "data.multi_label": "true", "model.label_smoothing": 0.1},
+        "--model.label_smoothing: expected 0 for clips of several labels, got 0.1",
+    ),
+    "few for kNN": (
+        "probe",
+        {"data": "few", "frames": FRAMES, "baselines": "false", "cache": "cache"},
+        "--methods: expected linear alone, as knn wants 10 training clips, got 9",
+    ),
+    "no writing": ("embed", {"out": "locked/x.npz"}, "--out: locked/x.npz lies in a folder that cannot be written to"),
 }
 
 
@@ -510,8 +568,14 @@ def test_errors_are_one_line(case, exported, manifest, tmp_path, capsys, monkeyp
     one = tmp_path / "one.csv"
     rows = [line for line in manifest.read_text().splitlines() if ",other," not in line]
     one.write_text("\n".join(rows))
+    header, *lines = manifest.read_text().splitlines()
+    few = manifest.with_name("few.csv")
+    few.write_text("\n".join([header, *(line for n, line in enumerate(lines) if n % 4 != 3)][:28]))
+    (tmp_path / "locked").mkdir()
+    accessible = os.access  # to root, everything is
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and accessible(path, mode))
     command, options, message = ERRORS[case]
-    paths = {"clips": demo.bundled_clips()[0].parent, "manifest": manifest, "one label": one}
+    paths = {"clips": demo.bundled_clips()[0].parent, "manifest": manifest, "one label": one, "few": few}
     given = {"checkpoint": exported, "data": manifest}
     if command == "finetune":
         given = {"model.checkpoint": exported, "data.data": manifest, **TRAINER}

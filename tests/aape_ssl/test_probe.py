@@ -271,6 +271,19 @@ def test_interval_draws_whole_groups(rng):
     assert probe.interval(np.ones(10), list("aabbccddee")) == (1.0, 1.0)
 
 
+def test_no_interval_of_one_group():
+    with pytest.warns(UserWarning, match="groups: there is only 'all' among the test clips, so no interval"):
+        assert np.isnan(probe.interval(np.array([1.0, 0.0]), ["all", "all"])).all()
+
+
+def test_folds_that_are_numbers_are_in_their_order():
+    folds = [str(n) for n in range(1, 12)]
+    clips = clips_of(list("a" * 11), folds)
+    assert [(clips[valid[0]].split, clips[test[0]].split) for _, valid, test in probe.folds_of(clips)] == [
+        *zip(folds[1:] + folds[:1], folds, strict=True)
+    ]
+
+
 def test_table_has_the_feature_size(rng):
     features, clips = blobs(rng)
     lines = probe.table(probe.evaluate("blobs", features, clips, ("knn",), test=["0"])).splitlines()

@@ -125,6 +125,23 @@ def test_a_shard_damaged_in_the_middle_is_not_a_shorter_one(tmp_path):
         find(path)
 
 
+def test_shards_that_were_joined_by_cat_are_refused(tmp_path):
+    """What lies behind the end of the first would not be found."""
+    first, second = (shard(tmp_path / f"{n}.tar", {f"{n}.flac": b"x" * 512}) for n in "ab")
+    (tmp_path / "joined").mkdir()
+    path = tmp_path / "joined" / "ab.tar"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(SourceError, match=r"ab.tar: cannot be read .*or another archive behind it"):
+        find(path)
+
+
+def test_columns_without_a_name_are_left_alone(tmp_path):
+    """As spreadsheets write them."""
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "clips.csv").write_text("file,label,,\na.wav,bird,,\n")
+    assert [clip.label for clip in find(tmp_path / "clips.csv")] == ["bird"]
+
+
 def test_shards_of_one_name_in_two_folders(tmp_path):
     for folder in ("train", "valid"):
         (tmp_path / folder).mkdir()

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 
 from .._arguments import as_lists, in_options, short
-from .._files import replacing
+from .._files import check_new_file, replacing
 from .._messages import CheckpointError, complain, one_line
-from ..saved.checkpoints import Part
 from ..saved.pretrained import AudioEncoder, load
+from ..saved.reading import Part
 from ..sound.sources import Clip, find
 from . import embedding
 from . import probe as probes
@@ -88,9 +88,8 @@ def probe(
         raise ValueError(f"data: expected clips with at least two labels, {data} has {len({c.label for c in clips})}")
     if not methods:
         raise ValueError("methods: expected linear, knn or both, got none")
-    if scores is not None and (scores.exists() or not scores.parent.is_dir()):
-        why = "exists already" if scores.exists() else "lies in a folder that is not there"
-        raise ValueError(f"scores: {scores} {why}")
+    if scores is not None:
+        check_new_file(scores=scores)
     held_out = [str(fold) for fold in test] or None
     frames, where = _frames(frames, encoder, clips), _device(device)
     folder = (cache or embedding.cache_folder()) / "embeddings"

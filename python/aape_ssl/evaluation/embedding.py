@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._files import replacing
+from .._files import check_new_file, replacing
 from .._messages import at_least, one_of
 from ..sound.audio import SAMPLE_RATE, AudioError, FrontEnd
 from ..sound.sources import Clip
@@ -225,8 +225,7 @@ def embed_files(
         raise ValueError(f"out: expected a .npz or .parquet file, got {out}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError(f"out: writing {out} needs pyarrow: pip install pyarrow")
-    if out.exists() or not out.parent.is_dir():
-        raise ValueError(f"out: {out} {'exists already' if out.exists() else 'lies in a folder that is not there'}")
+    check_new_file(out=out)
     names: list[str] = []
     times: list[Floats] = []
     rows: list[Floats] = []

@@ -45,6 +45,7 @@ Round = tuple[Ints, Ints, Ints]  # indices of train, validation and test clips
 # from zero even far from the minimum, and what is found depends on where the solver stops
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ITERATIONS = 10_000  # far more than was ever needed
+NEIGHBOURS = 10  # of kNN
 TOLERANCE = 1e-5  # of the derivatives; at 1e-4 up to 6 % of clips are classified differently than at 1e-7
 
 
@@ -132,7 +133,7 @@ def _solve(features: Floats, classes: Ints, strength: float) -> LinearProbe:
     return LinearProbe(mean, scale, fitted[0], fitted[1], known, strength)
 
 
-def knn(train: tuple[Floats, Ints], features: Floats, k: int = 10) -> Ints:
+def knn(train: tuple[Floats, Ints], features: Floats, k: int = NEIGHBOURS) -> Ints:
     """Classes (n) by the vote of the k training clips nearest by cosine; ties go to the lower class.
 
     Errors: `ValueError` for fewer than k training clips.
@@ -159,7 +160,7 @@ def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[R
         without = next(clip for clip in clips if not clip.split)
         raise ValueError(f"clips: expected each to have a split or fold, {without.name} has none")
     of = np.array([split_name(clip.split) for clip in clips])
-    names = sorted(set(of.tolist()))
+    names = sorted(set(of.tolist()), key=_in_order)
     if any(name in ALIASES for name in names):
         # one name per split: two might mean different things
         if names != ["test", "train", "valid"] or len({name.casefold() for name in given}) > len(names):
@@ -178,6 +179,11 @@ def folds_of(clips: Sequence[Clip], test: Sequence[str] | None = None) -> list[R
         found.append((np.flatnonzero(~(valid | tested)), np.flatnonzero(valid), np.flatnonzero(tested)))
     _warn_of_leaks(clips, found)
     return found
+
+
+def _in_order(name: str) -> tuple[int, int, str]:
+    """Folds that are numbers by their value: 10 comes after 9."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
 def _warn_of_leaks(clips: Sequence[Clip], rounds: Sequence[Round]) -> None:
@@ -223,9 +229,13 @@ def warn_of_several(clips: Sequence[Clip], otherwise: str) -> None:
 def interval(values: NDArray[Any], groups: Sequence[str], level: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean of `values` (n), drawing whole groups: errors within one are not independent.
 
-    For the difference between two encoders, pass the difference of their `Score.correct`.
+    For the difference between two encoders, pass the difference of their `Score.correct`. Of a single group nothing can
+    be said, as it is all of any drawing: NaN, with a warning.
     """
-    _, of = np.unique(np.asarray(groups), return_inverse=True)
+    names, of = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) == 1:
+        warnings.warn(f"groups: there is only {str(names[0])!r} among the test clips, so no interval", stacklevel=2)
+        return math.nan, math.nan
     totals, counts = np.bincount(of, values), np.bincount(of)
     drawn = np.random.default_rng(0).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), 2000)
     low, high = np.quantile(drawn @ totals / (drawn @ counts), [(1 - level) / 2, (1 + level) / 2])
@@ -279,6 +289,9 @@ def evaluate(
     rounds = folds_of(clips, test)
     for train, valid, tested in rounds:
         warn_of_unseen([labels[c] for c in set(y[train])], [labels[c] for c in {*y[valid], *y[tested]}])
+    fewest = min(len(train) for train, _, _ in rounds)
+    if "knn" in methods and fewest < NEIGHBOURS:
+        raise ValueError(f"methods: expected linear alone, as knn wants {NEIGHBOURS} training clips, got {fewest}")
     groups = tuple(clips[index].group or clips[index].name for _, _, tested in rounds for index in tested)
     scores = []
     for method in methods:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from aape_kernels.hub import CARD, OrdinaryFiles
 from .._messages import CheckpointError, at_least, one_of, why
 from ..method.model import Encoder, StemName
 from ..sound.audio import FRONT_ENDS, LOUDEST, SAMPLE_RATE, FrontEnd
-from .checkpoints import Part, read_pretraining
+from .reading import Part, read_pretraining
 
 __all__ = ["AudioEncoder", "load"]
 
@@ -77,15 +79,21 @@ class AudioEncoder(
             self.front_end = self.front_end.by(statistics)
         if isinstance(labels, str):  # a sequence of letters
             raise ValueError(f"labels: expected a sequence of names, got {labels!r}")
+        labels = tuple(labels)
         for label, count in Counter(labels).items():
             if count > 1:
                 raise ValueError(f"labels: expected each once, {label!r} is there {count} times")
-        self.frames, self.labels = frames, tuple(labels)
         # JSON has no tuples
-        size = size if isinstance(size, str) else tuple(size)  # type: ignore[assignment]
-        patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)  # type: ignore[assignment]
+        size = size if isinstance(size, str) else tuple(map(int, size))  # type: ignore[assignment]
+        patch_size = int(patch_size) if isinstance(patch_size, Integral) else tuple(patch_size)  # type: ignore
         self.encoder = Encoder(size, stem, patch_size, stem_options)
         at_least(self.encoder.patch_size[1], frames=frames)
+        self.frames, self.labels = int(frames), labels
+        # as JSON has it: of NumPy's numbers and tensors nothing would be written
+        plain: dict[str, Any] = {"size": size, "patch_size": patch_size, "frames": self.frames, "labels": labels}
+        if statistics is not None:
+            plain["statistics"] = (self.front_end.mean, self.front_end.std)
+        self._hub_mixin_config.update(json.loads(json.dumps(plain)))  # type: ignore[union-attr]  # a dict here
         if self.encoder.patch_size[0] > self.front_end.mel_bins:
             bins = f"the {self.front_end.mel_bins} mel bins of {front_end}"
             raise ValueError(f"patch_size: expected at most {bins}, got {self.encoder.patch_size}")

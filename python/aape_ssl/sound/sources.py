@@ -10,6 +10,7 @@ import posixpath
 import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -194,8 +195,9 @@ def _shard(path: Path, shown: Path) -> Iterator[Clip]:
                 and (file := archive.extractfile(found))
             }
             archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes it for the end
-                raise tarfile.ReadError(f"bad header at byte {archive.offset}")
+            for some in iter(partial(archive.fileobj.read, 1 << 20), b""):
+                if some.strip(b"\0"):  # tarfile takes a damaged header for the end, and looks at nothing behind it
+                    raise tarfile.ReadError(f"bad header at byte {archive.offset}, or another archive behind it")
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as an uncompressed tar archive ({error})") from error
     for name, member in members.items():
@@ -266,7 +268,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Clip]:
 def _split_column(line: str, columns: list[str]) -> str:
     if "file" not in columns:
         raise SourceError(f"{line}: expected a header with a column `file`, got {','.join(columns) or 'nothing'}")
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    doubled = sorted({name for name in columns if name and columns.count(name) > 1})
     if doubled:
         raise SourceError(f"{line}: column {doubled[0]} is there {columns.count(doubled[0])} times")
     found = [name for name in SPLITS if name in columns]

@@ -222,7 +222,10 @@ class FinetuningModule(SteppingModule):
             return
         if isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(f"strategy: expected one that shards nothing, such as ddp, got {self.trainer.strategy}")
+        self.check_precision()
         pretrained, data = load(self.checkpoint), self.clips
+        if data.multi_label and self.label_smoothing:
+            raise ValueError(f"label_smoothing: expected 0 for clips of several labels, got {self.label_smoothing}")
         pretrained.encoder.check_frames(data.frames)
         config = {**pretrained.config, "labels": data.labels, "frames": data.frames}
         self.model = AudioEncoder(**config)
@@ -242,6 +245,8 @@ class FinetuningModule(SteppingModule):
         self._valid: Tensor
         self.register_buffer("_train", data.targets(data.train), persistent=False)
         self.register_buffer("_valid", data.targets(data.valid), persistent=False)
+        self._occurs: Tensor  # of the classes, in the clips that were validated on
+        self.register_buffer("_occurs", torch.zeros(count, dtype=torch.bool), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised log-mel (B, 1, F, T) -> logits (B, classes)."""
@@ -267,12 +272,16 @@ class FinetuningModule(SteppingModule):
         # of w processes, r has clips r, r + w, …, and some have another's once more, so that all have equally many
         classes[index % trainer.world_size != trainer.global_rank] = PADDING
         self.quality.update(scores, classes)
+        self._occurs |= targets.bool().any(0)
 
     def on_validation_epoch_end(self) -> None:
-        """The score of all clips; for multi-label clips, its mean over the classes that occur."""
+        """The score of all clips; for multi-label clips, its mean over the classes that occur in them."""
         found = self.quality.compute()
-        found = found[self._valid.any(0)].mean() if self.clips.multi_label else found
+        if self.clips.multi_label:
+            occurs = self.trainer.strategy.reduce(self._occurs.int(), reduce_op="sum")
+            found = found[occurs > 0].mean()
         self.quality.reset()
+        self._occurs.zero_()
         self.log(f"valid/{self.name}", found, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._lightning import rank_zero_warn
 from .._messages import at_least
 from ..method.masks import MaskSampler
 from ..method.model import Encoder, Predictor, StemName
@@ -114,11 +115,7 @@ class PretrainingModule(SteppingModule):
         frames = getattr(getattr(self.trainer, "datamodule", None), "frames", None)
         if frames is not None:
             self.objective.student.check_frames(frames)
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"precision: expected weights in float32 (bf16-mixed, 16-mixed or 32-true), as steps of the teacher's "
-                f"average are too small for 16 bits, got {self.trainer.precision}"
-            )
+        self.check_precision()
         if isinstance(strategy, ShardedStrategy):
             shard(self.objective, strategy.device_mesh["data_parallel"], strategy.root_device, self.compiled)
         elif self.compiled:
@@ -169,6 +166,11 @@ class PretrainingModule(SteppingModule):
         steps = self.trainer.max_steps
         if steps < 1:
             raise ValueError(f"max_steps: expected at least 1, at whose end the learning rate is 0, got {steps}")
+        if (self.trainer.max_epochs or -1) > 0:
+            rank_zero_warn(
+                f"max_epochs: the learning rate rises and falls over max_steps, {steps}, also where the "
+                f"{self.trainer.max_epochs} epochs end before"
+            )
 
         exempt = {f"student.{name}" for name in self.objective.student.no_weight_decay()}
         groups = grouped(self.objective, lambda name: self.lr, exempt, self.weight_decay)

@@ -43,7 +43,7 @@ HELP = {
     "seed_everything": "of the initial weights",
     "data.help": "list the options of a data module, those of ClipData for `ClipData`",
     "data": "a folder, manifest, shards or pattern; or a data module's class, with --data.NAME for its options",
-    "trainer.max_steps": "optimiser steps; -1 for as many as the epochs have",
+    "trainer.max_steps": "optimiser steps; for finetune, -1 for as many as the epochs have",
     "trainer.max_epochs": "passes over the data",
     "trainer.devices": "how many GPUs, or processes on a CPU",
     "trainer.strategy": "auto, ddp, or sharded (FSDP2)",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._lightning import LightningModule, rank_zero_warn
 from .._messages import unchanged
-from ..saved.checkpoints import made_with
+from ..saved.reading import made_with
 from .sharding import total_norm
 
 __all__ = ["NonFiniteError", "SteppingModule"]
@@ -83,6 +83,14 @@ class SteppingModule(LightningModule):
         if self.skipped and not (scaled and self._overflows < OVERFLOWS):
             raise NonFiniteError(self.what_is_not_finite(norm))
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
+
+    def check_precision(self) -> None:
+        """Errors: `ValueError` for weights in 16 bits, next to which an optimiser's steps are too small to count."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                "precision: expected weights in float32 (bf16-mixed, 16-mixed or 32-true), as an optimiser's steps and "
+                f"those of a teacher's average are too small for 16 bits, got {self.trainer.precision}"
+            )
 
     def what_is_not_finite(self, norm: Tensor) -> str:
         """Step, losses and gradient, for a message."""
