@@ -245,3 +245,25 @@ def test_an_old_name_is_all_that_a_new_interpreter_needs():
         "assert audio.load"
     )
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", code], check=True)
+
+
+class Rates(Callback):
+    """Those of the optimiser's steps."""
+
+    def __init__(self):
+        self.used = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.used.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.filterwarnings("ignore:max_steps. the checkpoint was made with")
+def test_a_run_that_goes_on_for_longer_takes_the_longer_runs_rates(tmp_path):
+    """The finished one would have gone on at 0."""
+    whole, first, second = Rates(), Rates(), Rates()
+    trainer(tmp_path / "whole", steps=8, callbacks=[whole]).fit(module(), Tensors())
+    trainer(tmp_path, steps=4, callbacks=[first]).fit(module(), Tensors())
+    resumed = trainer(tmp_path, steps=8, callbacks=[second])
+    resumed.fit(module(), Tensors(), ckpt_path=str(tmp_path / "last.ckpt"), weights_only=True)
+    assert len(first.used) == 4
+    assert second.used == whole.used[4:]

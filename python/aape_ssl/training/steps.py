@@ -84,6 +84,18 @@ class SteppingModule(LightningModule):
             raise NonFiniteError(self.what_is_not_finite(norm))
         self.log_dict({"train/grad_norm": norm, "train/lr": optimizer.param_groups[-1]["lr"]})
 
+    def on_train_start(self) -> None:
+        """Take the next step at this run's rate: a resumed optimiser has the one of the schedule that it was under."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = config.scheduler
+            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            rates = [
+                base * each(schedule.last_epoch)
+                for base, each in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
     def check_precision(self) -> None:
         """Errors: `ValueError` for weights in 16 bits, next to which an optimiser's steps are too small to count."""
         if self.trainer.precision in ("bf16-true", "16-true"):
