@@ -135,6 +135,12 @@ def test_shards_that_were_joined_by_cat_are_refused(tmp_path):
         find(path)
 
 
+def test_a_pattern_of_sound_files_is_refused(tmp_path):
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(SourceError, match=r"expected a pattern of .tar shards, or sound files' folder, got a.wav"):
+        find(tmp_path / "*.wav")
+
+
 def test_columns_without_a_name_are_left_alone(tmp_path):
     """As spreadsheets write them."""
     (tmp_path / "a.wav").touch()

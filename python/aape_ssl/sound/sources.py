@@ -108,6 +108,8 @@ def find(source: str | os.PathLike[str], splits: Collection[str] | None = None) 
         while glob.has_magic(os.fspath(root)):
             root = root.parent
         paths = sorted(map(Path, glob.glob(text)))
+        if sound := [path for path in paths if path.suffix.lower() in SUFFIXES]:
+            raise SourceError(f"{text}: expected a pattern of .tar shards, or sound files' folder, got {sound[0].name}")
         clips = [clip for path in paths for clip in _shard(path, path.relative_to(root))]
     elif text.endswith(".csv"):
         clips = read_manifest(text)
