@@ -163,11 +163,14 @@ def _present(gradients: Sequence[Tensor], need: Sequence[bool]) -> list[Tensor |
     return [gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=False)]
 
 
+def _is_dual(value: Tensor) -> bool:
+    # what vmap maps cannot be asked; below its level the op is called again
+    return not torch._C._functorch.is_batchedtensor(value) and forward_ad.unpack_dual(value).tangent is not None
+
+
 def _refuse_forward_mode(tensors: Sequence[Tensor | None], backend: str) -> None:
     # outside a dual level, as nearly always, this costs one comparison
-    if forward_ad._current_level >= 0 and any(
-        value is not None and forward_ad.unpack_dual(value).tangent is not None for value in tensors
-    ):
+    if forward_ad._current_level >= 0 and any(value is not None and _is_dual(value) for value in tensors):
         raise NotImplementedError(
             f"forward-mode AD: expected backend 'reference', the one that has it, got {backend!r} "
             "(AaPE(backend='reference') or AAPE_BACKEND=reference)"

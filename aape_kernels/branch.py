@@ -32,7 +32,7 @@ def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind and parametrize.type_before_parametrizations(module) is not kind:
         return False
-    if "forward" in module.__dict__ or hooked(module):
+    if "forward" in module.__dict__ or kind.forward is not FORWARDS.get(kind, kind.forward) or hooked(module):
         return False
     return not isinstance(module, nn.Conv2d) or convolves(module)
 
@@ -143,3 +143,6 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
 
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
     parameter.copy_(value)
+
+
+FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (LambdaEncoder, Filters, Fusion)}

@@ -233,13 +233,17 @@ class AaPE(SizedStem):
         ):
             if got != expected:
                 raise ValueError(f"conv: expected {name} {expected}, got {got}")
+        if conv.weight.dim() != 4:
+            raise ValueError(f"conv: expected a weight of four axes, got {tuple(conv.weight.shape)}")
+        # which counts, not the attributes: it may have been adapted, as from three colours to one channel
+        dim, channels, *patch = sizes_of(conv.weight)
         settled = {"patch_size", "in_chans", "embed_dim", "stride", "bias", "device", "dtype"} & options.keys()
         if settled:
             raise TypeError(f"{', '.join(sorted(settled))}: expected to be left out, as conv settles it")
         stem = cls(
-            patch_size=conv.kernel_size,
-            in_chans=conv.in_channels,
-            embed_dim=conv.out_channels,
+            patch_size=patch,
+            in_chans=channels,
+            embed_dim=dim,
             stride=conv.stride,
             bias=conv.bias is not None,
             layout=layout,

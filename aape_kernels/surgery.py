@@ -224,7 +224,7 @@ def _check_plain(conv: nn.Conv2d, path: str) -> None:
 def _check_shape(conv: nn.Conv2d, stem: AaPEConv2d) -> None:
     """Run one small input through both, bypassing their hooks."""
     height, width = (patch + n * step for patch, step, n in zip(stem.patch_size, stem.stride, (1, 2), strict=True))
-    x = conv.weight.new_zeros(1, conv.in_channels, height, width)
+    x = conv.weight.new_zeros(1, stem.in_chans, height, width)
     old, new = conv.forward(x).shape, stem.forward(x).shape
     if old != new:
         raise RuntimeError(f"replace_stem: expected output {tuple(old)}, the old stem's, got {tuple(new)}")

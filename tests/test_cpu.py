@@ -421,8 +421,13 @@ def test_double_backward_of_a_part(asked):
 @pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 def test_forward_mode_is_refused():
     stem, x = small_stem(), torch.randn(1, 1, 5, 8, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match=r"forward-mode AD: expected backend 'reference'.*got 'cpu'"):
-        torch.func.jvp(stem, (x,), (x,))
+    for f in (stem, torch.vmap(stem)):
+        given = x if f is stem else x.unsqueeze(1)
+        with pytest.raises(NotImplementedError, match=r"forward-mode AD: expected backend 'reference'.*got 'cpu'"):
+            torch.func.jvp(f, (given,), (given,))
+    factor = torch.ones(())
+    mapped, tangent = torch.func.jvp(lambda h: torch.vmap(stem)(x.unsqueeze(1)) * h, (factor,), (factor,))
+    assert torch.equal(mapped, tangent)  # of what has no tangent there is none to refuse
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, x)
         with pytest.raises(NotImplementedError, match="forward-mode AD"):

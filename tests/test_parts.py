@@ -153,6 +153,20 @@ def test_what_a_convolution_calls_may_be_patched(where, monkeypatch):
     assert relative_error(stem(x), 2 * before) <= 1e-6
 
 
+@pytest.mark.parametrize("part", ["encoder", "sblu", "fusion"])
+def test_a_parts_class_may_be_patched(part, monkeypatch):
+    stem, x = AaPE(embed_dim=8, num_states=3), torch.randn(1, 1, 32, 48)
+    nn.init.normal_(stem.fusion.weight)
+    before = stem(x)
+    kind = type(stem.get_submodule(part))
+    made = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *given, **options: made(self, *given, **options) * 0.5)
+    after = stem(x)
+    stem.get_submodule(part).register_forward_hook(lambda *given: None)  # so it is called in any case
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, stem(x))
+
+
 def test_a_patched_class_is_not_replaced(monkeypatch):
     model = nn.Sequential(nn.Conv2d(1, 6, 8, 8))
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", doubled)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import bound, relative_error
 from torch import nn
 
-from aape_kernels import AaPE, embed, sblu
+from aape_kernels import AaPE, embed, replace_stem, sblu
 from aape_kernels.reference import PLANES
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -422,6 +422,18 @@ def test_from_conv_is_silent_at_first_whatever_the_features(features):
     assert relative_error(stem(x), conv(x).flatten(2).transpose(1, 2)) <= 1e-6
     stem(x).square().sum().backward()
     assert (stem.fusion.weight.grad.abs().amax((0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 16, 16), (8, 3, 8, 8), (1, 3, 16, 16), (8, 1, 1, 16)], ids=str)
+def test_from_conv_takes_sizes_from_the_weight(shape):
+    """As where three colours were summed to one channel, which leaves the convolution's attributes as they were."""
+    conv = nn.Conv2d(3, 8, 16, 16)
+    conv.weight, conv.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape[0]))
+    x = torch.randn(2, shape[1], 48, 64)
+    stem = AaPE.from_conv(conv)
+    assert relative_error(stem(x), conv(x).flatten(2).mT) <= bound(torch.float32, whole_stem=True)
+    model = replace_stem(nn.Sequential(conv), path="0", layout="FT")
+    assert relative_error(model(x), conv(x)) <= bound(torch.float32, whole_stem=True)
 
 
 def test_from_conv_whatever_the_default_device_is():
