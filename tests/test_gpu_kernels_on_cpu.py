@@ -192,7 +192,8 @@ def test_only_the_gradients_of_the_stem_asked_for(features, states):
         for other, value in zip(names, values, strict=True):
             value.requires_grad_(other == name)
         (got,) = torch.autograd.grad(stem(x).square().sum(), dict(stem.named_parameters())[name])
-        assert relative_error(got, every[name]) <= 1e-6
+        # by other kernels than all of them at once, in another order
+        assert relative_error(got, every[name]) <= bound(torch.float32, whole_stem=True, gradient=True)
 
 
 @pytest.mark.parametrize(("features", "states"), [("both", 7), ("complex", 70), ("magnitude", 70), ("magnitude", 2)])
