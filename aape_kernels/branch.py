@@ -145,4 +145,5 @@ def copy_whole(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
+# Their own, which people patch on the class, too.
 FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (LambdaEncoder, Filters, Fusion)}

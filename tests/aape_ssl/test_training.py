@@ -143,6 +143,11 @@ def test_learning_rate(tmp_path):
     assert record.rates == pytest.approx([0.01 * share for share in (0.5, 1.0, *cosine)])
 
 
+def test_epochs_beside_a_schedule_over_steps_are_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="max_epochs: the learning rate rises and falls over max_steps, 9, also where"):
+        ssl_case.trainer(tmp_path, max_epochs=1).fit(ssl_case.module(), ssl_case.Tensors())
+
+
 def test_what_decays(tmp_path):
     module = ssl_case.module()
     ssl_case.trainer(tmp_path, steps=1).fit(module, ssl_case.Tensors())

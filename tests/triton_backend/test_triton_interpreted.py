@@ -53,6 +53,21 @@ def test_tf32_is_what_the_caller_allows_either_way():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_programs_of_a_day_of_frames_are_on_one_axis(monkeypatch):
+    """CUDA's other axes have 65,535 at the most."""
+    launch, grids = importlib.import_module("aape_kernels.backends.triton.launch"), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *given, **sizes: None
+
+    monkeypatch.setattr(launch, "overlap_add_kernel", Kernel())
+    grid, x = PatchGrid((16, 16), (16, 16), 16), torch.zeros(1, 1, 1, 1).expand(2, 1, 128, 9_000_000)
+    launch.TritonKernels(x, 16, grid, True, False).sum_windows(x, x, 16, add=False)
+    assert grids == [(2 * 128 // 8 * -(-9_000_000 // 128),)]
+
+
 def test_what_can_be_loaded_at_once():
     """What kernels are told of x's rows must hold: on a GPU an access that is not aligned ends the process."""
     launch = importlib.import_module("aape_kernels.backends.triton.launch")

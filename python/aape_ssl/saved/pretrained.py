@@ -85,7 +85,7 @@ class AudioEncoder(
                 raise ValueError(f"labels: expected each once, {label!r} is there {count} times")
         # JSON has no tuples
         size = size if isinstance(size, str) else tuple(map(int, size))  # type: ignore[assignment]
-        patch_size = int(patch_size) if isinstance(patch_size, Integral) else tuple(patch_size)  # type: ignore
+        patch_size = int(patch_size) if isinstance(patch_size, Integral) else tuple(patch_size)  # type: ignore[assignment, arg-type]
         self.encoder = Encoder(size, stem, patch_size, stem_options)
         at_least(self.encoder.patch_size[1], frames=frames)
         self.frames, self.labels = int(frames), labels

@@ -88,7 +88,8 @@ class SteppingModule(LightningModule):
         """Take the next step at this run's rate: a resumed optimiser has the one of the schedule that it was under."""
         for config in self.trainer.lr_scheduler_configs:
             schedule = config.scheduler
-            assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+            if not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+                continue  # of a module that makes its own
             rates = [
                 base * each(schedule.last_epoch)
                 for base, each in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
